@@ -1,0 +1,230 @@
+"""A run on disk, and how it comes back.
+
+A checkpoint is the original nanoGPT's dictionary, so that its programs read ours; what is ours lies under one
+more key, `nanogpt`. It is the whole run: sampling, evaluating and resuming need nothing else.
+"""
+
+import dataclasses
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanogpt.config import GPTConfig, TrainConfig
+from nanogpt.data.tokenizer import Tokenizer, from_description
+from nanogpt.data.tokens import tokenizer_of_original
+from nanogpt.device import Device
+from nanogpt.errors import CheckpointError, ConfigError
+from nanogpt.files import atomic_write
+from nanogpt.model import GPT
+from nanogpt.settings import as_json
+
+FORMAT = 1
+RUN_FILES = ("config.json", "metrics.jsonl", "ckpt.pt", "best.pt", "loss.png")
+_ORIGINAL_MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0  # updates done
+    best_val_loss: float = float("inf")
+    tokens: int = 0  # trained on so far
+    seconds: float = 0.0  # spent training so far, without evaluating and saving
+    evaluated: int = -1  # step of the last evaluation
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint in memory, on the CPU."""
+
+    path: Path
+    weights: dict[str, torch.Tensor]
+    model_config: GPTConfig
+    config: dict[str, Any]  # of the training run
+    progress: Progress
+    tokenizer: Tokenizer
+    optimizer: dict[str, Any] | None
+    scaler: dict[str, Any]
+    random_state: dict[str, torch.Tensor]
+
+    def model(self, device: Device, *, dropout: float = 0.0) -> GPT:
+        """The network, in evaluation mode, on `device`."""
+        with torch.device("meta"):  # no memory, no random numbers: the weights are there already
+            model = GPT(dataclasses.replace(self.model_config, dropout=dropout))
+        try:
+            model.load_state_dict(self.weights, assign=True)
+        except RuntimeError as error:
+            raise CheckpointError(f"{self.path}: the weights do not fit the model they came with: {error}") from error
+        model.tie_weights()  # assigning has untied them
+        return model.requires_grad_().to(device.name).eval()
+
+    def restore(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, device: Device) -> None:
+        """Bring back what a run needs beside its weights: moments, loss scale, random streams.
+
+        Learning rate, betas and weight decay stay those that `optimizer` was made with.
+        """
+        if self.optimizer is None:
+            raise CheckpointError(f"{self.path} has no optimizer state: it can be sampled, but not resumed")
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        try:
+            optimizer.load_state_dict(self.optimizer)
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.path}: the optimizer state does not fit the model: {error}") from error
+        for group, setting in zip(optimizer.param_groups, settings, strict=True):
+            group.update(setting)
+        if self.scaler and scaler.is_enabled():
+            scaler.load_state_dict(self.scaler)
+        _set_random_state(self.random_state, device)
+
+
+def save(
+    path: Path,
+    *,
+    model: GPT,
+    optimizer: torch.optim.Optimizer | None,
+    scaler: torch.amp.GradScaler,
+    config: TrainConfig,
+    progress: Progress,
+    tokenizer: Tokenizer,
+    device: Device,
+) -> None:
+    """Write a checkpoint atomically; without optimizer it can be sampled and finetuned but not resumed."""
+    shape = dataclasses.asdict(model.config)
+    content = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict() if optimizer else None,
+        # exactly these seven: the original's GPTConfig(**model_args) refuses others
+        "model_args": {name: shape[name] for name in _ORIGINAL_MODEL_ARGS},
+        "iter_num": progress.step,
+        "best_val_loss": progress.best_val_loss,
+        "config": dataclasses.asdict(config),
+        "nanogpt": {
+            "format": FORMAT,
+            "model_config": shape,
+            "tokenizer": tokenizer.describe(),
+            "scaler": scaler.state_dict(),
+            "random_state": _random_state(device),
+            "tokens": progress.tokens,
+            "seconds": progress.seconds,
+            "evaluated": progress.evaluated,
+        },
+    }
+    with atomic_write(path) as file:
+        torch.save(content, file)
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint written here or by the original, without running any code that it may contain.
+
+    Raises `CheckpointError` if the file is missing, damaged or no such checkpoint.
+    """
+    content = _read(path)
+    try:
+        ours = content.get("nanogpt", {})
+        if ours.get("format", FORMAT) > FORMAT:
+            raise CheckpointError(f"{path} was written by a newer version of nanoGPT (format {ours['format']})")
+        # compiled models of the original carry this prefix
+        weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in content["model"].items()}
+        return Checkpoint(
+            path=path,
+            weights=weights,
+            model_config=GPTConfig(**(ours.get("model_config") or content["model_args"])),
+            config=content["config"],
+            progress=Progress(
+                content["iter_num"],
+                float(content["best_val_loss"]),
+                ours.get("tokens", 0),
+                ours.get("seconds", 0.0),
+                ours.get("evaluated", -1),
+            ),
+            tokenizer=from_description(ours["tokenizer"]) if ours else _tokenizer_of_original(content["config"]),
+            optimizer=content["optimizer"],
+            scaler=ours.get("scaler", {}),
+            random_state=ours.get("random_state", {}),
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{path} is no checkpoint of a GPT: {type(error).__name__}: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load alone lets a flipped byte pass
+        if damaged:
+            raise CheckpointError(f"{path} is damaged: checksum of {damaged} is wrong; use an older checkpoint")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no checkpoint {path}") from None
+    except CheckpointError:
+        raise
+    except Exception as error:  # zipfile, torch and pickle each raise their own for a broken or hostile file
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {type(error).__name__}: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no checkpoint of a GPT: it holds a {type(content).__name__}")
+    return content
+
+
+def _tokenizer_of_original(config: dict[str, Any]) -> Tokenizer:
+    """The original keeps the vocabulary with the data set, not in the checkpoint."""
+    return tokenizer_of_original(Path("data", str(config.get("dataset"))))
+
+
+def find(out_dir: str, which: str) -> Path:
+    """The checkpoint `which` (auto, best, last or a file) of the run in `out_dir`."""
+    folder = Path(out_dir)
+    names = {"best": ["best.pt"], "last": ["ckpt.pt"], "auto": ["best.pt", "ckpt.pt"]}.get(which)
+    if names is None:
+        return Path(which)
+    if found := next((folder / name for name in names if (folder / name).exists()), None):
+        return found
+    there = f"the folder {out_dir} has no {' or '.join(names)}" if folder.is_dir() else f"there is no folder {out_dir}"
+    raise CheckpointError(f"{there}; train a model first, or name its folder with --out_dir=…")
+
+
+def set_previous_run_aside(out_dir: str) -> None:
+    """Move the files of an earlier run to out_dir/previous, so that a new run neither mixes with it nor destroys it."""
+    folder = Path(out_dir)
+    if not any((folder / name).exists() for name in ("ckpt.pt", "best.pt")):
+        return
+    aside = folder / "previous"
+    try:
+        aside.mkdir(exist_ok=True)
+        for name in RUN_FILES:
+            if (folder / name).exists():
+                os.replace(folder / name, aside / name)
+            else:
+                (aside / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot move the earlier run in {out_dir} aside: {error.strerror}") from error
+    print(f"{out_dir} held an earlier run: moved to {aside}")
+
+
+def save_config(config: TrainConfig) -> None:
+    """Write the resolved config beside the checkpoints."""
+    with atomic_write(Path(config.out_dir) / "config.json") as file:
+        file.write((as_json(config) + "\n").encode())
+
+
+def _random_state(device: Device) -> dict[str, torch.Tensor]:
+    """The state of every random generator that training draws from (dropout; batches are counter-based)."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device.name)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, torch.Tensor], device: Device) -> None:
+    """Continue the random streams of `_random_state`, as far as this device and the checkpoint have them."""
+    if "cpu" in state:
+        torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device.name)
+    elif device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])

@@ -1,0 +1,111 @@
+"""The command `nanogpt VERB …` and the doors beside it: a table of programs.
+
+Imports of the programs stand inside functions, so that `--help` and mistakes answer without loading torch.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from nanogpt import __version__
+from nanogpt.config import (
+    BenchConfig,
+    EvalConfig,
+    PlotConfig,
+    PrepareConfig,
+    SampleConfig,
+    TrainConfig,
+)
+from nanogpt.errors import UserError
+from nanogpt.settings import Settings, parse
+
+MISTAKE = 2  # exit code: the user can mend it
+
+
+def _train(config: Any) -> int:
+    from nanogpt.train import train
+
+    return train(config)
+
+
+def _sample(config: Any) -> None:
+    from nanogpt.infer.sample import sample
+
+    sample(config)
+
+
+def _evaluate(config: Any) -> None:
+    from nanogpt.evaluate import evaluate
+
+    evaluate(config)
+
+
+def _bench(config: Any) -> None:
+    from nanogpt.bench import bench
+
+    bench(config)
+
+
+def _prepare(config: Any) -> None:
+    from nanogpt.data.prepare import prepare
+
+    prepare(config)
+
+
+def _plot(config: Any) -> None:
+    from nanogpt.report.plots import plot
+
+    plot(config)
+
+
+# verb: its settings, its program, the setting that a bare word stands for
+VERBS: dict[str, tuple[type[Settings], Callable[[Any], int | None], str]] = {
+    "prepare": (PrepareConfig, _prepare, "name"),
+    "train": (TrainConfig, _train, "out_dir"),
+    "sample": (SampleConfig, _sample, "out_dir"),
+    "eval": (EvalConfig, _evaluate, "out_dir"),
+    "bench": (BenchConfig, _bench, "out_dir"),
+    "plot": (PlotConfig, _plot, "out_dir"),
+}
+
+
+def main() -> None:
+    """The entry point `nanogpt VERB [word …] [--key=value …]`; exits with the program's code."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["--version"]:
+        print(f"nanogpt {__version__}")
+    elif not arguments or arguments[0] in ("--help", "-h", "help"):
+        print("usage: nanogpt VERB [run folder or config.py …] [--key=value …]\n")
+        for verb, (settings, _, _) in VERBS.items():
+            print(f"  {verb:9} {(settings.__doc__ or '').splitlines()[0]}")
+        print("\nnanogpt VERB --help lists the settings of one.")
+    elif arguments[0] not in VERBS:
+        print(f"error: unknown verb {arguments[0]!r}; known: {', '.join(VERBS)}", file=sys.stderr)
+        sys.exit(MISTAKE)
+    else:
+        run(arguments[0], arguments[1:], program=f"nanogpt {arguments[0]}")
+
+
+def run(verb: str, arguments: Sequence[str] | None = None, *, program: str = "") -> None:
+    """Run one program with `arguments` (default: those of this process) and exit with its code.
+
+    Exit codes: 0 done, 2 the user's mistake, 75 stopped by a signal and resumable, 130 interrupted.
+    """
+    settings, function, positional = VERBS[verb]
+    usage = f"{program or f'python {os.path.basename(sys.argv[0])}'} [config.py …] [--key=value …]"
+    try:
+        config = parse(settings, sys.argv[1:] if arguments is None else arguments, usage, positional=positional)
+        code = function(config)
+        sys.stdout.flush()
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        code = MISTAKE
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # `sample.py | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)

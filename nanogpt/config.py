@@ -1,0 +1,254 @@
+"""Every knob of every program: its name, its type, its default and the reason for it.
+
+This is the only place where a setting is declared: command line, config files, `--help`, validation and the
+saved `config.json` are derived from it (see settings.py). The comment behind a field is its help text.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from nanogpt.settings import Settings, out_of_range
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a network: what its weights mean and nothing else. Defaults are GPT-2's, 124M parameters."""
+
+    block_size: int = 1024  # longest context, in tokens
+    vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64: matrix units like round numbers
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768  # channels; must be a multiple of n_head
+    dropout: float = 0.0
+    bias: bool = True  # in Linears and LayerNorms: True as in GPT-2, False is a bit better and faster
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"  # exact, or the tanh form that OpenAI's weights expect
+
+    def problems(self) -> Iterator[str]:
+        """Everything that is inconsistent, one sentence each."""
+        yield from out_of_range(self, ">= 1", "block_size vocab_size n_layer n_head n_embd")
+        yield from out_of_range(self, "in [0, 1)", "dropout")
+        if self.n_head > 0 and self.n_embd % self.n_head:
+            below = self.n_embd - self.n_embd % self.n_head
+            nearest = f"{below} or {below + self.n_head}" if below else f"{self.n_head}"
+            yield f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; n_embd={nearest} would be"
+
+
+@dataclass
+class _Machine(Settings):
+    """Where a program computes; shared by all programs that run a model."""
+
+    # --- machine ---
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes the first there is of cuda, mps, cpu
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products; weights stay float32
+    # auto: bfloat16 where the hardware computes it natively, float16 on older CUDA GPUs, else float32
+    compile: bool | Literal["auto"] = "auto"  # torch.compile: minutes at the start, faster steps; auto: on CUDA only
+    seed: int = 1337  # of everything random
+
+    def problems(self) -> Iterator[str]:
+        """Everything that is inconsistent, one sentence each."""
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            yield f"device={self.device!r}: expected auto, cpu, mps, cuda or cuda:N"
+        yield from out_of_range(self, ">= 0", "seed")
+
+
+@dataclass
+class TrainConfig(_Machine):
+    """Train a GPT from scratch, or continue a run.
+
+    The defaults train GPT-2 (124M) on OpenWebText; config/ holds smaller recipes.
+    """
+
+    # --- run ---
+    out_dir: str = "out"  # run folder: config.json, metrics.jsonl, ckpt.pt (newest), best.pt (lowest validation loss)
+    init_from: str = "scratch"  # scratch, or resume: continue the run in out_dir
+    max_iters: int = 600_000  # number of updates
+    eval_interval: int = 2000  # evaluate, and perhaps save, every so many updates; once more at the end in any case
+    eval_iters: int = 200  # batches of each split per evaluation; the same ones every time
+    eval_only: bool = False  # evaluate once, write nothing, exit
+    log_interval: int = 1  # print and record every so many updates; reading the loss makes a GPU wait
+    always_save_checkpoint: bool = (
+        True  # write ckpt.pt at every evaluation; False: only when it improved, and at the end
+    )
+    dry_run: bool = False  # print the resolved config and what follows from it, then exit
+
+    # --- Weights & Biases ---
+    wandb_log: bool = False  # also send the metrics there
+    wandb_project: str = "owt"
+    wandb_run_name: str = "gpt2"
+
+    # --- data ---
+    data_dir: str = "data"  # folder of the data sets
+    dataset: str = "openwebtext"  # folder below data_dir that holds train.bin and val.bin
+    gradient_accumulation_steps: int = 5 * 8  # micro-batches per update: a large batch in little memory
+    batch_size: int = 12  # rows of a micro-batch; as many as fit into memory
+    block_size: int = 1024  # context length in tokens
+
+    # --- model ---
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768  # channels; must be a multiple of n_head
+    dropout: float = 0.0  # 0 is best for pretraining; for finetuning, or several passes over few data, try 0.1 and more
+    bias: bool = False  # in Linears and LayerNorms; GPT-2 has them, without is a bit better and faster
+    gradient_checkpointing: bool = (
+        False  # recompute each block in the backward pass: far less memory, a third more time
+    )
+
+    # --- AdamW ---
+    learning_rate: float = 6e-4  # peak
+    weight_decay: float = 1e-1  # on matrices only
+    beta1: float = 0.9
+    beta2: float = 0.95  # 0.99 where few tokens make a batch
+    grad_clip: float = 1.0  # clip gradients at this total norm; 0: never
+
+    # --- learning-rate schedule ---
+    decay_lr: bool = True  # warm up and decay; False: learning_rate throughout
+    warmup_iters: int = 2000  # updates of linear warm-up
+    lr_decay_iters: int = 600_000  # updates until min_lr is reached; usually max_iters (Chinchilla)
+    min_lr: float = 6e-5  # floor of the decay; usually learning_rate / 10 (Chinchilla)
+
+    def model_config(self, vocab_size: int) -> GPTConfig:
+        """The shape of a new network for a vocabulary of `vocab_size` entries."""
+        return GPTConfig(
+            block_size=self.block_size,
+            vocab_size=vocab_size,
+            n_layer=self.n_layer,
+            n_head=self.n_head,
+            n_embd=self.n_embd,
+            dropout=self.dropout,
+            bias=self.bias,
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows of the global batch: one update sees this many windows of `block_size` tokens."""
+        return self.gradient_accumulation_steps * self.batch_size
+
+    def problems(self) -> Iterator[str]:
+        """Everything that is inconsistent, one sentence each."""
+        yield from super().problems()
+        yield from self.model_config(vocab_size=1).problems()
+        yield from out_of_range(
+            self, ">= 1", "eval_interval eval_iters log_interval gradient_accumulation_steps batch_size"
+        )
+        yield from out_of_range(
+            self, ">= 0", "max_iters warmup_iters lr_decay_iters learning_rate min_lr weight_decay grad_clip"
+        )
+        yield from out_of_range(self, "in [0, 1)", "beta1 beta2")
+        if self.init_from not in ("scratch", "resume"):
+            yield f"init_from={self.init_from!r}: expected scratch or resume"
+        if self.decay_lr and self.min_lr > self.learning_rate:
+            yield (
+                f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}, so the rate would rise; "
+                f"set --min_lr={self.learning_rate / 10:g} or --decay_lr=False"
+            )
+
+
+@dataclass
+class _TrainedModel(_Machine):
+    """Where a trained model comes from."""
+
+    # --- model ---
+    out_dir: str = "out"  # run folder to load from
+    checkpoint: str = "auto"  # best (lowest validation loss), last, or a file; auto: best, else last
+
+
+@dataclass
+class SampleConfig(_TrainedModel):
+    """Generate text with a trained model."""
+
+    # --- generation ---
+    start: str = "\n"  # prompt; FILE:prompt.txt reads one, <|endoftext|> starts a document where the tokenizer has it
+    num_samples: int = 10  # drawn side by side as one batch; the first is shown while it grows
+    max_new_tokens: int = 500  # length of each sample
+    temperature: float = 0.8  # 1: the model's own distribution, lower: safer, 0: always the likeliest token
+    top_k: int = 200  # draw from the k likeliest tokens only; 0: from all
+
+    def problems(self) -> Iterator[str]:
+        """Everything that is inconsistent, one sentence each."""
+        yield from super().problems()
+        yield from out_of_range(self, ">= 1", "num_samples")
+        yield from out_of_range(self, ">= 0", "max_new_tokens temperature top_k")
+
+
+@dataclass
+class EvalConfig(_TrainedModel):
+    """The exact loss of a trained model over a whole split, in windows that do not overlap."""
+
+    # --- data ---
+    data_dir: str = "data"  # folder of the data sets
+    dataset: str = ""  # empty: the one that the model was trained on
+    split: Literal["train", "val"] = "val"
+    batch_size: int = 32  # windows at a time; changes the speed, not the result
+    block_size: int = 0  # window length; 0: the model's
+
+    def problems(self) -> Iterator[str]:
+        """Everything that is inconsistent, one sentence each."""
+        yield from super().problems()
+        yield from out_of_range(self, ">= 1", "batch_size")
+        yield from out_of_range(self, ">= 0", "block_size")
+
+
+@dataclass
+class BenchConfig(_Machine):
+    """Time the training step: the very function that train.py calls."""
+
+    # --- data ---
+    real_data: bool = True  # batches of the data set; False: random tokens made once, to leave the loader out
+    data_dir: str = "data"  # folder of the data sets
+    dataset: str = "openwebtext"
+    batch_size: int = 12
+    block_size: int = 1024
+
+    # --- model ---
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    bias: bool = False
+    gradient_checkpointing: bool = False
+
+    # --- measurement ---
+    warmup_steps: int = 10  # not timed: allocation, compilation, clocks
+    steps: int = 20  # timed
+    profile: bool = False  # also profile 5 steps: a table of operators, and a trace in bench_log/ for chrome://tracing
+
+    def train_config(self) -> TrainConfig:
+        """The training run whose step is timed."""
+        shared = {field.name for field in dataclasses.fields(TrainConfig)}
+        settings = {name: value for name, value in vars(self).items() if name in shared}
+        return TrainConfig(**settings, gradient_accumulation_steps=1)
+
+    def problems(self) -> Iterator[str]:
+        """Everything that is inconsistent, one sentence each."""
+        yield from out_of_range(self, ">= 1", "steps")
+        yield from out_of_range(self, ">= 0", "warmup_steps")
+        yield from self.train_config().problems()
+
+
+@dataclass
+class PrepareConfig(Settings):
+    """Turn text into a data set: train.bin, val.bin and dataset.json in data_dir/NAME.
+
+    NAME is one of the known data sets: pystdlib (the Python library on this machine, no network),
+    shakespeare_char, shakespeare.
+    """
+
+    # --- data ---
+    name: str = ""  # which data set; also the first word after `prepare`
+    input: str = ""  # file to take instead of a download
+    data_dir: str = "data"  # folder of the data sets
+
+    def problems(self) -> Iterator[str]:
+        """Everything that is inconsistent, one sentence each."""
+        if not self.name:
+            yield "which data set? for example: nanogpt prepare pystdlib"
+
+
+@dataclass
+class PlotConfig(Settings):
+    """Draw the loss curve of a run into its folder, as loss.png."""
+
+    # --- run ---
+    out_dir: str = "out"  # run folder

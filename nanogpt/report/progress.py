@@ -1,0 +1,31 @@
+"""What a run says while it trains: plain lines, and a progress bar where someone is watching."""
+
+from types import TracebackType
+
+from tqdm import tqdm
+
+
+class Console:
+    """Prints lines to standard output, above a progress bar on standard error if that is a terminal."""
+
+    def __init__(self, total: int, done: int = 0) -> None:
+        self._bar = tqdm(total=total, initial=done, unit="it", dynamic_ncols=True, disable=None, smoothing=0.05)
+
+    def line(self, text: str) -> None:
+        """Print one line, at once."""
+        if self._bar.disable:
+            print(text, flush=True)
+        else:
+            self._bar.write(text)
+
+    def advance(self) -> None:
+        """One update is done."""
+        self._bar.update()
+
+    def __enter__(self) -> "Console":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.close()

@@ -1,0 +1,259 @@
+"""From words on a command line to a typed config, and from a config to its `--help`.
+
+A config is a dataclass derived from `Settings`. Its fields' comments are their help texts; a line
+`# --- title ---` starts a group. Order of precedence: defaults < config files < command line. No torch here,
+so that `--help` answers at once.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import re
+import shutil
+import sys
+import textwrap
+import traceback
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from nanogpt.errors import ConfigError
+
+
+@dataclass
+class Settings:
+    """What all configs share: they can say what is wrong with them."""
+
+    def problems(self) -> Iterator[str]:
+        """Everything that is inconsistent, one sentence each."""
+        return iter(())
+
+
+Config = TypeVar("Config", bound=Settings)
+
+
+def parse(cls: type[Config], arguments: Sequence[str], usage: str, *, positional: str = "out_dir") -> Config:
+    """Build a config from `[config.py …] [--key=value | --key value | --flag] …`.
+
+    `positional` names the field that a bare word sets which is not a config file. Config files apply first, in
+    their order, then the command line, wherever it stands. `--help` prints and exits.
+
+    Raises `ConfigError` with all problems at once: unknown names, wrong types, values out of range.
+    """
+    if any(argument in ("--help", "-h") for argument in arguments):
+        print(help_text(cls, usage, positional))
+        sys.exit(0)
+    problems: list[str] = []
+    files, settings = _split_arguments(cls, arguments, positional, problems)
+    values = dataclasses.asdict(cls())
+    for file in files:
+        _run_config_file(cls, file, values, problems)
+    for name, text in settings:
+        _assign(cls, values, name, text, f"--{name}={text}", problems)
+    config = cls(**values)
+    problems.extend(config.problems())
+    if problems:
+        raise ConfigError("\n  - ".join(["these settings cannot work:", *problems]) if problems[1:] else problems[0])
+    return config
+
+
+def _split_arguments(
+    cls: type[Config], arguments: Sequence[str], positional: str, problems: list[str]
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Sort the words of a command line into config files and `(name, text)` settings."""
+    # Not argparse: it stops at the first mistake, and takes the file in `--eval_only config/a.py` for a value.
+    hints = get_type_hints(cls)
+    files: list[str] = []
+    settings: list[tuple[str, str]] = []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("-") or word == "-":
+            if word.endswith(".py"):
+                files.append(word)
+            else:
+                settings.append((positional, word))
+            continue
+        name, equals, text = word.lstrip("-").partition("=")
+        name = name.replace("-", "_")
+        if not word.startswith("--"):
+            problems.append(f"{word}: options begin with two dashes: --{name}=…")
+        elif equals:
+            settings.append((name, text))
+        elif bool in (hints.get(name), *get_args(hints.get(name))):
+            is_value = bool(words) and words[0].lower() in (*_BOOLEANS, "auto")
+            settings.append((name, words.pop(0) if is_value else "True"))
+        elif name in hints and words and not words[0].startswith("--"):
+            settings.append((name, words.pop(0)))
+        elif name in hints:
+            problems.append(f"--{name}: a value is missing: --{name}=…")
+        else:
+            problems.append(_unknown(cls, name, word))
+    return files, settings
+
+
+def _run_config_file(cls: type[Config], path: str, values: dict[str, Any], problems: list[str]) -> None:
+    """Execute a config file with the values set so far, and take over what it assigned."""
+    try:
+        code = compile(Path(path).read_text(encoding="utf-8"), path, "exec")
+    except OSError as error:
+        raise ConfigError(f"cannot read config file {path}: {error.strerror}") from error
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(f"config file {path} is not valid Python: {error}") from error
+    names = dict(values)
+    try:
+        exec(code, names)
+    except Exception as error:
+        line = next((f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == path), "?")
+        raise ConfigError(f"config file {path}, line {line}: {type(error).__name__}: {error}") from error
+    for name, value in names.items():
+        is_setting = not (name.startswith("_") or isinstance(value, types.ModuleType) or callable(value))
+        if is_setting and not (name in values and values[name] is value):
+            _assign(cls, values, name, value, f"{path}: {name} = {value!r}", problems)
+
+
+def _assign(
+    cls: type[Config], values: dict[str, Any], name: str, value: object, where: str, problems: list[str]
+) -> None:
+    """Set one value, or say what is wrong with it."""
+    hints = get_type_hints(cls)
+    if name not in hints:
+        problems.append(_unknown(cls, name, where))
+        return
+    try:
+        values[name] = convert(value, hints[name])
+    except ValueError as error:
+        problems.append(f"{where}: {error}")
+
+
+def _unknown(cls: type[Config], name: str, where: str) -> str:
+    nearest = difflib.get_close_matches(name, get_type_hints(cls), n=1, cutoff=0.5)
+    hint = f"; did you mean {nearest[0]}?" if nearest else "; --help lists all settings"
+    return f"{where}: there is no setting {name!r}{hint}"
+
+
+_BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def convert(value: object, hint: Any) -> Any:
+    """`value` as the type `hint`: text from a command line is read, a value from a config file is checked.
+
+    Raises `ValueError` with what was expected.
+    """
+    if get_origin(hint) in (Union, types.UnionType):
+        expected = []
+        for member in get_args(hint):
+            try:
+                return convert(value, member)
+            except ValueError as error:
+                expected.append(str(error).removeprefix("expected "))
+        raise ValueError(f"expected {' or '.join(expected)}")
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        if value in choices:
+            return value
+        nearest = difflib.get_close_matches(str(value), choices, n=1)
+        raise ValueError(f"expected {', '.join(choices)}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+    if hint is str:
+        if isinstance(value, str):
+            return value
+        raise ValueError("expected text")
+    if hint is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in _BOOLEANS:
+            return _BOOLEANS[value.lower()]
+        raise ValueError("expected True or False")
+    assert hint in (int, float), hint
+    kind = "a whole number" if hint is int else "a number"
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(f"expected {kind}")
+    try:
+        if hint is int and isinstance(value, str) and not re.search(r"[.eE]", value):
+            return int(value)  # exact, also beyond 2**53
+        number = float(value) if hint is float or isinstance(value, str) else value
+    except (ValueError, OverflowError):
+        raise ValueError(f"expected {kind}") from None
+    if not math.isfinite(number) or (hint is int and number != int(number)):
+        raise ValueError(f"expected {kind}")
+    return hint(number)
+
+
+def out_of_range(config: object, bound: str, names: str) -> Iterator[str]:
+    """A sentence for each of the blank-separated `names` whose value is not `bound`: `>= N` or `in [0, 1)`."""
+    for name in names.split():
+        value = getattr(config, name)
+        good = 0 <= value < 1 if bound == "in [0, 1)" else value >= float(bound.removeprefix(">= "))
+        if not good:
+            yield f"{name}={value}: expected a value {bound}"
+
+
+# ---------------------------------------------------------------------------------------------------
+# From a config to text
+
+
+def help_text(cls: type[Config], usage: str, positional: str = "out_dir") -> str:
+    """What `--help` prints: each field with its default and the comment behind it, by group."""
+    lines = [f"usage: {usage}", "", inspect.cleandoc(cls.__doc__ or "")]
+    lines += [
+        "",
+        f"A word without dashes sets {positional}; one that ends in .py is a config file: Python assignments.",
+    ]
+    width = max(80, min(120, shutil.get_terminal_size().columns))
+    groups: dict[str, list[str]] = {}
+    defaults = dataclasses.asdict(cls())
+    for owner in cls.__mro__[:-1]:
+        for title, name, comment in _commented_fields(owner):
+            setting = f"--{name}={defaults[name]!r}" if defaults[name] in ("", "\n") else f"--{name}={defaults[name]}"
+            text = textwrap.wrap(comment, width - 40) or [""]
+            rows = [f"  {setting:36}  {text[0]}", *(" " * 40 + line for line in text[1:])]
+            groups.setdefault(title, []).extend(row.rstrip() for row in rows)
+    for title, rows in groups.items():
+        lines += ["", f"{title}:", *rows]
+    return "\n".join(lines)
+
+
+def _commented_fields(cls: type) -> Iterator[tuple[str, str, str]]:
+    """`(group, name, comment)` of each field that stands in the source of the class itself."""
+    title, name, comment = "settings", "", ""
+    for line in [*inspect.getsource(cls).splitlines(), "    # --- end ---"]:
+        heading = re.match(r"    # --- (.+) ---$", line)
+        field = re.match(r"    (\w+): .+? = .+?(?:  # (.+))?$", line)
+        if (heading or field) and name:
+            yield title, name, comment
+            name = ""
+        if heading:
+            title = heading[1]
+        elif field:
+            name, comment = field[1], field[2] or ""
+        elif name and (more := re.match(r"    # (.+)$", line)):
+            comment += "; " + more[1]
+
+
+def as_json(config: Settings) -> str:
+    """A config as the text of `config.json`."""
+    return json.dumps(dataclasses.asdict(config), indent=1)
+
+
+def override_globals(variables: dict[str, Any], arguments: Sequence[str]) -> None:
+    """Serve scripts that `exec` configurator.py: override their own globals from files and `--key=value`.
+
+    Only names that already hold a bool, int, float or str can be set, each to its own type, as ever.
+    """
+    fields = {
+        name: (type(value), value)
+        for name, value in variables.items()
+        if not name.startswith("_") and type(value) in (bool, int, float, str)
+    }
+    script = dataclasses.make_dataclass(
+        "Script", [(name, kind, value) for name, (kind, value) in fields.items()], bases=(Settings,)
+    )
+    config: Settings = parse(script, arguments, "python SCRIPT.py [config.py …] [--key=value …]")
+    for name, value in vars(config).items():
+        if value != variables[name]:
+            print(f"Overriding: {name} = {value}")
+            variables[name] = value

@@ -1,0 +1,315 @@
+"""The training program. Reads from top to bottom: `train` is the story, the functions below it are its steps."""
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from nanogpt import checkpoint
+from nanogpt.checkpoint import Progress
+from nanogpt.config import GPTConfig, TrainConfig
+from nanogpt.data.batches import EVALUATION, TRAINING, check_length, gather, window_starts
+from nanogpt.data.prepare import DATASETS, NEEDS_NO_NETWORK
+from nanogpt.data.tokens import Dataset, is_prepared, open_dataset
+from nanogpt.device import Device, choose
+from nanogpt.errors import CheckpointError, DataError
+from nanogpt.model import GPT
+from nanogpt.optim import adamw, learning_rate_at
+from nanogpt.report.metrics import Metrics
+from nanogpt.report.progress import Console
+
+STOPPED = 75  # exit code of a run that a signal has stopped and that can be resumed
+
+
+@dataclass
+class Run:
+    """A training run: what it was asked for, and what training changes."""
+
+    config: TrainConfig
+    device: Device
+    dataset: Dataset
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    progress: Progress
+
+
+def train(config: TrainConfig) -> int:
+    """Train as `config` says. Returns the exit code: 0 done, 75 stopped by a signal and resumable."""
+    device = choose(config.device, config.dtype, config.compile)
+    if config.dry_run:
+        return dry_run(config)
+    run = start(config, device)
+    model, progress = run.model, run.progress
+    print(derived_values(config, model.config, model.get_num_params(), len(run.dataset.train)))
+    if device.compile:
+        print("compiling the model: takes a minute or so (--compile=False starts at once)")
+        model.compile()
+    if config.eval_only:
+        losses = estimate_losses(run)
+        print(f"step {progress.step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        return 0
+
+    if config.init_from != "resume":
+        checkpoint.set_previous_run_aside(config.out_dir)
+    checkpoint.save_config(config)
+    model.train()
+    with (
+        stop_signals() as stopping,
+        Metrics(config, resumed_at=progress.step) as metrics,
+        Console(total=config.max_iters, done=progress.step) as console,
+    ):
+        seconds, updates = 0.0, 0  # since the last line
+        while not stopping():
+            step = progress.step
+            is_last = step >= config.max_iters
+            if (step % config.eval_interval == 0 or is_last) and progress.evaluated != step:
+                evaluate_and_save(run, metrics, console, stopping)
+            if is_last or stopping():
+                break
+
+            began = time.perf_counter()
+            learning_rate = learning_rate_at(step, config)
+            x, y = next_batch(run, step)
+            loss, grad_norm = update(run, x, y, learning_rate)
+            is_due = step % config.log_interval == 0 or step + 1 == config.max_iters
+            if is_due or (step + 1) % config.eval_interval == 0:
+                device.synchronize()  # what comes next is not training and must not be in its time
+            elapsed = time.perf_counter() - began
+            seconds, updates = seconds + elapsed, updates + 1
+            progress.step += 1
+            progress.tokens += x.numel()
+            progress.seconds += elapsed
+
+            if is_due:
+                values = {
+                    "train/loss": loss.item(),
+                    "lr": learning_rate,
+                    "grad_norm": grad_norm.item(),
+                    "tokens_per_second": x.numel() * updates / seconds,
+                }
+                line = f"iter {step}: loss {values['train/loss']:.4f}, time {seconds / updates * 1000:.2f}ms"
+                if peak := device.peak_flops():
+                    values["mfu"] = model.flops_per_token() * values["tokens_per_second"] / peak
+                    line += f", mfu {values['mfu'] * 100:.2f}%"
+                console.line(f"{line}, {values['tokens_per_second']:,.0f} tokens/s")
+                metrics.write(progress, values)
+                seconds, updates = 0.0, 0
+            console.advance()
+
+        if progress.step < config.max_iters:
+            save(run, "ckpt.pt")
+            console.line(f"stopped after {progress.step} updates, saved; --init_from=resume goes on from here")
+            return STOPPED
+    print(
+        f"done: {progress.step} updates, {progress.seconds:.1f} s of training, best validation loss "
+        f"{progress.best_val_loss:.4f}; to see text: python sample.py --out_dir={config.out_dir}"
+    )
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------
+# Before the first step
+
+
+def start(config: TrainConfig, device: Device) -> Run:
+    """Everything in place for the next update: of a new run, or of the one in `out_dir`.
+
+    Raises `DataError` and `CheckpointError` for what can only be seen now.
+    """
+    dataset = open_or_prepare(config)
+    torch.manual_seed(config.seed)
+    loaded = None
+    if config.init_from == "resume":
+        loaded = checkpoint.load(checkpoint.find(config.out_dir, "last"))
+        if loaded.tokenizer.describe() != dataset.tokenizer.describe():
+            raise CheckpointError(
+                f"{loaded.path} was trained on data set {loaded.config.get('dataset')!r}; "
+                f"{config.dataset!r} has another vocabulary"
+            )
+        model = loaded.model(device, dropout=config.dropout)
+        if config.block_size < model.config.block_size:
+            model.crop_block_size(config.block_size)
+        print(f"resuming {loaded.path} after {loaded.progress.step} updates")
+    else:
+        model = GPT(config.model_config(dataset.tokenizer.padded_vocab_size)).to(device.name)
+    check_length(dataset.train, model.config.block_size, f"the training split of {config.dataset}")
+    check_length(dataset.val, model.config.block_size, f"the validation split of {config.dataset}")
+    model.transformer.gradient_checkpointing = config.gradient_checkpointing
+    optimizer = adamw(model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
+    if loaded and not config.eval_only:
+        loaded.restore(optimizer, scaler, device)
+    return Run(config, device, dataset, model, optimizer, scaler, loaded.progress if loaded else Progress())
+
+
+def open_or_prepare(config: TrainConfig) -> Dataset:
+    """The data set of the run; one that needs no network is prepared if it is not there."""
+    folder = Path(config.data_dir) / config.dataset
+    if not is_prepared(folder):
+        if config.dataset not in NEEDS_NO_NETWORK:
+            script = Path("data", config.dataset, "prepare.py")
+            if script.exists():
+                advice = f"prepare it with: python {script}"
+            elif config.dataset in DATASETS:
+                advice = f"prepare it with: nanogpt prepare {config.dataset}"
+            else:
+                advice = f"known data sets: {', '.join(DATASETS)}"
+            raise DataError(f"data set {config.dataset!r}: {folder} has no train.bin and val.bin; {advice}")
+        print(f"preparing the data set {config.dataset} in {folder}")
+        DATASETS[config.dataset](folder)
+    return open_dataset(folder)
+
+
+def dry_run(config: TrainConfig) -> int:
+    """Print the resolved config and what follows from it; allocate and write nothing."""
+    for name, value in dataclasses.asdict(config).items():
+        print(f"{name} = {value!r}")
+    folder = Path(config.data_dir) / config.dataset
+    dataset = open_dataset(folder) if is_prepared(folder) else None
+    shape = config.model_config(dataset.tokenizer.padded_vocab_size if dataset else GPTConfig.vocab_size)
+    with torch.device("meta"):
+        parameters = GPT(shape).get_num_params()
+    print(derived_values(config, shape, parameters, len(dataset.train) if dataset else None))
+    return 0
+
+
+def derived_values(config: TrainConfig, shape: GPTConfig, parameters: int, train_tokens: int | None) -> str:
+    """What follows from the config, in two lines."""
+    tokens = config.rows * shape.block_size
+    epochs = f"{tokens * config.max_iters / train_tokens:.3g} epochs over" if train_tokens else "epochs unknown:"
+    data = f"{train_tokens:,} training tokens" if train_tokens else f"data set {config.dataset} is not prepared"
+    return (
+        f"model: {parameters / 1e6:.2f}M parameters, {shape.n_layer} layers, {shape.n_embd} channels, "
+        f"vocabulary {shape.vocab_size}, context {shape.block_size}\n"
+        f"tokens per iteration will be: {tokens:,} ({config.gradient_accumulation_steps} micro-batches of "
+        f"{config.batch_size} x {shape.block_size}); {config.max_iters:,} iterations make "
+        f"{tokens * config.max_iters:,}: {epochs} {data}"
+    )
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Within the block, Ctrl-C and SIGTERM only ask to stop; a second one interrupts at once.
+
+    Yields a function that tells whether one has come.
+    """
+    received: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        restore()
+        print("\nstopping: saving after this step (once more to leave at once)", flush=True)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: bool(received)
+    finally:
+        restore()
+
+
+# ---------------------------------------------------------------------------------------------------
+# The steps of the loop
+
+
+def next_batch(run: Run, step: int) -> tuple[Tensor, Tensor]:
+    """The global batch of `step`: inputs and targets, each (gradient_accumulation_steps * batch_size, T)."""
+    config, tokens, T = run.config, run.dataset.train, run.model.config.block_size
+    starts = window_starts(len(tokens), T, seed=config.seed, stream=TRAINING, step=step, rows=config.rows)
+    x, y = gather(tokens, starts, T, run.model.config.vocab_size)
+    return run.device.put(x), run.device.put(y)
+
+
+def update(run: Run, x: Tensor, y: Tensor, learning_rate: float) -> tuple[Tensor, Tensor]:
+    """One update of the weights from the global batch x, y (gradient_accumulation_steps * batch_size, T).
+
+    Returns the mean loss over all micro-batches and the gradient norm before clipping, still on the device.
+    """
+    config, model, optimizer, scaler = run.config, run.model, run.optimizer, run.scaler
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    total = torch.zeros((), device=x.device)
+    micro_batches = (config.gradient_accumulation_steps, config.batch_size, -1)
+    for inputs, targets in zip(x.view(micro_batches), y.view(micro_batches), strict=True):
+        with run.device.autocast():
+            _, loss = model(inputs, targets, return_logits=False)
+            loss = loss / config.gradient_accumulation_steps  # gradients add up over the micro-batches
+        total += loss.detach()
+        scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return total, grad_norm
+
+
+@torch.no_grad()
+def estimate_losses(run: Run, stopping: Callable[[], bool] = lambda: False) -> dict[str, float]:
+    """Mean loss of `eval_iters` batches of each split: the same batches at every evaluation of every run."""
+    config, model, T = run.config, run.model, run.model.config.block_size
+    losses = {}
+    model.eval()
+    for split in ("train", "val"):
+        tokens = run.dataset.split(split)
+        total = torch.zeros((), device=run.device.name)
+        for k in range(config.eval_iters):
+            if stopping():
+                break
+            starts = window_starts(len(tokens), T, seed=0, stream=EVALUATION, step=k, rows=config.batch_size)
+            x, y = gather(tokens, starts, T, model.config.vocab_size)
+            with run.device.autocast():
+                _, loss = model(run.device.put(x), run.device.put(y), return_logits=False)
+            total += loss
+        losses[split] = total.item() / config.eval_iters
+    model.train()
+    return losses
+
+
+def evaluate_and_save(run: Run, metrics: Metrics, console: Console, stopping: Callable[[], bool]) -> None:
+    """Evaluate, report, and write the checkpoints that are due."""
+    config, progress = run.config, run.progress
+    losses = estimate_losses(run, stopping)
+    if stopping():
+        return  # an evaluation that was broken off says nothing
+    console.line(f"step {progress.step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+    metrics.write(progress, {"train/eval_loss": losses["train"], "val/loss": losses["val"]})
+    is_best = losses["val"] < progress.best_val_loss
+    is_last = progress.step >= config.max_iters
+    progress.best_val_loss = min(progress.best_val_loss, losses["val"])
+    progress.evaluated = progress.step
+    if progress.step == 0 and not is_last:
+        return  # nothing learned yet, nothing to lose
+    if is_best:
+        save(run, "best.pt")
+    if is_best or is_last or config.always_save_checkpoint:
+        console.line(f"saving checkpoint to {config.out_dir}")
+        save(run, "ckpt.pt")
+
+
+def save(run: Run, name: str) -> None:
+    """Write `ckpt.pt`, or `best.pt`, which goes without the optimizer's state: two thirds of the bytes."""
+    checkpoint.save(
+        Path(run.config.out_dir) / name,
+        model=run.model,
+        optimizer=None if name == "best.pt" else run.optimizer,
+        scaler=run.scaler,
+        config=run.config,
+        progress=run.progress,
+        tokenizer=run.dataset.tokenizer,
+        device=run.device,
+    )
