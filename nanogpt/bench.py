@@ -13,6 +13,7 @@ from nanogpt.config import BenchConfig, GPTConfig
 from nanogpt.data.tokenizer import ByteTokenizer
 from nanogpt.data.tokens import Dataset
 from nanogpt.device import choose
+from nanogpt.distributed import World
 from nanogpt.errors import DataError
 from nanogpt.model import GPT
 from nanogpt.optim import adamw
@@ -27,7 +28,7 @@ def bench(config: BenchConfig) -> None:
     vocab_size = GPTConfig.vocab_size
     if config.real_data:
         try:
-            dataset = open_or_prepare(training)
+            dataset = open_or_prepare(training, World())
         except DataError as error:
             raise DataError(f"{error}; or time random tokens with --real_data=False") from error
         vocab_size = dataset.tokenizer.padded_vocab_size
@@ -38,7 +39,7 @@ def bench(config: BenchConfig) -> None:
     model.transformer.gradient_checkpointing = config.gradient_checkpointing
     optimizer = adamw(model, 1e-4, (0.9, 0.95), 1e-2)
     scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
-    run = Run(training, device, dataset, model, optimizer, scaler, Progress())
+    run = Run(training, device, World(), dataset, model, model, optimizer, scaler, Progress())
     if device.compile:
         print("compiling the model: takes a minute or so")
         model.compile()

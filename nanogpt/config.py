@@ -19,10 +19,10 @@ class GPTConfig:
 
     block_size: int = 1024  # longest context, in tokens
     vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64: matrix units like round numbers
-    n_layer: int = 12
-    n_head: int = 12
+    n_layer: int = 12  # depth: number of blocks
+    n_head: int = 12  # attention heads per block
     n_embd: int = 768  # channels; must be a multiple of n_head
-    dropout: float = 0.0
+    dropout: float = 0.0  # probability of dropping a value while training
     bias: bool = True  # in Linears and LayerNorms: True as in GPT-2, False is a bit better and faster
     activation: Literal["gelu", "gelu_tanh"] = "gelu"  # exact, or the tanh form that OpenAI's weights expect
 
@@ -69,38 +69,37 @@ class TrainConfig(_Machine):
     eval_iters: int = 200  # batches of each split per evaluation; the same ones every time
     eval_only: bool = False  # evaluate once, write nothing, exit
     log_interval: int = 1  # print and record every so many updates; reading the loss makes a GPU wait
-    always_save_checkpoint: bool = (
-        True  # write ckpt.pt at every evaluation; False: only when it improved, and at the end
-    )
+    always_save_checkpoint: bool = True  # write ckpt.pt at every evaluation; False: when it improved, and at the end
     dry_run: bool = False  # print the resolved config and what follows from it, then exit
 
     # --- Weights & Biases ---
     wandb_log: bool = False  # also send the metrics there
-    wandb_project: str = "owt"
-    wandb_run_name: str = "gpt2"
+    wandb_project: str = "owt"  # project that the run is shown in
+    wandb_run_name: str = "gpt2"  # name of the run
+
+    # --- several processes (torchrun) ---
+    backend: Literal["auto", "nccl", "gloo"] = "auto"  # how they talk; auto: nccl on CUDA, gloo elsewhere
 
     # --- data ---
     data_dir: str = "data"  # folder of the data sets
     dataset: str = "openwebtext"  # folder below data_dir that holds train.bin and val.bin
-    gradient_accumulation_steps: int = 5 * 8  # micro-batches per update: a large batch in little memory
+    gradient_accumulation_steps: int = 5 * 8  # micro-batches per update, over all processes together
     batch_size: int = 12  # rows of a micro-batch; as many as fit into memory
     block_size: int = 1024  # context length in tokens
 
     # --- model ---
-    n_layer: int = 12
-    n_head: int = 12
+    n_layer: int = 12  # depth: number of blocks
+    n_head: int = 12  # attention heads per block
     n_embd: int = 768  # channels; must be a multiple of n_head
     dropout: float = 0.0  # 0 is best for pretraining; for finetuning, or several passes over few data, try 0.1 and more
     bias: bool = False  # in Linears and LayerNorms; GPT-2 has them, without is a bit better and faster
-    gradient_checkpointing: bool = (
-        False  # recompute each block in the backward pass: far less memory, a third more time
-    )
+    gradient_checkpointing: bool = False  # recompute blocks in the backward pass: far less memory, a third more time
 
     # --- AdamW ---
     learning_rate: float = 6e-4  # peak
     weight_decay: float = 1e-1  # on matrices only
-    beta1: float = 0.9
-    beta2: float = 0.95  # 0.99 where few tokens make a batch
+    beta1: float = 0.9  # how slowly the average of the gradient forgets
+    beta2: float = 0.95  # the same for its square; 0.99 where few tokens make a batch
     grad_clip: float = 1.0  # clip gradients at this total norm; 0: never
 
     # --- learning-rate schedule ---
@@ -180,7 +179,7 @@ class EvalConfig(_TrainedModel):
     # --- data ---
     data_dir: str = "data"  # folder of the data sets
     dataset: str = ""  # empty: the one that the model was trained on
-    split: Literal["train", "val"] = "val"
+    split: Literal["train", "val"] = "val"  # which part of the data
     batch_size: int = 32  # windows at a time; changes the speed, not the result
     block_size: int = 0  # window length; 0: the model's
 
@@ -198,16 +197,16 @@ class BenchConfig(_Machine):
     # --- data ---
     real_data: bool = True  # batches of the data set; False: random tokens made once, to leave the loader out
     data_dir: str = "data"  # folder of the data sets
-    dataset: str = "openwebtext"
-    batch_size: int = 12
-    block_size: int = 1024
+    dataset: str = "openwebtext"  # folder below data_dir that holds train.bin and val.bin
+    batch_size: int = 12  # rows of a step
+    block_size: int = 1024  # context length in tokens
 
     # --- model ---
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    bias: bool = False
-    gradient_checkpointing: bool = False
+    n_layer: int = 12  # depth: number of blocks
+    n_head: int = 12  # attention heads per block
+    n_embd: int = 768  # channels; must be a multiple of n_head
+    bias: bool = False  # in Linears and LayerNorms
+    gradient_checkpointing: bool = False  # recompute blocks in the backward pass
 
     # --- measurement ---
     warmup_steps: int = 10  # not timed: allocation, compilation, clocks

@@ -39,7 +39,6 @@ class Device:
     type: str  # cpu, mps or cuda
     dtype: torch.dtype  # of the matrix products
     compile: bool
-    reason: str  # one line for the person at the keyboard
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which matrix products run in `dtype`."""
@@ -75,12 +74,15 @@ class Device:
         return next((peak for key, peak in _PEAK_FLOPS.items() if key in name), None)
 
 
-def choose(device: str, dtype: str, compile: bool | str, announce: bool = True) -> Device:
+def choose(device: str, dtype: str, compile: bool | str, local_rank: int | None = None) -> Device:
     """Resolve the settings `device`, `dtype` and `compile`, print the choice, set up the backend.
 
+    `local_rank` is the number of this process on this machine, where there are several: each takes its own GPU.
     Raises `ConfigError` for a device that is not here or a dtype that it can't compute with.
     """
     name, why_device = _choose_name(device)
+    if local_rank is not None and name == "cuda":
+        name, why_device = _choose_name(f"cuda:{local_rank}")
     kind = name.split(":")[0]
     number_format, why_dtype = _choose_dtype(kind, name, dtype)
     compiled, why_compile = _choose_compile(kind, compile)
@@ -88,10 +90,9 @@ def choose(device: str, dtype: str, compile: bool | str, announce: bool = True) 
         torch.cuda.set_device(name)
         torch.set_float32_matmul_precision("high")  # TF32 where a product is left in float32
     short = str(number_format).removeprefix("torch.")
-    reason = f"device {name} ({why_device}), dtype {short} ({why_dtype}), compile {compiled} ({why_compile})"
-    if announce:
-        print(reason)
-    return Device(name, kind, number_format, compiled, reason)
+    if not local_rank:
+        print(f"device {name} ({why_device}), dtype {short} ({why_dtype}), compile {compiled} ({why_compile})")
+    return Device(name, kind, number_format, compiled)
 
 
 def _choose_name(device: str) -> tuple[str, str]:

@@ -104,7 +104,7 @@ class Transformer(nn.Module):
         if T > self.wpe.num_embeddings:
             raise ValueError(f"a context of {T} tokens does not fit block_size={self.wpe.num_embeddings}")
         positions = torch.arange(T, device=idx.device)
-        x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
+        x: Tensor = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
         for block in self.h:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, use_reentrant=False)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from nanogpt.data.batches import EVALUATION, TRAINING, check_length, gather, win
 from nanogpt.data.prepare import DATASETS, NEEDS_NO_NETWORK
 from nanogpt.data.tokens import Dataset, is_prepared, open_dataset
 from nanogpt.device import Device, choose
-from nanogpt.errors import CheckpointError, DataError
+from nanogpt.distributed import World, joined, no_gradient_exchange, parallel, this_process
+from nanogpt.errors import CheckpointError, ConfigError, DataError
 from nanogpt.model import GPT
 from nanogpt.optim import adamw, learning_rate_at
 from nanogpt.report.metrics import Metrics
@@ -35,8 +37,10 @@ class Run:
 
     config: TrainConfig
     device: Device
+    world: World
     dataset: Dataset
     model: GPT
+    network: Any  # the model as training calls it: itself, or wrapped for several processes
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
@@ -44,28 +48,32 @@ class Run:
 
 def train(config: TrainConfig) -> int:
     """Train as `config` says. Returns the exit code: 0 done, 75 stopped by a signal and resumable."""
-    device = choose(config.device, config.dtype, config.compile)
+    world = this_process()
+    device = choose(config.device, config.dtype, config.compile, world.local_rank if world.size > 1 else None)
     if config.dry_run:
         return dry_run(config)
-    run = start(config, device)
-    model, progress = run.model, run.progress
-    print(derived_values(config, model.config, model.get_num_params(), len(run.dataset.train)))
-    if device.compile:
-        print("compiling the model: takes a minute or so (--compile=False starts at once)")
-        model.compile()
-    if config.eval_only:
+    with joined(world, config.backend, device.type):
+        run = start(config, device, world)
+        print(derived_values(config, run.model.config, run.model.get_num_params(), len(run.dataset.train)))
+        if not config.eval_only:
+            return train_until_done(run)
         losses = estimate_losses(run)
-        print(f"step {progress.step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        print(f"step {run.progress.step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         return 0
 
-    if config.init_from != "resume":
-        checkpoint.set_previous_run_aside(config.out_dir)
-    checkpoint.save_config(config)
+
+def train_until_done(run: Run) -> int:
+    """The loop: batch, update, now and then an evaluation and a checkpoint. Returns the exit code."""
+    config, device, world, model, progress = run.config, run.device, run.world, run.model, run.progress
+    if world.is_main:
+        if config.init_from != "resume":
+            checkpoint.set_previous_run_aside(config.out_dir)
+        checkpoint.save_config(config)
     model.train()
     with (
-        stop_signals() as stopping,
-        Metrics(config, resumed_at=progress.step) as metrics,
-        Console(total=config.max_iters, done=progress.step) as console,
+        stop_signals(run) as stopping,
+        Metrics(config, resumed_at=progress.step, is_main=world.is_main) as metrics,
+        Console(total=config.max_iters, done=progress.step, is_main=world.is_main) as console,
     ):
         seconds, updates = 0.0, 0  # since the last line
         while not stopping():
@@ -86,26 +94,26 @@ def train(config: TrainConfig) -> int:
             elapsed = time.perf_counter() - began
             seconds, updates = seconds + elapsed, updates + 1
             progress.step += 1
-            progress.tokens += x.numel()
+            progress.tokens += config.rows * model.config.block_size
             progress.seconds += elapsed
 
             if is_due:
                 values = {
-                    "train/loss": loss.item(),
+                    "train/loss": world.mean(loss).item(),
                     "lr": learning_rate,
                     "grad_norm": grad_norm.item(),
-                    "tokens_per_second": x.numel() * updates / seconds,
+                    "tokens_per_second": config.rows * model.config.block_size * updates / seconds,
                 }
                 line = f"iter {step}: loss {values['train/loss']:.4f}, time {seconds / updates * 1000:.2f}ms"
                 if peak := device.peak_flops():
-                    values["mfu"] = model.flops_per_token() * values["tokens_per_second"] / peak
+                    values["mfu"] = model.flops_per_token() * values["tokens_per_second"] / (peak * world.size)
                     line += f", mfu {values['mfu'] * 100:.2f}%"
                 console.line(f"{line}, {values['tokens_per_second']:,.0f} tokens/s")
                 metrics.write(progress, values)
                 seconds, updates = 0.0, 0
             console.advance()
 
-        if progress.step < config.max_iters:
+        if progress.step < config.max_iters or progress.evaluated != progress.step:
             save(run, "ckpt.pt")
             console.line(f"stopped after {progress.step} updates, saved; --init_from=resume goes on from here")
             return STOPPED
@@ -120,12 +128,13 @@ def train(config: TrainConfig) -> int:
 # Before the first step
 
 
-def start(config: TrainConfig, device: Device) -> Run:
+def start(config: TrainConfig, device: Device, world: World) -> Run:
     """Everything in place for the next update: of a new run, or of the one in `out_dir`.
 
     Raises `DataError` and `CheckpointError` for what can only be seen now.
     """
-    dataset = open_or_prepare(config)
+    world.share(config.gradient_accumulation_steps, "gradient_accumulation_steps")  # each takes whole micro-batches
+    dataset = open_or_prepare(config, world)
     torch.manual_seed(config.seed)
     loaded = None
     if config.init_from == "resume":
@@ -137,6 +146,11 @@ def start(config: TrainConfig, device: Device) -> Run:
             )
         model = loaded.model(device, dropout=config.dropout)
         if config.block_size < model.config.block_size:
+            if not config.eval_only:  # the optimizer's state would not fit
+                raise ConfigError(
+                    f"block_size={config.block_size}, but {loaded.path} has {model.config.block_size}, and a run is "
+                    f"resumed with its own context length; set --block_size={model.config.block_size}"
+                )
             model.crop_block_size(config.block_size)
         print(f"resuming {loaded.path} after {loaded.progress.step} updates")
     else:
@@ -148,24 +162,31 @@ def start(config: TrainConfig, device: Device) -> Run:
     scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
     if loaded and not config.eval_only:
         loaded.restore(optimizer, scaler, device)
-    return Run(config, device, dataset, model, optimizer, scaler, loaded.progress if loaded else Progress())
+    elif world.rank:
+        torch.manual_seed(config.seed + world.rank)  # every process drops out other values
+    if device.compile:
+        print("compiling the model: takes a minute or so (--compile=False starts at once)")
+        model.compile()
+    progress = loaded.progress if loaded else Progress()
+    return Run(config, device, world, dataset, model, parallel(model, world), optimizer, scaler, progress)
 
 
-def open_or_prepare(config: TrainConfig) -> Dataset:
+def open_or_prepare(config: TrainConfig, world: World) -> Dataset:
     """The data set of the run; one that needs no network is prepared if it is not there."""
     folder = Path(config.data_dir) / config.dataset
-    if not is_prepared(folder):
+    if world.is_main and not is_prepared(folder):
         if config.dataset not in NEEDS_NO_NETWORK:
             script = Path("data", config.dataset, "prepare.py")
-            if script.exists():
+            if script.exists() and script.parent == folder:
                 advice = f"prepare it with: python {script}"
             elif config.dataset in DATASETS:
-                advice = f"prepare it with: nanogpt prepare {config.dataset}"
+                advice = f"prepare it with: python -m nanogpt prepare {config.dataset} --data_dir={config.data_dir}"
             else:
                 advice = f"known data sets: {', '.join(DATASETS)}"
             raise DataError(f"data set {config.dataset!r}: {folder} has no train.bin and val.bin; {advice}")
         print(f"preparing the data set {config.dataset} in {folder}")
         DATASETS[config.dataset](folder)
+    world.wait()
     return open_dataset(folder)
 
 
@@ -197,10 +218,10 @@ def derived_values(config: TrainConfig, shape: GPTConfig, parameters: int, train
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
+def stop_signals(run: Run) -> Iterator[Callable[[], bool]]:
     """Within the block, Ctrl-C and SIGTERM only ask to stop; a second one interrupts at once.
 
-    Yields a function that tells whether one has come.
+    Yields a function that tells whether one has come to any process.
     """
     received: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -217,7 +238,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     for number in before:
         signal.signal(number, note)
     try:
-        yield lambda: bool(received)
+        yield lambda: run.world.any(bool(received), run.device.name)
     finally:
         restore()
 
@@ -227,29 +248,32 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
 
 def next_batch(run: Run, step: int) -> tuple[Tensor, Tensor]:
-    """The global batch of `step`: inputs and targets, each (gradient_accumulation_steps * batch_size, T)."""
+    """This process's rows of the global batch of `step`: inputs and targets, each (micro-batches * B, T)."""
     config, tokens, T = run.config, run.dataset.train, run.model.config.block_size
     starts = window_starts(len(tokens), T, seed=config.seed, stream=TRAINING, step=step, rows=config.rows)
-    x, y = gather(tokens, starts, T, run.model.config.vocab_size)
+    rows = run.world.share(config.rows, "rows")
+    x, y = gather(tokens, starts[rows.start : rows.stop], T, run.model.config.vocab_size)
     return run.device.put(x), run.device.put(y)
 
 
 def update(run: Run, x: Tensor, y: Tensor, learning_rate: float) -> tuple[Tensor, Tensor]:
-    """One update of the weights from the global batch x, y (gradient_accumulation_steps * batch_size, T).
+    """One update of the weights from this process's rows x, y (micro-batches * B, T) of the global batch.
 
-    Returns the mean loss over all micro-batches and the gradient norm before clipping, still on the device.
+    Returns the mean loss over these rows and the gradient norm (of all rows) before clipping, on the device.
     """
     config, model, optimizer, scaler = run.config, run.model, run.optimizer, run.scaler
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     total = torch.zeros((), device=x.device)
-    micro_batches = (config.gradient_accumulation_steps, config.batch_size, -1)
-    for inputs, targets in zip(x.view(micro_batches), y.view(micro_batches), strict=True):
-        with run.device.autocast():
-            _, loss = model(inputs, targets, return_logits=False)
-            loss = loss / config.gradient_accumulation_steps  # gradients add up over the micro-batches
-        total += loss.detach()
-        scaler.scale(loss).backward()
+    shape = (-1, config.batch_size, x.shape[1])
+    micro_batches = list(zip(x.view(shape), y.view(shape), strict=True))
+    for n, (inputs, targets) in enumerate(micro_batches, start=1):
+        with no_gradient_exchange(run.network, is_last=n == len(micro_batches)):
+            with run.device.autocast():
+                _, loss = run.network(inputs, targets, return_logits=False)
+                loss = loss / len(micro_batches)  # gradients add up over the micro-batches
+            total += loss.detach()
+            scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     scaler.step(optimizer)
@@ -270,12 +294,14 @@ def estimate_losses(run: Run, stopping: Callable[[], bool] = lambda: False) -> d
         for k in range(config.eval_iters):
             if stopping():
                 break
+            if k % run.world.size != run.world.rank:
+                continue  # another process's
             starts = window_starts(len(tokens), T, seed=0, stream=EVALUATION, step=k, rows=config.batch_size)
             x, y = gather(tokens, starts, T, model.config.vocab_size)
             with run.device.autocast():
                 _, loss = model(run.device.put(x), run.device.put(y), return_logits=False)
             total += loss
-        losses[split] = total.item() / config.eval_iters
+        losses[split] = run.world.mean(total).item() * run.world.size / config.eval_iters
     model.train()
     return losses
 
@@ -303,6 +329,8 @@ def evaluate_and_save(run: Run, metrics: Metrics, console: Console, stopping: Ca
 
 def save(run: Run, name: str) -> None:
     """Write `ckpt.pt`, or `best.pt`, which goes without the optimizer's state: two thirds of the bytes."""
+    if not run.world.is_main:
+        return
     checkpoint.save(
         Path(run.config.out_dir) / name,
         model=run.model,

@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from nanogpt.checkpoint import Progress
 from nanogpt.config import TrainConfig
@@ -15,16 +15,23 @@ from nanogpt.settings import as_json
 class Metrics:
     """The records of a run, open for writing. A resumed run goes on in the same file, with no step twice."""
 
-    def __init__(self, config: TrainConfig, resumed_at: int = 0) -> None:
+    def __init__(self, config: TrainConfig, resumed_at: int = 0, is_main: bool = True) -> None:
+        self._wandb: Any = None
+        self._file: IO[str] | None = None
+        if not is_main:
+            return  # one process of a run writes
         path = Path(config.out_dir) / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= resumed_at] if resumed_at else []
         with atomic_write(path) as file:
             file.writelines(json.dumps(row).encode() + b"\n" for row in kept)
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # line by line: nothing is lost in a crash
-        self._wandb = _start_wandb(config) if config.wandb_log else None
+        if config.wandb_log:
+            self._wandb = _start_wandb(config)
 
     def write(self, progress: Progress, values: dict[str, float]) -> None:
         """Record `values` after `progress.step` updates; a number that is not finite becomes null."""
+        if self._file is None:
+            return
         row: dict[str, Any] = {"v": 1, "step": progress.step, "seconds": round(progress.seconds, 3)}
         row |= {"tokens": progress.tokens, **values}
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
@@ -38,7 +45,8 @@ class Metrics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
         if self._wandb:
             self._wandb.finish(exit_code=int(error is not None))
 

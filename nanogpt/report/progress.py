@@ -8,8 +8,9 @@ from tqdm import tqdm
 class Console:
     """Prints lines to standard output, above a progress bar on standard error if that is a terminal."""
 
-    def __init__(self, total: int, done: int = 0) -> None:
-        self._bar = tqdm(total=total, initial=done, unit="it", dynamic_ncols=True, disable=None, smoothing=0.05)
+    def __init__(self, total: int, done: int = 0, is_main: bool = True) -> None:
+        hidden = None if is_main else True  # None: shown on a terminal only
+        self._bar = tqdm(total=total, initial=done, unit="it", dynamic_ncols=True, disable=hidden, smoothing=0.05)
 
     def line(self, text: str) -> None:
         """Print one line, at once."""

@@ -1,0 +1,52 @@
+# make demo: train a GPT on this machine and see what it writes, in about three minutes
+# make test: everything that must hold
+PYTHON ?= python3
+PIP_ARGS ?=
+PY := .venv/bin/python
+INSTALLED := .venv/installed
+
+.PHONY: help install demo test lint test-slow bench clean
+
+help:
+	@grep '^# make' Makefile | cut -c3-
+
+# make install: .venv with all dependencies in the tested versions (PIP_ARGS="--index-url ..." chooses a torch build)
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "nanoGPT needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install
+	$(PY) data/pystdlib/prepare.py
+	$(PY) train.py config/train_pystdlib.py
+	$(PY) sample.py --out_dir=out-pystdlib --num_samples=2 --max_new_tokens=400 --start='def '
+	$(PY) -m nanogpt plot out-pystdlib
+	@echo
+	@echo "You have trained a GPT on the Python library of this machine. Where things lie:"
+	@echo "  data/pystdlib/            the text as token ids, and which files it came from"
+	@echo "  out-pystdlib/best.pt      the model; metrics.jsonl and loss.png show how it learned"
+	@echo "  config/train_pystdlib.py  its recipe"
+	@echo "Next, with '. .venv/bin/activate':"
+	@echo "  python sample.py --out_dir=out-pystdlib --start='class Model' --temperature=0.6"
+	@echo "  python train.py config/train_pystdlib.py --n_layer=6 --max_iters=3000 --lr_decay_iters=3000"
+	@echo "  python train.py --help"
+
+# make lint: format, style and types
+lint: install
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+test: lint
+	$(PY) -m pytest -n auto -m "not slow"
+
+# make test-slow: the tests that take minutes
+test-slow: install
+	$(PY) -m pytest -m slow
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,104 @@
+"""What several tests share: a tiny data set, a tiny recipe, and the programs as a person starts them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nanogpt.config import TrainConfig
+from nanogpt.data.tokenizer import CharTokenizer
+from nanogpt.data.tokens import write_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+Program = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Tests run side by side and compare digits: one thread each, an empty folder, no progress bars, no trackers."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    """A folder with the data set `tiny`: 5,000 characters of a repeating, learnable text."""
+    text = "the quick brown fox jumps over the lazy dog\n" * 130
+    tokenizer = CharTokenizer.from_text(text)
+    splits = {"train": [tokenizer.encode(text[:5000])], "val": [tokenizer.encode(text[5000:])]}
+    write_dataset(tmp_path / "data" / "tiny", splits, tokenizer, [])
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def recipe(data_dir: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
+    """A training config that takes a second: `recipe(max_iters=5)`."""
+
+    def make(**settings: object) -> TrainConfig:
+        values = {
+            "out_dir": str(tmp_path / "out"),
+            "data_dir": str(data_dir),
+            "dataset": "tiny",
+            "max_iters": 6,
+            "eval_interval": 4,
+            "eval_iters": 2,
+            "gradient_accumulation_steps": 1,
+            "batch_size": 4,
+            "block_size": 16,
+            "n_layer": 2,
+            "n_head": 2,
+            "n_embd": 32,
+            "learning_rate": 3e-3,
+            "min_lr": 3e-4,
+            "warmup_iters": 2,
+            "lr_decay_iters": 6,
+            "device": "cpu",
+            "dtype": "float32",
+        }
+        return TrainConfig(**{**values, **settings})  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Program:
+    """Start a program as a person does: `program("train.py", "--help")`, in an empty folder."""
+
+    def run(
+        script: str, *arguments: str, cwd: Path = tmp_path, **environment: str
+    ) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, *(["-m", "nanogpt"] if script == "nanogpt" else [str(ROOT / script)]), *arguments]
+        path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+        return subprocess.run(
+            command,
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": path, **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def downloads() -> Path:
+    """The folder of files that are not in the repository."""
+    folder = os.environ.get("NANOGPT_DOWNLOADS")
+    if not folder or not (Path(folder) / "tinyshakespeare.txt").exists():
+        pytest.skip("NANOGPT_DOWNLOADS names no folder with tinyshakespeare.txt")
+    return Path(folder)
+
+
+def random_ids(*shape: int, vocab_size: int = 61, seed: int = 0) -> torch.Tensor:
+    """Token ids that are the same everywhere."""
+    return torch.from_numpy(np.random.default_rng(seed).integers(vocab_size, size=shape))

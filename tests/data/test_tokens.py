@@ -1,0 +1,97 @@
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
+from nanogpt.data.tokens import is_prepared, open_dataset, read_meta, write_dataset, write_meta
+from nanogpt.errors import DataError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tokenizer = CharTokenizer("abc")
+    pieces = {"train": [tokenizer.encode("abc"), tokenizer.encode("cab")], "val": [tokenizer.encode("bb")]}
+    write_dataset(tmp_path / "set", pieces, tokenizer, [{"path": "x"}])
+    return tmp_path / "set"
+
+
+def test_what_is_written_is_what_is_read(folder: Path) -> None:
+    dataset = open_dataset(folder)
+    assert dataset.train.tolist() == [0, 1, 2, 2, 0, 1]
+    assert dataset.split("val").tolist() == [1, 1]
+    assert dataset.tokenizer.describe() == {"kind": "char", "characters": "abc"}
+    assert np.fromfile(folder / "train.bin", dtype="<u2").tolist() == [0, 1, 2, 2, 0, 1]
+    description = json.loads((folder / "dataset.json").read_text())
+    assert description["tokens"] == {"train": 6, "val": 2}
+    assert description["sources"] == [{"path": "x"}]
+    with (folder / "meta.pkl").open("rb") as file:
+        meta = pickle.load(file)
+    assert meta == {"vocab_size": 3, "itos": {0: "a", 1: "b", 2: "c"}, "stoi": {"a": 0, "b": 1, "c": 2}}
+
+
+def test_a_data_set_of_the_original_opens(tmp_path: Path) -> None:
+    for name in ("train.bin", "val.bin"):
+        np.array([1, 0], dtype="<u2").tofile(tmp_path / name)
+    assert is_prepared(tmp_path)
+    assert isinstance(open_dataset(tmp_path).tokenizer, GPT2Tokenizer)
+    write_meta(tmp_path / "meta.pkl", CharTokenizer("xy"))
+    dataset = open_dataset(tmp_path)
+    assert dataset.tokenizer.decode(dataset.train.tolist()) == "yx"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "train.bin").unlink(), "cannot read"),
+        (lambda f: (f / "train.bin").write_bytes(b""), "has 0 bytes"),
+        (lambda f: (f / "train.bin").write_bytes(b"123"), "has 3 bytes, which is no whole number of uint16"),
+        (lambda f: (f / "train.bin").write_bytes(b"1234"), "holds 2 tokens, but dataset.json promises 6"),
+        (lambda f: (f / "dataset.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "dataset.json").write_bytes(b"\xff"), "cannot be read"),
+        (lambda f: (f / "dataset.json").write_text("[]"), "does not describe a data set"),
+        (lambda f: (f / "dataset.json").write_text('{"tokens": {}}'), "unknown tokenizer"),
+        (
+            lambda f: (f / "dataset.json").write_text('{"tokens": {}, "tokenizer": {"kind": "byte"}, "dtype": "O"}'),
+            "dtype is",
+        ),
+    ],
+)
+def test_damage_is_one_message(folder: Path, damage: Callable[[Path], Any], message: str) -> None:
+    damage(folder)
+    with pytest.raises(DataError) as caught:
+        open_dataset(folder)
+    assert message in str(caught.value)
+
+
+class Attack:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch attacked",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [pickle.dumps(Attack()), pickle.dumps({"itos": Attack(), "vocab_size": 1}), b"", b"\x80\x04.", pickle.dumps([1]),
+     pickle.dumps({"vocab_size": 10**9, "itos": {}}), pickle.dumps({"vocab_size": 1, "itos": {0: 5}})],
+)  # fmt: skip
+def test_a_hostile_or_broken_meta_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "meta.pkl").write_bytes(content)
+    with pytest.raises(DataError, match="is not a character vocabulary"):
+        read_meta(tmp_path / "meta.pkl")
+    assert not Path("attacked").exists()
+
+
+def test_an_interrupted_preparation_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
+    def pieces() -> Any:
+        yield np.array([1, 2, 3], dtype=np.uint8)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(tmp_path / "set", {"train": pieces(), "val": pieces()}, ByteTokenizer(), [])
+    assert list((tmp_path / "set").iterdir()) == []
+    assert not is_prepared(tmp_path / "set")

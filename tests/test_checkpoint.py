@@ -1,0 +1,185 @@
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanogpt import checkpoint, train
+from nanogpt.config import GPTConfig, TrainConfig
+from nanogpt.data.tokenizer import CharTokenizer, GPT2Tokenizer
+from nanogpt.data.tokens import write_meta
+from nanogpt.device import Device
+from nanogpt.errors import CheckpointError
+from nanogpt.model import GPT
+from tests.conftest import random_ids
+
+Recipe = Callable[..., TrainConfig]
+CPU = Device("cpu", "cpu", torch.float32, False)
+
+
+@pytest.fixture
+def trained(recipe: Recipe) -> Path:
+    config = recipe(max_iters=2)
+    train.train(config)
+    return Path(config.out_dir)
+
+
+def test_the_file_is_the_originals_dictionary(trained: Path) -> None:
+    content = torch.load(trained / "ckpt.pt", weights_only=True)
+    assert set(content) == {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config", "nanogpt"}
+    names = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
+    assert set(content["model_args"]) == names
+    assert content["iter_num"] == 2
+    assert content["config"]["dataset"] == "tiny"
+    groups = content["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert content["nanogpt"]["tokenizer"]["kind"] == "char"
+
+
+def test_best_comes_without_optimizer(trained: Path) -> None:
+    assert checkpoint.load(trained / "best.pt").optimizer is None
+    assert (trained / "best.pt").stat().st_size < (trained / "ckpt.pt").stat().st_size / 2
+
+
+def test_the_model_comes_back_tied_and_whole(trained: Path) -> None:
+    loaded = checkpoint.load(trained / "ckpt.pt")
+    model = loaded.model(CPU)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not model.training
+    fresh = GPT(loaded.model_config)
+    fresh.load_state_dict(loaded.weights)
+    x = random_ids(2, 8, vocab_size=20)
+    assert torch.equal(model(x)[0], fresh.eval()(x)[0])
+
+
+def original_checkpoint(folder: Path, dataset: str, prefix: str = "") -> tuple[Path, GPT]:
+    """A file as the original writes it: no key of ours, best_val_loss a tensor, perhaps a prefix."""
+    model = GPT(GPTConfig(block_size=8, vocab_size=4, n_layer=1, n_head=2, n_embd=8, bias=False))
+    groups = [[p for p in model.parameters() if p.dim() >= 2], [p for p in model.parameters() if p.dim() < 2]]
+    optimizer = torch.optim.AdamW([{"params": g, "weight_decay": w} for g, w in zip(groups, (0.1, 0.0), strict=True)])
+    model(random_ids(2, 8, vocab_size=4), random_ids(2, 8, vocab_size=4))[1].backward()
+    optimizer.step()
+    arguments = {
+        "n_layer": 1,
+        "n_head": 2,
+        "n_embd": 8,
+        "block_size": 8,
+        "bias": False,
+        "vocab_size": 4,
+        "dropout": 0.0,
+    }
+    content = {
+        "model": {prefix + k: v for k, v in model.state_dict().items()},
+        "optimizer": optimizer.state_dict(),
+        "model_args": arguments,
+        "iter_num": 5,
+        "best_val_loss": torch.tensor(1.5),
+        "config": {"dataset": dataset},
+    }
+    torch.save(content, folder / "ckpt.pt")
+    return folder / "ckpt.pt", model
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_a_checkpoint_of_the_original_loads(tmp_path: Path, prefix: str) -> None:
+    path, model = original_checkpoint(tmp_path, "letters", prefix)
+    write_meta(tmp_path / "data" / "letters" / "meta.pkl", CharTokenizer("abcd"))
+    loaded = checkpoint.load(path)
+    assert (loaded.progress.step, loaded.progress.best_val_loss) == (5, 1.5)
+    assert loaded.tokenizer.decode([0, 3]) == "ad"
+    for name, tensor in loaded.model(CPU).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+
+
+def test_a_checkpoint_of_the_original_without_meta_is_gpt2s_tokens(tmp_path: Path) -> None:
+    path, _ = original_checkpoint(tmp_path, "openwebtext")
+    assert isinstance(checkpoint.load(path).tokenizer, GPT2Tokenizer)
+
+
+def test_a_run_of_the_original_is_resumed(tmp_path: Path, recipe: Recipe, data_dir: Path) -> None:
+    original_checkpoint(tmp_path, "letters")
+    folder = data_dir / "letters"
+    write_meta(folder / "meta.pkl", CharTokenizer("abcd"))
+    for name in ("train.bin", "val.bin"):
+        random_ids(100, vocab_size=4).numpy().astype("uint16").tofile(folder / name)
+    config = recipe(out_dir=str(tmp_path), dataset="letters", init_from="resume", max_iters=7)
+    assert train.train(config) == 0
+    assert checkpoint.load(tmp_path / "ckpt.pt").progress.step == 7
+
+
+class Attack:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch attacked",)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: p.unlink(), "there is no checkpoint"),
+        (lambda p: p.write_bytes(b""), "cannot be read as a checkpoint"),
+        (lambda p: p.write_bytes(b"nonsense" * 99), "cannot be read as a checkpoint"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-1000]), "cannot be read as a checkpoint"),
+        (lambda p: torch.save([1, 2], p), "it holds a list"),
+        (lambda p: torch.save({"model": {}}, p), "is no checkpoint of a GPT: KeyError"),
+        (lambda p: torch.save({"model": Attack()}, p), "cannot be read as a checkpoint: UnpicklingError"),
+        (lambda p: p.write_bytes(pickle.dumps(Attack())), "cannot be read as a checkpoint"),
+    ],
+)
+def test_a_broken_or_hostile_file_is_refused(trained: Path, damage: Callable[[Path], Any], message: str) -> None:
+    damage(trained / "ckpt.pt")
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(trained / "ckpt.pt")
+    assert message in str(caught.value)
+    assert not Path("attacked").exists()
+
+
+def test_a_flipped_bit_in_the_weights_is_found(trained: Path) -> None:
+    path = trained / "ckpt.pt"
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+    data = bytearray(path.read_bytes())
+    data[largest.header_offset + 200 + largest.file_size // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="is damaged: checksum"):
+        checkpoint.load(path)
+
+
+def test_weights_that_do_not_fit_are_refused(trained: Path) -> None:
+    content = torch.load(trained / "ckpt.pt", weights_only=True)
+    del content["model"]["lm_head.weight"]
+    torch.save(content, trained / "ckpt.pt")
+    with pytest.raises(CheckpointError, match="the weights do not fit"):
+        checkpoint.load(trained / "ckpt.pt").model(CPU)
+
+
+def test_find_prefers_the_best_and_says_what_is_missing(trained: Path, tmp_path: Path) -> None:
+    out = str(trained)
+    assert checkpoint.find(out, "auto").name == "best.pt"
+    assert checkpoint.find(out, "last").name == "ckpt.pt"
+    assert checkpoint.find(out, "some/file.pt") == Path("some/file.pt")
+    (trained / "best.pt").unlink()
+    assert checkpoint.find(out, "auto").name == "ckpt.pt"
+    with pytest.raises(CheckpointError, match=r"has no best\.pt"):
+        checkpoint.find(out, "best")
+    with pytest.raises(CheckpointError, match="there is no folder nowhere"):
+        checkpoint.find("nowhere", "auto")
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
+) -> None:
+    before = (trained / "ckpt.pt").read_bytes()
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("disk on fire")
+
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        train.train(recipe(max_iters=4, init_from="resume"))
+    assert (trained / "ckpt.pt").read_bytes() == before
+    assert list(trained.glob("*.tmp")) == []

@@ -1,0 +1,76 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from nanogpt import cli
+from nanogpt.config import BenchConfig, GPTConfig, TrainConfig
+from nanogpt.errors import ConfigError
+from nanogpt.settings import _commented_fields, parse
+from tests.conftest import ROOT
+
+# every setting of the original's train.py under its name, with its default; None where ours follows the machine
+ORIGINAL = {
+    "out_dir": "out", "eval_interval": 2000, "log_interval": 1, "eval_iters": 200, "eval_only": False,
+    "always_save_checkpoint": True, "init_from": "scratch", "wandb_log": False, "wandb_project": "owt",
+    "wandb_run_name": "gpt2", "dataset": "openwebtext", "gradient_accumulation_steps": 40, "batch_size": 12,
+    "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768, "dropout": 0.0, "bias": False,
+    "learning_rate": 6e-4, "max_iters": 600000, "weight_decay": 1e-1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0,
+    "decay_lr": True, "warmup_iters": 2000, "lr_decay_iters": 600000, "min_lr": 6e-5, "backend": None, "device": None,
+    "dtype": None, "compile": None,
+}  # fmt: skip
+
+
+def train(*words: str) -> TrainConfig:
+    return parse(TrainConfig, words, "usage")
+
+
+def test_every_setting_of_the_original_is_there_with_its_default() -> None:
+    ours = dataclasses.asdict(TrainConfig())
+    assert {name: ours[name] if default is not None else None for name, default in ORIGINAL.items()} == ORIGINAL
+
+
+def test_every_setting_has_a_comment_for_help() -> None:
+    for settings, _, _ in cli.VERBS.values():
+        fields = {field.name for field in dataclasses.fields(settings)}
+        comments = {name: comment for c in settings.__mro__[:-1] for _, name, comment in _commented_fields(c)}
+        assert set(comments) == fields
+        assert [name for name, comment in comments.items() if not comment] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--n_embd=100"], "n_embd=100 is not a multiple of n_head=12; n_embd=96 or 108 would be"),
+        (["--dropout=1"], "dropout=1.0: expected a value in [0, 1)"),
+        (["--batch_size=0"], "batch_size=0: expected a value >= 1"),
+        (["--device=gpu"], "device='gpu': expected auto, cpu, mps, cuda or cuda:N"),
+        (["--init_from=gpt5"], "init_from='gpt5': expected scratch or resume"),
+        (["--learning_rate=1e-5"], "min_lr=6e-05 is above learning_rate=1e-05"),
+        (["--dtype=fp16"], "expected auto, float32, bfloat16, float16"),
+        (["--seed=-1"], "seed=-1: expected a value >= 0"),
+    ],
+)
+def test_an_impossible_config_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train(*words)
+    assert message in str(caught.value)
+
+
+def test_the_defaults_and_every_recipe_are_valid() -> None:
+    train()
+    for recipe in sorted((ROOT / "config").glob("*.py")):
+        train(str(recipe))
+    assert list(BenchConfig().problems()) == []
+    assert list(GPTConfig().problems()) == []
+
+
+def test_a_recipe_of_the_original_is_understood(tmp_path: Path) -> None:
+    recipe = tmp_path / "finetune.py"
+    recipe.write_text(
+        "import time\nout_dir = 'out-x'\neval_interval = 5\nwandb_run_name = 'ft-' + str(time.time())\n"
+        "always_save_checkpoint = False\nlearning_rate = 3e-5\ndecay_lr = False\n"
+    )
+    config = train(str(recipe))
+    assert config.wandb_run_name.startswith("ft-")
+    assert not config.always_save_checkpoint

@@ -1,0 +1,62 @@
+import json
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from nanogpt import train
+from nanogpt.config import EvalConfig, GPTConfig, TrainConfig
+from nanogpt.device import Device
+from nanogpt.errors import ConfigError, DataError
+from nanogpt.evaluate import evaluate, whole_split_loss
+from nanogpt.model import GPT
+from tests.conftest import random_ids
+
+CPU = Device("cpu", "cpu", torch.float32, False)
+
+
+@pytest.mark.parametrize("n_tokens", [2, 8, 9, 10, 50, 65])
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_every_target_counts_once(n_tokens: int, batch_size: int) -> None:
+    model = GPT(GPTConfig(block_size=8, vocab_size=61, n_layer=1, n_head=2, n_embd=16))
+    tokens = random_ids(n_tokens)
+    total = 0.0
+    model.eval()
+    for start in range(0, n_tokens - 1, 8):  # window by window, plainly
+        window = tokens[start : start + 9]
+        total += model(window[None, :-1], window[None, 1:])[1].item() * (len(window) - 1)
+    model.train()
+    loss, count = whole_split_loss(model, tokens.numpy().astype("uint16"), 8, batch_size, CPU)
+    assert count == n_tokens - 1
+    assert loss == pytest.approx(total / count, abs=1e-5)
+    assert model.training
+
+
+def test_the_program_prints_a_line_of_json(
+    recipe: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = recipe()
+    train.train(config)
+    loss = evaluate(EvalConfig(out_dir=config.out_dir, data_dir=config.data_dir, device="cpu", dtype="float32"))
+    out = capsys.readouterr().out.splitlines()
+    result = json.loads(out[-1])
+    assert result["loss"] == loss
+    assert (result["dataset"], result["split"], result["tokens"], result["block_size"]) == ("tiny", "val", 719, 16)
+    assert f"perplexity {math.exp(loss):.3f}" in out[-2]
+
+
+def test_mismatches_are_refused(recipe: Callable[..., TrainConfig]) -> None:
+    config = recipe()
+    train.train(config)
+    common = {"out_dir": config.out_dir, "data_dir": config.data_dir, "device": "cpu"}
+    with pytest.raises(ConfigError, match="block_size=17 exceeds the model's 16"):
+        evaluate(EvalConfig(**common, block_size=17))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="cannot read"):
+        evaluate(EvalConfig(**common, dataset="nowhere"))  # type: ignore[arg-type]
+
+
+def test_an_id_outside_the_vocabulary_is_one_message() -> None:
+    model = GPT(GPTConfig(block_size=8, vocab_size=10, n_layer=1, n_head=2, n_embd=16))
+    with pytest.raises(DataError, match="the data holds token 60, but the vocabulary ends at 9"):
+        whole_split_loss(model, torch.tensor([60] * 9).numpy(), 8, 4, CPU)

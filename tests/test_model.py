@@ -1,0 +1,208 @@
+"""The network against transformers' GPT-2, and against the original's own class where a checkout is at hand."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanogpt.config import GPTConfig
+from nanogpt.errors import ConfigError
+from nanogpt.model import GPT
+from tests.conftest import random_ids
+
+TINY = {"block_size": 24, "vocab_size": 61, "n_layer": 3, "n_head": 4, "n_embd": 32}
+
+
+def noisy(model: torch.nn.Module) -> None:
+    """Draw all parameters, so that biases and norms matter too."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def as_transformers(model: GPT) -> Any:
+    """transformers' GPT-2 with our weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    c = model.config
+    activation = "gelu_new" if c.activation == "gelu_tanh" else "gelu"
+    theirs = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+            activation_function=activation, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+        )
+    )  # fmt: skip
+    state = theirs.state_dict()
+    linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2 stores these transposed
+    ours = {k: v.t() if k.endswith(linear) else v for k, v in model.state_dict().items()}
+    assert set(state) == set(ours)
+    theirs.load_state_dict(ours)
+    return theirs
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_logits_loss_and_gradients_equal_transformers(activation: str) -> None:
+    model = GPT(GPTConfig(**TINY, activation=activation))  # type: ignore[arg-type]
+    noisy(model)
+    theirs = as_transformers(model)
+    idx = random_ids(2, 24)
+    x, y = idx, torch.roll(idx, -1, dims=1)
+    logits, loss = model(x, y)
+    their_logits = theirs(x).logits
+    their_loss = torch.nn.functional.cross_entropy(their_logits.flatten(0, 1), y.flatten())
+    loss.backward()
+    their_loss.backward()
+    torch.testing.assert_close(logits, their_logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, their_loss, atol=1e-5, rtol=1e-5)
+    their_gradients = {k: p.grad for k, p in theirs.named_parameters()}
+    for name, parameter in model.named_parameters():
+        gradient = their_gradients[name]
+        assert gradient is not None
+        same_layout = gradient.shape == parameter.shape and "attn.c_proj" not in name
+        expected = gradient if same_layout else gradient.t()
+        torch.testing.assert_close(parameter.grad, expected, atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.fixture
+def original() -> Any:
+    """The original's module `model`, from the checkout that NANOGPT_ORIGINAL names."""
+    folder = os.environ.get("NANOGPT_ORIGINAL")
+    if not folder:
+        pytest.skip("NANOGPT_ORIGINAL names no checkout of karpathy/nanoGPT")
+    spec = importlib.util.spec_from_file_location("original_model", Path(folder) / "model.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_everything_equals_the_original(original: Any, bias: bool) -> None:
+    ours = GPT(GPTConfig(**TINY, bias=bias))  # type: ignore[arg-type]
+    noisy(ours)
+    theirs = original.GPT(original.GPTConfig(**TINY, bias=bias, dropout=0.0))
+    theirs.load_state_dict(ours.state_dict())
+    assert ours.get_num_params() == theirs.get_num_params()
+    assert ours.estimate_mfu(3, 0.5) == pytest.approx(theirs.estimate_mfu(3, 0.5))
+    x, y = random_ids(2, 24), random_ids(2, 24, seed=1)
+    y[0, :5] = -1
+    (logits, loss), (their_logits, their_loss) = ours(x, y), theirs(x, y)
+    loss.backward()
+    their_loss.backward()
+    torch.testing.assert_close(logits, their_logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, their_loss, atol=1e-5, rtol=1e-5)
+    for (name, a), (their_name, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert name == their_name
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-5, msg=name)
+    torch.manual_seed(3)
+    expected = theirs.generate(x, 30, temperature=0.8, top_k=5)
+    torch.manual_seed(3)
+    assert torch.equal(ours.generate(x, 30, temperature=0.8, top_k=5), expected)
+
+
+def test_gpt2_has_its_known_number_of_parameters() -> None:
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=50257))
+    assert model.get_num_params(non_embedding=False) == 124_439_808
+    assert model.transformer.wte.weight is model.lm_head.weight
+
+
+def test_initialisation_is_gpt2s() -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=256, vocab_size=512, n_layer=8, n_head=4, n_embd=256))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert parameter.eq(0).all(), name
+        elif parameter.dim() == 1:
+            assert parameter.eq(1).all(), name
+        else:
+            expected = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02  # sqrt(2 * 8) = 4
+            assert parameter.std().item() == pytest.approx(expected, rel=0.03), name
+
+
+def test_without_targets_only_the_last_position_is_predicted() -> None:
+    model = GPT(GPTConfig(**TINY)).eval()  # type: ignore[arg-type]
+    x = random_ids(2, 9)
+    last, none = model(x)
+    everything, _ = model(x, x)
+    assert none is None
+    assert last.shape == (2, 1, 61)
+    torch.testing.assert_close(last[:, 0], everything[:, -1])
+
+
+def test_the_loss_is_the_same_without_logits_and_ignores_minus_one() -> None:
+    model = GPT(GPTConfig(**TINY)).eval()  # type: ignore[arg-type]
+    x, y = random_ids(2, 9), random_ids(2, 9, seed=1)
+    y[:, 4:] = -1
+    logits, loss = model(x, y)
+    nothing, same = model(x, y, return_logits=False)
+    assert nothing is None
+    assert torch.equal(loss, same)
+    expected = torch.nn.functional.cross_entropy(logits[:, :4].flatten(0, 1), y[:, :4].flatten())
+    torch.testing.assert_close(loss, expected)
+
+
+def test_the_future_is_invisible() -> None:
+    model = GPT(GPTConfig(**TINY)).eval()  # type: ignore[arg-type]
+    x = random_ids(1, 20)
+    changed = x.clone()
+    changed[0, 12:] = (changed[0, 12:] + 1) % 61
+    torch.testing.assert_close(model(x, x)[0][:, :12], model(changed, x)[0][:, :12])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_checkpointing_changes_nothing_but_memory(dropout: float) -> None:
+    model = GPT(GPTConfig(**TINY, dropout=dropout))  # type: ignore[arg-type]
+    x = random_ids(2, 24)
+    gradients = []
+    for checkpointing in (False, True):
+        model.transformer.gradient_checkpointing = checkpointing
+        torch.manual_seed(5)
+        model.zero_grad()
+        model(x, x)[1].backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+def test_bfloat16_stays_near_float32() -> None:
+    model = GPT(GPTConfig(**TINY))  # type: ignore[arg-type]
+    noisy(model)
+    x = random_ids(2, 24)
+    _, exact = model(x, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, rounded = model(x, x)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, atol=0.03, rtol=0.01)
+
+
+def test_cropping_keeps_the_prediction_of_short_contexts() -> None:
+    model = GPT(GPTConfig(**TINY)).eval()  # type: ignore[arg-type]
+    x = random_ids(1, 10)
+    before, _ = model(x)
+    model.crop_block_size(10)
+    torch.testing.assert_close(model(x)[0], before)
+    assert model.config.block_size == 10
+    with pytest.raises(ConfigError, match="block_size=11 exceeds the model's 10"):
+        model.crop_block_size(11)
+    with pytest.raises(ValueError, match="a context of 11 tokens does not fit"):
+        model(random_ids(1, 11))
+
+
+def test_an_inconsistent_shape_is_refused() -> None:
+    with pytest.raises(ConfigError, match="n_embd=30 is not a multiple of n_head=4; n_embd=28 or 32 would be"):
+        GPT(GPTConfig(n_embd=30, n_head=4))
+
+
+def test_the_old_addresses_still_work() -> None:
+    import model as door
+
+    gpt = door.GPT(door.GPTConfig(**TINY))
+    optimizer = gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert gpt.generate(random_ids(1, 3), max_new_tokens=4).shape == (1, 7)

@@ -1,0 +1,156 @@
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from nanogpt.errors import ConfigError
+from nanogpt.settings import Settings, convert, help_text, out_of_range, override_globals, parse
+
+
+@dataclass
+class Example(Settings):
+    """An example."""
+
+    # --- first ---
+    out_dir: str = "out"  # where it goes
+    steps: int = 10  # how many
+    # and a second line
+    rate: float = 0.5
+
+    # --- second ---
+    fast: bool = False  # hurry
+    compile: bool | Literal["auto"] = "auto"
+    kind: Literal["red", "green"] = "red"
+    start: str = "\n"
+
+    def problems(self) -> Iterator[str]:
+        yield from out_of_range(self, ">= 1", "steps")
+
+
+def read(*words: str) -> Example:
+    return parse(Example, words, "usage")
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        (["--rate=1"], "rate", 1.0),
+        (["--rate=1e-3"], "rate", 1e-3),
+        (["--rate", "2"], "rate", 2.0),
+        (["--rate", "-2"], "rate", -2.0),
+        (["--steps=1e3"], "steps", 1000),
+        (["--steps=1_000"], "steps", 1000),
+        (["--steps=9007199254740993"], "steps", 9007199254740993),
+        (["--start=a=b"], "start", "a=b"),
+        (["--start=123"], "start", "123"),
+        (["--start="], "start", ""),
+        (["--start=--x"], "start", "--x"),
+        (["--out-dir=x"], "out_dir", "x"),
+        (["runs/a"], "out_dir", "runs/a"),
+        (["--fast"], "fast", True),
+        (["--fast", "no"], "fast", False),
+        (["--fast=False"], "fast", False),
+        (["--fast=0"], "fast", False),
+        (["--fast", "runs/a"], "out_dir", "runs/a"),
+        (["--compile=False"], "compile", False),
+        (["--compile"], "compile", True),
+        (["--compile", "auto"], "compile", "auto"),
+        (["--kind=green"], "kind", "green"),
+        (["--steps=1", "--steps=2"], "steps", 2),
+    ],
+)
+def test_command_line_says_what_a_person_expects(words: list[str], name: str, value: object) -> None:
+    found = getattr(read(*words), name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--stepps=3", "--stepps=3: there is no setting 'stepps'; did you mean steps?"),
+        ("--zzz=3", "there is no setting 'zzz'; --help lists all settings"),
+        ("--steps=x", "--steps=x: expected a whole number"),
+        ("--steps=1.5", "--steps=1.5: expected a whole number"),
+        ("--steps=inf", "expected a whole number"),
+        ("--steps=0", "steps=0: expected a value >= 1"),
+        ("--steps", "--steps: a value is missing"),
+        ("--rate=nan", "--rate=nan: expected a number"),
+        ("--fast=maybe", "--fast=maybe: expected True or False"),
+        ("--compile=always", "--compile=always: expected True or False or auto"),
+        ("--kind=gren", "--kind=gren: expected red, green; did you mean green?"),
+        ("-steps=3", "options begin with two dashes"),
+        ("missing.py", "cannot read config file missing.py"),
+    ],
+)
+def test_a_mistake_is_named(word: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(word)
+    assert message in str(caught.value)
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        read("--stepps=3", "--rate=x", "--steps=0")
+    assert str(caught.value).count("\n  - ") == 3
+
+
+def test_precedence_is_defaults_then_files_then_command_line(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.py", tmp_path / "two.py"
+    one.write_text("steps = 20\nrate = 2")
+    two.write_text("rate = rate * steps / 10")
+    config = read("--steps=7", str(one), str(two))
+    assert (config.steps, config.rate, config.start) == (7, 4.0, "\n")
+
+
+def test_config_files_may_import_and_define_helpers(tmp_path: Path) -> None:
+    file = tmp_path / "a.py"
+    file.write_text("import time\nfrom math import sqrt\ndef f(x): return 2 * x\n_n = 8\nsteps = f(_n)\nrate = sqrt(4)")
+    assert (read(str(file)).steps, read(str(file)).rate) == (16, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepps = 3", "a.py: stepps = 3: there is no setting 'stepps'; did you mean steps?"),
+        ("steps = 'many'", "a.py: steps = 'many': expected a whole number"),
+        ("fast = 1", "a.py: fast = 1: expected True or False"),
+        ("start = 3", "a.py: start = 3: expected text"),
+        ("steps = True", "expected a whole number"),
+        ("steps = = 3", "is not valid Python"),
+        ("\nsteps = undefined", "a.py, line 2: NameError"),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "a.py"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read(str(file))
+    assert message in str(caught.value)
+
+
+def test_help_shows_every_field_with_its_default_and_comment(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        read("--steps=3", "--help")
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert text == help_text(Example, "usage") + "\n"
+    for piece in ("An example.", "first:", "--steps=10", "how many; and a second line", r"--start='\n'", "hurry"):
+        assert piece in text
+
+
+def test_convert_keeps_numbers_of_a_config_file_exact() -> None:
+    assert convert(2**60 + 1, int) == 2**60 + 1
+    assert convert(3, float) == 3.0
+
+
+def test_configurator_overrides_the_globals_of_a_script(tmp_path: Path) -> None:
+    file = tmp_path / "a.py"
+    file.write_text("rate = 2")
+    variables: dict[str, object] = {"steps": 1, "rate": 0.1, "name": "x", "on": True, "_hidden": 1, "os": pytest}
+    override_globals(variables, [str(file), "--steps=5", "--name=7", "--on=False"])
+    assert variables == {"steps": 5, "rate": 2.0, "name": "7", "on": False, "_hidden": 1, "os": pytest}
+    with pytest.raises(ConfigError, match="did you mean steps"):
+        override_globals(variables, ["--step=5"])

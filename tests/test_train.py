@@ -1,0 +1,339 @@
+"""The training program, run in this process on a model that takes a second."""
+
+import itertools
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nanogpt import checkpoint, train
+from nanogpt.config import TrainConfig
+from nanogpt.data.prepare import prepare_shakespeare_char
+from nanogpt.device import Device
+from nanogpt.distributed import World
+from nanogpt.errors import CheckpointError, ConfigError, DataError
+from nanogpt.report.metrics import read_metrics
+
+Recipe = Callable[..., TrainConfig]
+CPU = Device("cpu", "cpu", torch.float32, False)
+GOLDEN = Path(__file__).parent / "golden" / "shakespeare_char_loss.json"
+
+
+def rows(config: TrainConfig, key: str) -> dict[int, float]:
+    """`{step: value}` of the run's metrics that have `key`."""
+    return {row["step"]: row[key] for row in read_metrics(Path(config.out_dir, "metrics.jsonl")) if key in row}
+
+
+def weights(config: TrainConfig, name: str = "ckpt.pt") -> dict[str, torch.Tensor]:
+    return checkpoint.load(Path(config.out_dir, name)).weights
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_it_learns_and_leaves_a_whole_run(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    config = recipe(max_iters=60, lr_decay_iters=60, eval_interval=20, learning_rate=1e-2, min_lr=1e-3)
+    assert train.train(config) == 0
+    assert sorted(os.listdir(config.out_dir)) == ["best.pt", "ckpt.pt", "config.json", "metrics.jsonl"]
+    assert json.loads(Path(config.out_dir, "config.json").read_text())["max_iters"] == 60
+    validation = rows(config, "val/loss")
+    assert sorted(validation) == [0, 20, 40, 60]
+    assert validation[60] < validation[0] - 1
+    assert sorted(rows(config, "train/loss")) == list(range(1, 61))
+    out = capsys.readouterr().out
+    assert "tokens per iteration will be: 64" in out
+    assert f"step 60: train loss {rows(config, 'train/eval_loss')[60]:.4f}, val loss {validation[60]:.4f}" in out
+    lines = [line for line in out.splitlines() if line.startswith("iter ")]
+    assert len(lines) == 60
+    assert lines[-1].startswith("iter 59: loss ")
+    assert "ms, " in lines[-1]
+
+
+def test_max_iters_is_the_number_of_updates_and_the_end_is_always_evaluated_and_saved(recipe: Recipe) -> None:
+    config = recipe(max_iters=7, eval_interval=5)
+    train.train(config)
+    last = checkpoint.load(Path(config.out_dir, "ckpt.pt"))
+    assert last.progress.step == 7
+    assert last.optimizer is not None
+    assert {int(state["step"]) for state in last.optimizer["state"].values()} == {7}
+    assert sorted(rows(config, "val/loss")) == [0, 5, 7]
+    assert last.progress.tokens == 7 * 4 * 16
+
+
+def test_evaluating_more_often_changes_nothing(recipe: Recipe, tmp_path: Path) -> None:
+    rarely, often = (
+        recipe(eval_interval=100, dropout=0.1),
+        recipe(eval_interval=1, dropout=0.1, out_dir=str(tmp_path / "b")),
+    )
+    train.train(rarely)
+    train.train(often)
+    assert same(weights(rarely), weights(often))
+    assert rows(rarely, "train/loss") == rows(often, "train/loss")
+    assert rows(rarely, "val/loss").items() <= rows(often, "val/loss").items()
+
+
+def test_accumulated_micro_batches_equal_one_large_batch(recipe: Recipe, tmp_path: Path) -> None:
+    large = recipe(batch_size=8)
+    small = recipe(batch_size=2, gradient_accumulation_steps=4, out_dir=str(tmp_path / "b"))
+    train.train(large)
+    train.train(small)
+    a, b = rows(large, "train/loss"), rows(small, "train/loss")
+    assert [a[k] for k in a] == pytest.approx([b[k] for k in b], abs=1e-5)
+    norms = rows(large, "grad_norm"), rows(small, "grad_norm")
+    assert list(norms[0].values()) == pytest.approx(list(norms[1].values()), rel=1e-4)
+
+
+def test_a_resumed_run_equals_the_undisturbed_one(recipe: Recipe, tmp_path: Path) -> None:
+    settings = {"dropout": 0.2, "gradient_accumulation_steps": 2, "eval_interval": 3}
+    whole = recipe(**settings)
+    parts = recipe(**settings, max_iters=3, out_dir=str(tmp_path / "parts"))
+    train.train(whole)
+    train.train(parts)
+    parts = recipe(**settings, out_dir=parts.out_dir, init_from="resume")
+    train.train(parts)
+    assert same(weights(whole), weights(parts))
+    assert rows(whole, "train/loss") == rows(parts, "train/loss")
+    assert rows(whole, "val/loss") == rows(parts, "val/loss")
+    steps = [row["step"] for row in read_metrics(Path(parts.out_dir, "metrics.jsonl")) if "train/loss" in row]
+    assert steps == list(range(1, 7))
+
+
+def test_eval_only_writes_nothing(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    config = recipe(eval_only=True)
+    assert train.train(config) == 0
+    assert not Path(config.out_dir).exists()
+    train.train(recipe())
+    before = {path.name: path.read_bytes() for path in Path(config.out_dir).iterdir()}
+    capsys.readouterr()
+    train.train(recipe(eval_only=True, init_from="resume"))
+    assert {path.name: path.read_bytes() for path in Path(config.out_dir).iterdir()} == before
+    assert f"step 6: train loss {rows(config, 'train/eval_loss')[6]:.4f}" in capsys.readouterr().out
+
+
+def test_without_always_save_only_better_models_are_kept(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([3.0, 2.0, 2.5, 2.4])
+    saved = []
+    monkeypatch.setattr(train, "estimate_losses", lambda *_: {"train": 1.0, "val": next(losses)})
+    monkeypatch.setattr(train, "save", lambda run, name: saved.append((run.progress.step, name)))
+    train.train(recipe(max_iters=6, eval_interval=2, always_save_checkpoint=False))
+    assert saved == [(2, "best.pt"), (2, "ckpt.pt"), (6, "ckpt.pt")]
+
+
+@pytest.mark.parametrize("moment", ["step", "evaluation"])
+def test_ctrl_c_saves_and_the_run_goes_on(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], moment: str
+) -> None:
+    whole, config = recipe(dropout=0.1), recipe(dropout=0.1, out_dir=str(tmp_path / "stopped"))
+    train.train(whole)
+    function = {"step": "update", "evaluation": "gather"}[moment]
+    calls, real = itertools.count(), getattr(train, function)
+
+    def interrupted(*arguments: object, **settings: object) -> object:
+        if next(calls) == {"step": 1, "evaluation": 9}[moment]:  # gather: 4 evaluations, 4 batches, then this
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(train, function, interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    assert train.train(config) == train.STOPPED
+    assert signal.getsignal(signal.SIGINT) is handler
+    stopped_at = checkpoint.load(Path(config.out_dir, "ckpt.pt")).progress.step
+    assert stopped_at == {"step": 2, "evaluation": 4}[moment]
+    assert "--init_from=resume" in capsys.readouterr().out
+    assert train.train(recipe(dropout=0.1, out_dir=config.out_dir, init_from="resume")) == 0
+    assert same(weights(whole), weights(config))
+    assert rows(whole, "val/loss") == rows(config, "val/loss")
+
+
+def test_a_second_ctrl_c_leaves_at_once(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        threading.Event().wait(5)
+
+    monkeypatch.setattr(train, "update", twice)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(recipe())
+
+
+def test_a_new_run_moves_an_earlier_one_aside(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    train.train(recipe(seed=1))
+    first = weights(recipe())
+    train.train(recipe(seed=2))
+    assert same(weights(recipe(out_dir=recipe().out_dir + "/previous")), first)
+    assert not same(weights(recipe()), first)
+    assert "held an earlier run: moved to" in capsys.readouterr().out
+
+
+def test_float16_trains_with_a_scaler(recipe: Recipe) -> None:
+    config = recipe(dtype="float16", max_iters=8)
+    train.train(config)
+    losses = list(rows(config, "train/loss").values())
+    assert losses[-1] < losses[0]
+    train.train(recipe(dtype="float16", max_iters=10, init_from="resume"))
+    assert max(rows(config, "train/loss")) == 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"dataset": "nowhere"}, DataError, "known data sets: pystdlib, shakespeare_char, shakespeare"),
+        ({"dataset": "shakespeare"}, DataError, "prepare it with: python -m nanogpt prepare shakespeare --data_dir="),
+        ({"block_size": 5000}, DataError, "5,000 tokens, too few for one window of block_size=5000"),
+        ({"block_size": 900}, DataError, "the validation split of tiny has 720 tokens"),
+        ({"init_from": "resume"}, CheckpointError, "train a model first"),
+        ({"device": "cuda"}, ConfigError, "finds no CUDA GPU"),
+    ],
+)
+def test_what_only_the_data_can_show_is_one_message(
+    recipe: Recipe, settings: dict[str, object], error: type[Exception], message: str
+) -> None:
+    if settings.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA GPU")
+    with pytest.raises(error) as caught:
+        train.train(recipe(**settings))
+    assert message in str(caught.value)
+    assert not Path(recipe().out_dir).exists()
+
+
+def test_resuming_with_another_vocabulary_or_context_is_refused(recipe: Recipe, data_dir: Path) -> None:
+    train.train(recipe())
+    with pytest.raises(ConfigError, match="set --block_size=16"):
+        train.train(recipe(init_from="resume", block_size=8))
+    other = data_dir / "other"
+    prepare_shakespeare_char_from("abc" * 500, other)
+    with pytest.raises(CheckpointError, match="was trained on data set 'tiny'; 'other' has another vocabulary"):
+        train.train(recipe(init_from="resume", dataset="other"))
+
+
+def prepare_shakespeare_char_from(text: str, folder: Path) -> None:
+    folder.parent.mkdir(exist_ok=True)
+    source = folder.parent / "source.txt"
+    source.write_text(text)
+    prepare_shakespeare_char(folder, str(source))
+
+
+def test_a_data_set_that_needs_no_network_prepares_itself(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "nanogpt.data.prepare.standard_library", lambda: [(f"{n}.py", b"x = %d\n" % n * 50) for n in range(60)]
+    )
+    config = recipe(dataset="pystdlib", max_iters=1)
+    assert train.train(config) == 0
+    assert Path(config.data_dir, "pystdlib", "dataset.json").exists()
+
+
+def test_a_dry_run_tells_what_follows_and_allocates_nothing(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    gpt2 = TrainConfig(dry_run=True, device="cpu", data_dir="/nowhere")
+    assert train.train(gpt2) == 0
+    out = capsys.readouterr().out
+    assert "batch_size = 12" in out
+    assert "model: 123.59M parameters" in out
+    assert "tokens per iteration will be: 491,520" in out
+    assert "data set openwebtext is not prepared" in out
+    train.train(recipe(dry_run=True))
+    assert "make 384: 0.0768 epochs over 5,000 training tokens" in capsys.readouterr().out
+    assert not Path(recipe().out_dir).exists()
+
+
+def test_wandb_without_the_package_is_a_warning(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    assert train.train(recipe(wandb_log=True, max_iters=1)) == 0
+    assert "warning: --wandb_log=True needs the package wandb" in capsys.readouterr().out
+
+
+def test_wandb_gets_the_metrics(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[dict[str, float]] = []
+
+    class FakeRun:
+        def log(self, values: dict[str, float], step: int) -> None:
+            logged.append({**values, "step": step})
+
+        def finish(self, exit_code: int) -> None:
+            logged.append({"exit_code": exit_code})
+
+    class FakeWandb:
+        @staticmethod
+        def init(**settings: object) -> FakeRun:
+            assert settings["project"] == "p"
+            return FakeRun()
+
+    monkeypatch.setitem(__import__("sys").modules, "wandb", FakeWandb)
+    train.train(recipe(wandb_log=True, wandb_project="p", max_iters=2))
+    assert [row["step"] for row in logged if "val/loss" in row] == [0, 2]
+    assert logged[-1] == {"exit_code": 0}
+
+
+def test_on_mps_nothing_needs_float64_pinned_memory_or_cuda(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No Mac is at hand: the CPU plays one, and everything that Metal can't do raises."""
+
+    class NoFloat64(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
+        ) -> object:  # type: ignore[type-arg]
+            out = func(*args, **(kwargs or {}))  # type: ignore[operator]
+            for value in out if isinstance(out, (tuple, list)) else [out]:
+                assert not (isinstance(value, torch.Tensor) and value.dtype == torch.float64), func
+            return out
+
+    class NoPinning(TorchFunctionMode):
+        def __torch_function__(
+            self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
+        ) -> object:  # type: ignore[type-arg]
+            assert getattr(func, "__name__", "") != "pin_memory"
+            return func(*args, **(kwargs or {}))  # type: ignore[operator]
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("a CUDA call on mps")
+
+    for name in (
+        "synchronize",
+        "get_rng_state",
+        "set_rng_state",
+        "set_device",
+        "max_memory_allocated",
+        "get_device_name",
+    ):
+        monkeypatch.setattr(torch.cuda, name, forbidden)
+    synchronized = []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: synchronized.append(1))
+    monkeypatch.setattr(torch.mps, "get_rng_state", torch.get_rng_state)
+    monkeypatch.setattr(torch.mps, "set_rng_state", torch.set_rng_state)
+    monkeypatch.setattr(train, "choose", lambda *_: Device("cpu", "mps", torch.float32, False))
+    with NoFloat64(), NoPinning():
+        assert train.train(recipe(dropout=0.1)) == 0
+        assert train.train(recipe(dropout=0.1, max_iters=8, init_from="resume")) == 0
+    assert synchronized
+
+
+def test_the_golden_loss_curve(recipe: Recipe, downloads: Path, data_dir: Path) -> None:
+    """40 updates on Shakespeare in float32 on one thread. Regenerate: delete the file, run, read the difference."""
+    prepare_shakespeare_char(data_dir / "shakespeare_char", str(downloads / "tinyshakespeare.txt"))
+    config = recipe(
+        dataset="shakespeare_char", max_iters=40, eval_interval=40, eval_iters=4, lr_decay_iters=40, batch_size=8,
+        block_size=32, n_layer=3, n_head=4, n_embd=48, gradient_accumulation_steps=2, learning_rate=5e-3,
+    )  # fmt: skip
+    train.train(config)
+    found = {"train": list(rows(config, "train/loss").values()), "val": list(rows(config, "val/loss").values())}
+    if not GOLDEN.exists():
+        GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
+        pytest.fail(f"{GOLDEN} was missing and has been written; run again")
+    expected = json.loads(GOLDEN.read_text())
+    assert found["train"] == pytest.approx(expected["train"], abs=2e-3)
+    assert found["val"] == pytest.approx(expected["val"], abs=2e-3)
+
+
+def test_the_share_of_a_process_is_its_consecutive_part() -> None:
+    shares = [World(rank, rank, 4).share(8, "rows") for rank in range(4)]
+    assert [list(share) for share in shares] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    with pytest.raises(ConfigError, match="n=6 can't be shared by 4 processes; n=4 or 8 can"):
+        World(0, 0, 4).share(6, "n")
