@@ -1,0 +1,49 @@
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nanogpt.checkpoint import Progress
+from nanogpt.config import TrainConfig
+from nanogpt.report.metrics import Metrics, read_metrics
+
+Recipe = Callable[..., TrainConfig]
+
+
+def test_a_row_is_one_line_of_strict_json(recipe: Recipe) -> None:
+    config = recipe()
+    with Metrics(config) as metrics:
+        metrics.write(Progress(step=3, tokens=192, seconds=1.23456), {"train/loss": 2.0, "grad_norm": math.nan})
+        lines = Path(config.out_dir, "metrics.jsonl").read_text().splitlines()  # readable while the run goes on
+    expected = {"v": 1, "step": 3, "seconds": 1.235, "tokens": 192, "train/loss": 2.0, "grad_norm": None}
+    assert [json.loads(line) for line in lines] == [expected]
+    assert "NaN" not in lines[0]
+
+
+@pytest.mark.parametrize(("resumed_at", "kept"), [(0, []), (2, [1, 2]), (9, [1, 2, 3])])
+def test_a_resumed_run_goes_on_where_the_checkpoint_was(recipe: Recipe, resumed_at: int, kept: list[int]) -> None:
+    config = recipe()
+    with Metrics(config) as metrics:
+        for step in (1, 2, 3):
+            metrics.write(Progress(step=step), {})
+    path = Path(config.out_dir, "metrics.jsonl")
+    path.write_text(path.read_text() + '{"v": 1, "ste')  # cut off by a crash
+    with Metrics(config, resumed_at=resumed_at) as metrics:
+        metrics.write(Progress(step=10), {})
+    assert [row["step"] for row in read_metrics(path)] == [*kept, 10]
+
+
+def test_only_the_main_process_writes(recipe: Recipe) -> None:
+    config = recipe()
+    with Metrics(config, is_main=False) as metrics:
+        metrics.write(Progress(), {})
+    assert not Path(config.out_dir).exists()
+
+
+def test_foreign_lines_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert read_metrics(path) == []
+    path.write_bytes(b'{"step": 1}\n[]\n3\n\xff\n{"step": "x"}\n\n{"step": 2}\n')
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]

@@ -1,0 +1,147 @@
+"""The programs as a person starts them: exit codes, messages, help."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanogpt import cli
+from tests.conftest import ROOT, Program
+
+TINY = ["--device=cpu", "--dtype=float32", "--eval_iters=1", "--batch_size=2", "--gradient_accumulation_steps=1",
+        "--block_size=8", "--n_layer=1", "--n_head=2", "--n_embd=16", "--dataset=tiny"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("train.py",), ("sample.py",), ("bench.py",), ("data/pystdlib/prepare.py",), ("nanogpt",), ("nanogpt", "eval")],
+)
+def test_help_answers_without_torch(command: tuple[str, ...], tmp_path: Path) -> None:
+    start = [str(ROOT / command[0])] if command[0].endswith(".py") else ["-m", command[0]]
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", *start, *command[1:], "--help"],
+        capture_output=True, text=True, cwd=ROOT, check=False, timeout=60,
+    )  # fmt: skip
+    assert result.returncode == 0
+    assert result.stdout.startswith("usage: ")
+    imported = set(re.findall(r"\|\s+([\w.]+)$", result.stderr, flags=re.MULTILINE))
+    assert "nanogpt.settings" in imported
+    assert not imported & {"torch", "numpy", "tqdm", "tiktoken"}
+
+
+def test_mistakes_end_with_2_and_one_message(program: Program) -> None:
+    result = program("train.py", "--lerning_rate=1", "--n_embd=100", "--batch_size=x")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: these settings cannot work:\n  - ")
+    assert "did you mean learning_rate?" in result.stderr
+    assert "n_embd=100 is not a multiple" in result.stderr
+    assert "--batch_size=x: expected a whole number" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["train.py"], "no train.bin and val.bin; known data sets"),
+        (["train.py", "--dataset=shakespeare_char"], "python -m nanogpt prepare shakespeare_char"),
+        (["sample.py"], "there is no folder out; train a model first"),
+        (["nanogpt", "eval", "somewhere"], "there is no folder somewhere"),
+        (["nanogpt", "plot"], "nothing to draw"),
+        (["nanogpt", "prepare"], "which data set?"),
+        (["nanogpt", "bake"], "unknown verb 'bake'; known: prepare, train"),
+        (["bench.py", "--device=cpu"], "--real_data=False"),
+        (["train.py", "missing.py"], "cannot read config file missing.py"),
+    ],
+)
+def test_what_is_missing_is_said_with_what_to_do(program: Program, command: list[str], message: str) -> None:
+    result = program(*command)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_train_stop_resume_eval_sample_bench_plot(program: Program, data_dir: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--max_iters=100000", "--eval_interval=100000"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("iter 20:"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == 75
+    assert "--init_from=resume goes on from here" in rest
+    stopped = int(re.findall(r"stopped after (\d+) updates", rest)[0])
+
+    result = program("train.py", *TINY, f"--max_iters={stopped + 3}", "--init_from=resume")
+    assert result.returncode == 0, result.stderr
+    assert f"resuming out/ckpt.pt after {stopped} updates" in result.stdout
+    steps = [json.loads(line)["step"] for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, *range(1, stopped + 4), stopped + 3]  # evaluations at both ends
+
+    result = program("nanogpt", "eval", "out", "--device=cpu")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1])["step"] == stopped + 3
+    result = program("sample.py", "--device=cpu", "--num_samples=2", "--max_new_tokens=5", "--start=the")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("---------------") == 2
+    result = program("nanogpt", "plot", "out")
+    assert result.returncode == 0, result.stderr
+    assert Path("out/loss.png").exists()
+
+
+def test_the_output_may_be_cut_off_by_head(data_dir: Path, tmp_path: Path, program: Program) -> None:
+    assert program("train.py", *TINY, "--max_iters=1").returncode == 0
+    sample = [sys.executable, str(ROOT / "sample.py"), "--device=cpu", "--max_new_tokens=2000"]
+    process = subprocess.Popen(sample, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert process.stderr.read() == ""
+
+
+def test_a_script_with_the_old_configurator_still_works(tmp_path: Path) -> None:
+    script = tmp_path / "mine.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nbatch_size = 1\nname = 'a'\n"
+        f"exec(open({str(ROOT / 'configurator.py')!r}).read())\n"
+        "from model import GPT, GPTConfig\nprint(batch_size, name)\n"
+    )
+
+    def run(*words: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, str(script), *words], capture_output=True, text=True, check=False, timeout=60
+        )
+
+    assert run("--batch_size=4").stdout == "Overriding: batch_size = 4\n4 a\n"
+    assert "did you mean batch_size?" in run("--batchsize=4").stderr
+
+
+def test_bench_ends_in_one_line_of_json(program: Program) -> None:
+    settings = [word for word in TINY if not word.startswith(("--eval", "--grad", "--dataset"))]
+    result = program("bench.py", *settings, "--real_data=False", "--steps=3", "--warmup_steps=1", "--profile")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert summary["n"] == 3
+    assert summary["ms"] > 0
+    assert summary["tokens_per_second"] == pytest.approx(2 * 8 / summary["ms"] * 1000)
+    assert summary["peak_memory_bytes"] > 10**7
+    assert "aten::" in result.stdout
+    assert Path("bench_log/trace.json").exists()
+
+
+def test_the_verbs_are_listed_with_their_purpose(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["nanogpt"])
+    cli.main()
+    out = capsys.readouterr().out
+    for verb, (settings, _, _) in cli.VERBS.items():
+        assert f"  {verb:9} {(settings.__doc__ or '').splitlines()[0]}" in out

@@ -1,0 +1,31 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from nanogpt.errors import UserError
+from nanogpt.files import atomic_write, write_json
+
+
+def test_the_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b.bin"
+    with atomic_write(path) as file:
+        file.write(b"one")
+        assert not path.exists()
+    assert path.read_bytes() == b"one"
+
+    def broken() -> None:
+        with atomic_write(path) as file:
+            file.write(b"two")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken()
+    assert path.read_bytes() == b"one"
+    assert os.listdir(path.parent) == ["b.bin"]
+
+
+def test_an_operating_system_that_refuses_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"cannot write .*file/b\.bin: (Not a directory|File exists)"):
+        write_json(tmp_path / "file" / "b.bin", {})
