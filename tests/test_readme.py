@@ -1,0 +1,70 @@
+"""The commands of the README, executed in their order in a copy of the repository."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line for block in re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL) for line in block.strip().splitlines()
+]
+
+# what is added to a command so that it ends in seconds; the words of the README stay in front
+SHORT = "--max_iters=2 --eval_iters=1"
+SMALL = "--n_layer=1 --n_head=2 --n_embd=16 --batch_size=2 --block_size=16"
+SHRUNK = {
+    "python train.py config/train_pystdlib.py": SHORT,
+    "python train.py config/train_shakespeare_char.py": f"{SHORT} {SMALL}",
+    "python train.py config/train_shakespeare_char.py --device=cpu": SHORT,
+    "python train.py config/train_gpt2.py": "--dry_run",
+    "torchrun --standalone --nproc_per_node=8": f"{SHORT} {SMALL} --dataset=pystdlib --device=cpu --wandb_log=False",
+    "python sample.py": "--num_samples=2 --max_new_tokens=10",
+    "python bench.py": f"{SMALL} --steps=2 --warmup_steps=1",
+}
+# what sets up the environment that this test already runs in, or is this test
+NOT_HERE = ("make ", "pip install", "python -m venv", ". .venv", "ruff ", "mypy", "pytest")
+
+
+def test_the_commands_run_as_written(downloads: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.splitlines():
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, repository / name)
+    (repository / "prompt.txt").write_text("ROMEO:\n")
+    programs = {"python": [sys.executable], "nanogpt": [sys.executable, "-m", "nanogpt"],
+                "torchrun": [sys.executable, "-m", "torch.distributed.run"]}  # fmt: skip
+    executed = 0
+    for command in COMMANDS:
+        if command.startswith(NOT_HERE):
+            continue
+        extra = [SHRUNK[start] for start in sorted(SHRUNK, key=len) if command.startswith(start)][-1:]
+        words = shlex.split(" ".join([command, *extra]))
+        words = [word.replace("--nproc_per_node=8", "--nproc_per_node=2") for word in words]
+        result = subprocess.run(
+            [*programs[words[0]], *words[1:]], cwd=repository, env={**os.environ, "PYTHONPATH": "."},
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+        executed += 1
+    assert executed >= 12
+
+
+def test_every_make_target_of_the_readme_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z][a-z-]+)\b", "\n".join(COMMANDS)))
+    assert named >= {"demo", "test"}
+    assert named <= targets
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
+def test_every_link_of_the_readme_leads_somewhere(path: str) -> None:
+    assert (ROOT / path).exists()
