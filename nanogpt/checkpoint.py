@@ -128,12 +128,15 @@ def load(path: Path) -> Checkpoint:
         ours = content.get("nanogpt", {})
         if ours.get("format", FORMAT) > FORMAT:
             raise CheckpointError(f"{path} was written by a newer version of nanoGPT (format {ours['format']})")
+        shape = GPTConfig(**(ours.get("model_config") or content["model_args"]))
+        if problems := list(shape.problems()):
+            raise CheckpointError(f"{path} holds an impossible model: {'; '.join(problems)}")
         # compiled models of the original carry this prefix
         weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in content["model"].items()}
         return Checkpoint(
             path=path,
             weights=weights,
-            model_config=GPTConfig(**(ours.get("model_config") or content["model_args"])),
+            model_config=shape,
             config=content["config"],
             progress=Progress(
                 content["iter_num"],

@@ -152,6 +152,7 @@ class _TrainedModel(_Machine):
     # --- model ---
     out_dir: str = "out"  # run folder to load from
     checkpoint: str = "auto"  # best (lowest validation loss), last, or a file; auto: best, else last
+    compile: bool | Literal["auto"] = False  # torch.compile: starts later, and pays for long work only
 
 
 @dataclass

@@ -75,6 +75,10 @@ def _split_arguments(
         if not word.startswith("-") or word == "-":
             if word.endswith(".py"):
                 files.append(word)
+            elif word.partition("=")[0] in hints:
+                problems.append(f"{word}: options begin with two dashes: --{word}")
+            elif positional not in hints:
+                problems.append(f"{word}: expected config files (*.py) and --key=value only")
             else:
                 settings.append((positional, word))
             continue
@@ -98,18 +102,15 @@ def _split_arguments(
 
 def _run_config_file(cls: type[Config], path: str, values: dict[str, Any], problems: list[str]) -> None:
     """Execute a config file with the values set so far, and take over what it assigned."""
-    try:
-        code = compile(Path(path).read_text(encoding="utf-8"), path, "exec")
-    except OSError as error:
-        raise ConfigError(f"cannot read config file {path}: {error.strerror}") from error
-    except (SyntaxError, ValueError) as error:
-        raise ConfigError(f"config file {path} is not valid Python: {error}") from error
     names = dict(values)
     try:
+        code = compile(Path(path).read_text(encoding="utf-8"), path, "exec")
         exec(code, names)
-    except Exception as error:
-        line = next((f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == path), "?")
-        raise ConfigError(f"config file {path}, line {line}: {type(error).__name__}: {error}") from error
+    except Exception as error:  # a config file is a program: anything can go wrong in it
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f", line {lines[-1]}" if lines else ""
+        problems.append(f"config file {path}{where}: {type(error).__name__}: {error}")
+        return
     for name, value in names.items():
         is_setting = not (name.startswith("_") or isinstance(value, types.ModuleType) or callable(value))
         if is_setting and not (name in values and values[name] is value):
@@ -208,7 +209,10 @@ def help_text(cls: type[Config], usage: str, positional: str = "out_dir") -> str
     defaults = dataclasses.asdict(cls())
     for owner in cls.__mro__[:-1]:
         for title, name, comment in _commented_fields(owner):
-            setting = f"--{name}={defaults[name]!r}" if defaults[name] in ("", "\n") else f"--{name}={defaults[name]}"
+            if name not in defaults:
+                continue  # a subclass has said it better
+            default = defaults.pop(name)
+            setting = f"--{name}={default!r}" if default in ("", "\n") else f"--{name}={default}"
             text = textwrap.wrap(comment, width - 40) or [""]
             rows = [f"  {setting:36}  {text[0]}", *(" " * 40 + line for line in text[1:])]
             groups.setdefault(title, []).extend(row.rstrip() for row in rows)

@@ -196,7 +196,10 @@ def dry_run(config: TrainConfig) -> int:
         print(f"{name} = {value!r}")
     folder = Path(config.data_dir) / config.dataset
     dataset = open_dataset(folder) if is_prepared(folder) else None
-    shape = config.model_config(dataset.tokenizer.padded_vocab_size if dataset else GPTConfig.vocab_size)
+    if config.init_from == "resume":
+        shape = checkpoint.load(checkpoint.find(config.out_dir, "last")).model_config
+    else:
+        shape = config.model_config(dataset.tokenizer.padded_vocab_size if dataset else GPTConfig.vocab_size)
     with torch.device("meta"):
         parameters = GPT(shape).get_num_params()
     print(derived_values(config, shape, parameters, len(dataset.train) if dataset else None))

@@ -157,6 +157,15 @@ def test_weights_that_do_not_fit_are_refused(trained: Path) -> None:
         checkpoint.load(trained / "ckpt.pt").model(CPU)
 
 
+def test_an_impossible_shape_is_refused(trained: Path) -> None:
+    content = torch.load(trained / "ckpt.pt", weights_only=True)
+    for value, message in [(0, "n_head=0: expected a value >= 1"), ("two", "is no checkpoint of a GPT: TypeError")]:
+        content["nanogpt"]["model_config"]["n_head"] = value
+        torch.save(content, trained / "ckpt.pt")
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.load(trained / "ckpt.pt")
+
+
 def test_find_prefers_the_best_and_says_what_is_missing(trained: Path, tmp_path: Path) -> None:
     out = str(trained)
     assert checkpoint.find(out, "auto").name == "best.pt"

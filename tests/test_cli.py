@@ -55,7 +55,8 @@ def test_mistakes_end_with_2_and_one_message(program: Program) -> None:
         (["nanogpt", "prepare"], "which data set?"),
         (["nanogpt", "bake"], "unknown verb 'bake'; known: prepare, train"),
         (["bench.py", "--device=cpu"], "--real_data=False"),
-        (["train.py", "missing.py"], "cannot read config file missing.py"),
+        (["bench.py", "out"], "out: expected config files (*.py) and --key=value only"),
+        (["train.py", "missing.py"], "config file missing.py: FileNotFoundError"),
     ],
 )
 def test_what_is_missing_is_said_with_what_to_do(program: Program, command: list[str], message: str) -> None:
