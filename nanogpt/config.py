@@ -8,9 +8,18 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from nanogpt.settings import Settings, out_of_range
+
+# layers, heads, channels of the checkpoints that OpenAI has released: 124M, 350M, 774M, 1558M parameters
+GPT2_SIZES = {
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
 
 
 @dataclass
@@ -54,16 +63,24 @@ class _Machine(Settings):
         yield from out_of_range(self, ">= 0", "seed")
 
 
+def init_from_problems(init_from: str, *others: str) -> Iterator[str]:
+    """What is wrong with a setting `init_from`."""
+    words = [*others, "resume", *GPT2_SIZES]
+    if init_from not in words and not Path(init_from).is_dir():
+        yield f"init_from={init_from!r}: expected {', '.join(words)} or an existing folder"
+
+
 @dataclass
 class TrainConfig(_Machine):
-    """Train a GPT from scratch, or continue a run.
+    """Train a GPT from scratch, continue a run, or finetune GPT-2.
 
     The defaults train GPT-2 (124M) on OpenWebText; config/ holds smaller recipes.
     """
 
     # --- run ---
     out_dir: str = "out"  # run folder: config.json, metrics.jsonl, ckpt.pt (newest), best.pt (lowest validation loss)
-    init_from: str = "scratch"  # scratch, or resume: continue the run in out_dir
+    init_from: str = "scratch"  # scratch; resume: continue the run in out_dir; gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    # or a folder with GPT-2-shaped weights in Hugging Face's format: finetune those
     max_iters: int = 600_000  # number of updates
     eval_interval: int = 2000  # evaluate, and perhaps save, every so many updates; once more at the end in any case
     eval_iters: int = 200  # batches of each split per evaluation; the same ones every time
@@ -136,8 +153,7 @@ class TrainConfig(_Machine):
             self, ">= 0", "max_iters warmup_iters lr_decay_iters learning_rate min_lr weight_decay grad_clip"
         )
         yield from out_of_range(self, "in [0, 1)", "beta1 beta2")
-        if self.init_from not in ("scratch", "resume"):
-            yield f"init_from={self.init_from!r}: expected scratch or resume"
+        yield from init_from_problems(self.init_from, "scratch")
         if self.decay_lr and self.min_lr > self.learning_rate:
             yield (
                 f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}, so the rate would rise; "
@@ -146,17 +162,24 @@ class TrainConfig(_Machine):
 
 
 @dataclass
-class _TrainedModel(_Machine):
+class TrainedModelConfig(_Machine):
     """Where a trained model comes from."""
 
     # --- model ---
+    init_from: str = "resume"  # resume: the run in out_dir; gpt2, gpt2-medium, gpt2-large, gpt2-xl; or a folder with
+    # GPT-2-shaped weights in Hugging Face's format
     out_dir: str = "out"  # run folder to load from
     checkpoint: str = "auto"  # best (lowest validation loss), last, or a file; auto: best, else last
     compile: bool | Literal["auto"] = False  # torch.compile: starts later, and pays for long work only
 
+    def problems(self) -> Iterator[str]:
+        """Everything that is inconsistent, one sentence each."""
+        yield from super().problems()
+        yield from init_from_problems(self.init_from)
+
 
 @dataclass
-class SampleConfig(_TrainedModel):
+class SampleConfig(TrainedModelConfig):
     """Generate text with a trained model."""
 
     # --- generation ---
@@ -174,12 +197,12 @@ class SampleConfig(_TrainedModel):
 
 
 @dataclass
-class EvalConfig(_TrainedModel):
+class EvalConfig(TrainedModelConfig):
     """The exact loss of a trained model over a whole split, in windows that do not overlap."""
 
     # --- data ---
     data_dir: str = "data"  # folder of the data sets
-    dataset: str = ""  # empty: the one that the model was trained on
+    dataset: str = ""  # empty: the one that the run was trained on
     split: Literal["train", "val"] = "val"  # which part of the data
     batch_size: int = 32  # windows at a time; changes the speed, not the result
     block_size: int = 0  # window length; 0: the model's

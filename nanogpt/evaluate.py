@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from nanogpt import checkpoint
 from nanogpt.config import EvalConfig
 from nanogpt.data.batches import check_length
 from nanogpt.data.tokenizer import Ids
@@ -16,6 +15,7 @@ from nanogpt.data.tokens import open_dataset
 from nanogpt.device import Device, choose
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.model import GPT
+from nanogpt.trained import load_trained
 
 
 @torch.no_grad()
@@ -50,24 +50,24 @@ def whole_split_loss(model: GPT, tokens: Ids, block_size: int, batch_size: int, 
 def evaluate(config: EvalConfig) -> float:
     """The program behind `nanogpt eval`; prints loss and perplexity, then one line of JSON."""
     device = choose(config.device, config.dtype, config.compile)
-    loaded = checkpoint.load(checkpoint.find(config.out_dir, config.checkpoint))
-    name = config.dataset or loaded.config.get("dataset", "")
+    trained = load_trained(config, device)
+    model, name = trained.model, config.dataset or trained.dataset
+    if not name:
+        raise ConfigError(f"on which data set? {trained.name} does not say; for example --dataset=shakespeare")
     dataset = open_dataset(Path(config.data_dir) / name)
-    if dataset.tokenizer.describe() != loaded.tokenizer.describe():
+    if dataset.tokenizer.describe() != trained.tokenizer.describe():
         raise DataError(
-            f"data set {name} has another vocabulary than {loaded.path}; prepare it with the same tokenizer"
+            f"data set {name} holds the ids of {dataset.tokenizer}, but {trained.name} knows those of "
+            f"{trained.tokenizer}; prepare the data set with the model's tokenizer"
         )
     tokens = dataset.split(config.split)
-    block_size = config.block_size or loaded.model_config.block_size
-    if block_size > loaded.model_config.block_size:
-        raise ConfigError(f"block_size={block_size} exceeds the model's {loaded.model_config.block_size}")
+    block_size = config.block_size or model.config.block_size
+    if block_size > model.config.block_size:
+        raise ConfigError(f"block_size={block_size} exceeds the model's {model.config.block_size}")
     check_length(tokens, 1, f"the {config.split} split of {name}")
-    model = loaded.model(device)
-    if device.compile:
-        model.compile()
     loss, n_tokens = whole_split_loss(model, tokens, block_size, config.batch_size, device)
-    print(f"{loaded.path}, {loaded.progress.step} updates, on all {n_tokens:,} targets of {name}/{config.split}")
+    print(f"{trained.name}, on all {n_tokens:,} targets of {name}/{config.split}")
     print(f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.3f} (windows of {block_size})")
-    result = {"checkpoint": str(loaded.path), "step": loaded.progress.step, "dataset": name, "split": config.split}
-    print(json.dumps({**result, "block_size": block_size, "tokens": n_tokens, "loss": loss}))
+    result = {"model": trained.name, "dataset": name, "split": config.split, "block_size": block_size}
+    print(json.dumps({**result, "tokens": n_tokens, "loss": loss, "perplexity": math.exp(loss)}))
     return loss

@@ -191,6 +191,13 @@ class GPT(nn.Module):
 
     # What people call from a notebook or an old script; each is one line that hands over.
 
+    @classmethod
+    def from_pretrained(cls, model_type: str, override_args: dict[str, float] | None = None) -> "GPT":
+        """GPT-2's released weights, on the CPU; only `dropout` can be overridden: see `nanogpt.interop.huggingface`."""
+        from nanogpt.interop.huggingface import load_gpt2
+
+        return load_gpt2(model_type, dropout=(override_args or {}).get("dropout", 0.0))
+
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
         """Append `max_new_tokens` sampled tokens to each row of idx (B, T): see `nanogpt.infer.engine`."""
         from nanogpt.infer.engine import stream

@@ -16,13 +16,15 @@ from torch import Tensor
 
 from nanogpt import checkpoint
 from nanogpt.checkpoint import Progress
-from nanogpt.config import GPTConfig, TrainConfig
+from nanogpt.config import GPT2_SIZES, GPTConfig, TrainConfig
 from nanogpt.data.batches import EVALUATION, TRAINING, check_length, gather, window_starts
 from nanogpt.data.prepare import DATASETS, NEEDS_NO_NETWORK
+from nanogpt.data.tokenizer import GPT2Tokenizer, Tokenizer
 from nanogpt.data.tokens import Dataset, is_prepared, open_dataset
 from nanogpt.device import Device, choose
 from nanogpt.distributed import World, joined, no_gradient_exchange, parallel, this_process
-from nanogpt.errors import CheckpointError, ConfigError, DataError
+from nanogpt.errors import ConfigError, DataError
+from nanogpt.interop.huggingface import load_gpt2
 from nanogpt.model import GPT
 from nanogpt.optim import adamw, learning_rate_at
 from nanogpt.report.metrics import Metrics
@@ -139,11 +141,7 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
     loaded = None
     if config.init_from == "resume":
         loaded = checkpoint.load(checkpoint.find(config.out_dir, "last"))
-        if loaded.tokenizer.describe() != dataset.tokenizer.describe():
-            raise CheckpointError(
-                f"{loaded.path} was trained on data set {loaded.config.get('dataset')!r}; "
-                f"{config.dataset!r} has another vocabulary"
-            )
+        check_tokenizer(config, dataset, loaded.tokenizer, str(loaded.path))
         model = loaded.model(device, dropout=config.dropout)
         if config.block_size < model.config.block_size:
             if not config.eval_only:  # the optimizer's state would not fit
@@ -153,8 +151,12 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
                 )
             model.crop_block_size(config.block_size)
         print(f"resuming {loaded.path} after {loaded.progress.step} updates")
-    else:
+    elif config.init_from == "scratch":
         model = GPT(config.model_config(dataset.tokenizer.padded_vocab_size)).to(device.name)
+    else:
+        check_tokenizer(config, dataset, GPT2Tokenizer(), config.init_from)
+        model = load_gpt2(config.init_from, device.name, dropout=config.dropout)
+        model.crop_block_size(config.block_size)
     check_length(dataset.train, model.config.block_size, f"the training split of {config.dataset}")
     check_length(dataset.val, model.config.block_size, f"the validation split of {config.dataset}")
     model.transformer.gradient_checkpointing = config.gradient_checkpointing
@@ -169,6 +171,15 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
         model.compile()
     progress = loaded.progress if loaded else Progress()
     return Run(config, device, world, dataset, model, parallel(model, world), optimizer, scaler, progress)
+
+
+def check_tokenizer(config: TrainConfig, dataset: Dataset, tokenizer: Tokenizer, model: str) -> None:
+    """Raise `DataError` unless the data set's ids mean to the model what they meant when it was trained."""
+    if dataset.tokenizer.describe() != tokenizer.describe():
+        raise DataError(
+            f"data set {config.dataset} holds the ids of {dataset.tokenizer}, but {model} knows those of {tokenizer}; "
+            "train on a data set with the model's tokenizer"
+        )
 
 
 def open_or_prepare(config: TrainConfig, world: World) -> Dataset:
@@ -198,6 +209,9 @@ def dry_run(config: TrainConfig) -> int:
     dataset = open_dataset(folder) if is_prepared(folder) else None
     if config.init_from == "resume":
         shape = checkpoint.load(checkpoint.find(config.out_dir, "last")).model_config
+    elif config.init_from in GPT2_SIZES:
+        n_layer, n_head, n_embd = GPT2_SIZES[config.init_from]
+        shape = GPTConfig(config.block_size, 50257, n_layer, n_head, n_embd)
     else:
         shape = config.model_config(dataset.tokenizer.padded_vocab_size if dataset else GPTConfig.vocab_size)
     with torch.device("meta"):

@@ -8,8 +8,9 @@ import nanogpt
 PACKAGE = Path(nanogpt.__file__).parent
 LAYERS = [
     "errors", "files", "settings", "config", "device", "data.tokenizer", "data.tokens", "data.corpus", "data.batches",
-    "data.prepare", "model", "optim", "distributed", "infer.engine", "checkpoint", "report.metrics", "report.progress",
-    "report.plots", "evaluate", "infer.sample", "train", "bench", "cli", "__main__",
+    "data.prepare", "model", "optim", "distributed", "infer.engine", "interop.huggingface", "checkpoint", "trained",
+    "report.metrics", "report.progress", "report.plots", "evaluate", "infer.sample", "train", "bench", "cli",
+    "__main__",
 ]  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def test_train_stop_resume_eval_sample_bench_plot(program: Program, data_dir: Pa
 
     result = program("nanogpt", "eval", "out", "--device=cpu")
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout.splitlines()[-1])["step"] == stopped + 3
+    assert json.loads(result.stdout.splitlines()[-1])["model"] == f"out/best.pt, {stopped + 3} updates"
     result = program("sample.py", "--device=cpu", "--num_samples=2", "--max_new_tokens=5", "--start=the")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("---------------") == 2

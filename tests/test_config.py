@@ -45,7 +45,10 @@ def test_every_setting_has_a_comment_for_help() -> None:
         (["--dropout=1"], "dropout=1.0: expected a value in [0, 1)"),
         (["--batch_size=0"], "batch_size=0: expected a value >= 1"),
         (["--device=gpu"], "device='gpu': expected auto, cpu, mps, cuda or cuda:N"),
-        (["--init_from=gpt5"], "init_from='gpt5': expected scratch or resume"),
+        (
+            ["--init_from=gpt5"],
+            "init_from='gpt5': expected scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl or an existing folder",
+        ),
         (["--learning_rate=1e-5"], "min_lr=6e-05 is above learning_rate=1e-05"),
         (["--dtype=fp16"], "expected auto, float32, bfloat16, float16"),
         (["--seed=-1"], "seed=-1: expected a value >= 0"),

@@ -44,6 +44,9 @@ class Tokenizer(ABC):
     def describe(self) -> dict[str, Any]:
         """Everything that `from_description` needs to build this tokenizer again, as JSON."""
 
+    def __str__(self) -> str:
+        return f"{self.describe()['kind']} tokenizer ({self.vocab_size} entries)"
+
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of a prompt, in which `<|endoftext|>` stands for the special token."""
         if self.end_of_text is None:

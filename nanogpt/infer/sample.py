@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from nanogpt import checkpoint
 from nanogpt.config import SampleConfig
 from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.device import choose
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.infer.engine import stream
+from nanogpt.trained import load_trained
 
 SEPARATOR = "---------------"
 
@@ -21,12 +21,10 @@ def sample(config: SampleConfig) -> None:
     All are drawn as one batch; the first is printed while it grows, the others when it is complete.
     """
     device = choose(config.device, config.dtype, config.compile)
-    loaded = checkpoint.load(checkpoint.find(config.out_dir, config.checkpoint))
-    prompt = _prompt_ids(config.start, loaded.tokenizer)
-    model = loaded.model(device)
-    print(f"{loaded.path}: {loaded.progress.step} updates, {model.get_num_params() / 1e6:.2f}M parameters")
-    if device.compile:
-        model.compile()
+    trained = load_trained(config, device)
+    model, tokenizer = trained.model, trained.tokenizer
+    prompt = _prompt_ids(config.start, tokenizer)
+    print(f"{trained.name}, {model.get_num_params() / 1e6:.2f}M parameters")
     generator = torch.Generator(device.name).manual_seed(config.seed)
     rows: list[list[int]] = [[] for _ in range(config.num_samples)]
 
@@ -40,7 +38,7 @@ def sample(config: SampleConfig) -> None:
                 config.max_new_tokens,
                 temperature=config.temperature,
                 top_k=config.top_k,
-                vocab_size=loaded.tokenizer.vocab_size,
+                vocab_size=tokenizer.vocab_size,
                 generator=generator,
             )
             for token in tokens:
@@ -48,11 +46,11 @@ def sample(config: SampleConfig) -> None:
                     row.append(new)
                 yield rows[0][-1]
 
-    for text in loaded.tokenizer.decode_stream(first_row()):
+    for text in tokenizer.decode_stream(first_row()):
         print(text, end="", flush=True)
     print(f"\n{SEPARATOR}")
     for row in rows[1:]:
-        print(f"{loaded.tokenizer.decode(prompt + row)}\n{SEPARATOR}")
+        print(f"{tokenizer.decode(prompt + row)}\n{SEPARATOR}")
 
 
 def _prompt_ids(start: str, tokenizer: Tokenizer) -> list[int]:

@@ -1,0 +1,7 @@
+# The loss of OpenAI's gpt2-medium (350M parameters) on OpenWebText.
+# $ python train.py config/eval_gpt2_medium.py
+
+init_from = "gpt2-medium"
+eval_only = True
+eval_iters = 500  # many batches: a good estimate is all this is for
+batch_size = 8

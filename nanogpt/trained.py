@@ -1,0 +1,36 @@
+"""A trained model for use, wherever it comes from: a run folder, a checkpoint file, or GPT-2's weights."""
+
+from dataclasses import dataclass
+
+from nanogpt import checkpoint
+from nanogpt.config import TrainedModelConfig
+from nanogpt.data.tokenizer import GPT2Tokenizer, Tokenizer
+from nanogpt.device import Device
+from nanogpt.interop.huggingface import load_gpt2
+from nanogpt.model import GPT
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model in evaluation mode, and what one must know to use it."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    name: str  # for messages
+    dataset: str  # that it was trained on; empty if unknown
+
+
+def load_trained(config: TrainedModelConfig, device: Device) -> TrainedModel:
+    """The model that `init_from`, `out_dir` and `checkpoint` name, on `device`, compiled if that was asked for.
+
+    Raises `CheckpointError` if it can't be had.
+    """
+    if config.init_from == "resume":
+        loaded = checkpoint.load(checkpoint.find(config.out_dir, config.checkpoint))
+        name = f"{loaded.path}, {loaded.progress.step} updates"
+        trained = TrainedModel(loaded.model(device), loaded.tokenizer, name, str(loaded.config.get("dataset", "")))
+    else:
+        trained = TrainedModel(load_gpt2(config.init_from, device.name), GPT2Tokenizer(), config.init_from, "")
+    if device.compile:
+        trained.model.compile()
+    return trained

@@ -1,0 +1,164 @@
+"""GPT-2 folders written by transformers itself, read without it."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanogpt import checkpoint, train
+from nanogpt.config import GPT2_SIZES, EvalConfig, GPTConfig, SampleConfig, TrainConfig
+from nanogpt.data.tokenizer import GPT2Tokenizer
+from nanogpt.data.tokens import write_dataset
+from nanogpt.errors import CheckpointError, ConfigError, DataError
+from nanogpt.evaluate import evaluate
+from nanogpt.infer.sample import sample
+from nanogpt.interop.huggingface import load_gpt2
+from nanogpt.model import GPT
+from tests.conftest import ROOT, random_ids
+
+SHAPE: dict[str, Any] = {"vocab_size": 50257, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
+
+
+def write_gpt2(folder: Path, **changes: Any) -> Any:
+    """A random GPT-2 as transformers saves it; returns transformers' model."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**{**SHAPE, **changes}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_gpt2(tmp_path / "gpt")
+    return tmp_path / "gpt"
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
+def test_logits_equal_transformers(tmp_path: Path, activation: str) -> None:
+    theirs = write_gpt2(tmp_path / "gpt", activation_function=activation)
+    ours = load_gpt2(str(tmp_path / "gpt"))
+    x = random_ids(2, 32, vocab_size=50257)
+    torch.testing.assert_close(ours(x, x)[0], theirs(x).logits, atol=1e-5, rtol=1e-4)
+    assert ours.lm_head.weight is ours.transformer.wte.weight
+
+
+def test_the_released_files_old_names_are_understood(folder: Path) -> None:
+    """OpenAI's checkpoints on the hub have no `transformer.` in front, and attention masks among the weights."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = {k.removeprefix("transformer."): v for k, v in load_file(folder / "model.safetensors").items()}
+    tensors.pop("lm_head.weight", None)
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
+    expected = load_gpt2(str(folder)).state_dict()
+    save_file(tensors, folder / "model.safetensors")
+    for name, tensor in load_gpt2(str(folder)).state_dict().items():
+        assert torch.equal(tensor, expected[name])
+
+
+def test_gpt2_by_name_comes_from_the_mirror(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mirror" / "openai-community").mkdir(parents=True)
+    folder.rename(tmp_path / "mirror" / "openai-community" / "gpt2")
+    monkeypatch.setenv("NANOGPT_DOWNLOADS", str(tmp_path / "mirror"))
+    model = GPT.from_pretrained("gpt2", {"dropout": 0.1})
+    assert (model.config.activation, model.config.dropout, model.config.bias) == ("gelu_tanh", 0.1, True)
+
+
+def test_without_a_network_it_says_what_to_bring(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def offline(*_: object, **__: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.delenv("NANOGPT_DOWNLOADS", raising=False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(CheckpointError) as caught:
+        load_gpt2("gpt2-xl")
+    for piece in ("openai-community/gpt2-xl could not be downloaded", "--init_from=FOLDER", "$NANOGPT_DOWNLOADS/"):
+        assert piece in str(caught.value)
+
+
+def change_config(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "holds no GPT-2"),
+        (lambda f: (f / "config.json").write_text("{"), "holds no GPT-2"),
+        (lambda f: (f / "model.safetensors").unlink(), "holds no GPT-2"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "model.safetensors is damaged"),
+        (change_config(model_type="llama"), "model_type is 'llama', not 'gpt2'"),
+        (change_config(activation_function="relu"), "activation_function is 'relu'"),
+        (change_config(layer_norm_epsilon=1e-6), "layer_norm_epsilon or n_inner differ"),
+        (change_config(n_head=3), "n_embd=16 is not a multiple of n_head=3"),
+        (change_config(n_layer=3), "the weights do not fit config.json"),
+    ],
+)
+def test_an_unusable_folder_is_one_message(folder: Path, damage: Callable[[Path], Any], message: str) -> None:
+    damage(folder)
+    with pytest.raises(CheckpointError) as caught:
+        load_gpt2(str(folder))
+    assert message in str(caught.value)
+
+
+@pytest.fixture
+def finetuning(recipe: Callable[..., TrainConfig], data_dir: Path, folder: Path) -> Callable[..., TrainConfig]:
+    tokenizer = GPT2Tokenizer()
+    ids = tokenizer.encode("First Citizen: Before we proceed any further, hear me speak.\n" * 50)
+    write_dataset(data_dir / "bard", {"train": [ids[:500]], "val": [ids[500:]]}, tokenizer, [])
+    return lambda **settings: recipe(init_from=str(folder), dataset="bard", decay_lr=False, **settings)
+
+
+def test_finetuning_evaluating_and_sampling(
+    finetuning: Callable[..., TrainConfig], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = finetuning(max_iters=20, learning_rate=1e-2)
+    before = evaluate(EvalConfig(init_from=str(folder), data_dir=config.data_dir, dataset="bard", dtype="float32"))
+    assert train.train(config) == 0
+    trained = checkpoint.load(Path(config.out_dir, "best.pt"))
+    assert trained.model_config == GPTConfig(16, 50257, 2, 2, 16, activation="gelu_tanh")  # cropped to the recipe's 16
+    after = evaluate(EvalConfig(out_dir=config.out_dir, data_dir=config.data_dir, dtype="float32"))
+    assert after < before - 1
+    capsys.readouterr()
+    sample(SampleConfig(init_from=str(folder), start="What is", num_samples=2, max_new_tokens=5, device="cpu"))
+    assert capsys.readouterr().out.count("What is") == 2
+
+
+def test_mismatches_are_refused(finetuning: Callable[..., TrainConfig], folder: Path) -> None:
+    with pytest.raises(DataError, match=r"tiny holds the ids of char tokenizer \(28 .* knows those of gpt2 tokenizer"):
+        train.train(TrainConfig(**{**vars(finetuning()), "dataset": "tiny"}))
+    with pytest.raises(ConfigError, match="block_size=64 exceeds the model's 32"):
+        train.train(finetuning(block_size=64))
+    with pytest.raises(ConfigError, match="on which data set"):
+        evaluate(EvalConfig(init_from=str(folder), device="cpu"))
+
+
+def test_the_four_sizes_have_their_known_parameters() -> None:
+    millions = {}
+    for name, (n_layer, n_head, n_embd) in GPT2_SIZES.items():
+        with torch.device("meta"):
+            millions[name] = round(GPT(GPTConfig(1024, 50257, n_layer, n_head, n_embd)).get_num_params(False) / 1e6)
+    assert millions == {"gpt2": 124, "gpt2-medium": 355, "gpt2-large": 774, "gpt2-xl": 1558}
+
+
+def test_transformers_is_not_needed(folder: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        f"from nanogpt.interop.huggingface import load_gpt2; load_gpt2({str(folder)!r})"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
