@@ -48,6 +48,7 @@ def test_the_commands_run_as_written(downloads: Path, tmp_path: Path) -> None:
     (repository / "prompt.txt").write_text("ROMEO:\n")
     programs = {"python": [sys.executable], "nanogpt": [sys.executable, "-m", "nanogpt"],
                 "torchrun": [sys.executable, "-m", "torch.distributed.run"]}  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": ".", "NANOGPT_DOWNLOADS": str(mirror)}
     executed = 0
     for command in COMMANDS:
         if command.startswith(NOT_HERE):
@@ -56,7 +57,7 @@ def test_the_commands_run_as_written(downloads: Path, tmp_path: Path) -> None:
         words = shlex.split(" ".join([command, *extra]))
         words = [word.replace("--nproc_per_node=8", "--nproc_per_node=2") for word in words]
         result = subprocess.run(
-            [*programs[words[0]], *words[1:]], cwd=repository, env={**os.environ, "PYTHONPATH": ".", "NANOGPT_DOWNLOADS": str(mirror)},
+            [*programs[words[0]], *words[1:]], cwd=repository, env=environment,
             capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
