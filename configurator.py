@@ -12,4 +12,5 @@ from nanogpt.settings import override_globals
 try:
     override_globals(globals(), sys.argv[1:])
 except ConfigError as error:
-    sys.exit(f"error: {error}")
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nanogpt.checkpoint import Progress
 from nanogpt.config import BenchConfig, GPTConfig
+from nanogpt.data.batches import check_length
 from nanogpt.data.tokenizer import ByteTokenizer
 from nanogpt.data.tokens import Dataset
 from nanogpt.device import choose
@@ -31,6 +32,7 @@ def bench(config: BenchConfig) -> None:
             dataset = open_or_prepare(training, World())
         except DataError as error:
             raise DataError(f"{error}; or time random tokens with --real_data=False") from error
+        check_length(dataset.train, config.block_size, f"the training split of {config.dataset}")
         vocab_size = dataset.tokenizer.padded_vocab_size
     else:
         tokens = torch.randint(vocab_size, (4 * config.batch_size * (config.block_size + 1),)).numpy().astype("uint16")

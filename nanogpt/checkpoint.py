@@ -5,6 +5,7 @@ more key, `nanogpt`. It is the whole run: sampling, evaluating and resuming need
 """
 
 import dataclasses
+import itertools
 import os
 import zipfile
 from dataclasses import dataclass
@@ -115,12 +116,16 @@ def save(
         },
     }
     with atomic_write(path) as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(str(error).splitlines()[0]) from error
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Path, data_dir: str = "data") -> Checkpoint:
     """Read a checkpoint written here or by the original, without running any code that it may contain.
 
+    The original keeps a character vocabulary with the data set: it is looked for below `data_dir`.
     Raises `CheckpointError` if the file is missing, damaged or no such checkpoint.
     """
     content = _read(path)
@@ -131,8 +136,16 @@ def load(path: Path) -> Checkpoint:
         shape = GPTConfig(**(ours.get("model_config") or content["model_args"]))
         if problems := list(shape.problems()):
             raise CheckpointError(f"{path} holds an impossible model: {'; '.join(problems)}")
-        # compiled models of the original carry this prefix
-        weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in content["model"].items()}
+        # the original's compiled models carry a prefix, its oldest ones attention masks
+        weights = {
+            name.removeprefix("_orig_mod."): tensor
+            for name, tensor in content["model"].items()
+            if not name.endswith(".attn.bias")
+        }
+        if ours:
+            tokenizer = from_description(ours["tokenizer"])
+        else:
+            tokenizer = _tokenizer_of_original(path, Path(data_dir, str(content["config"].get("dataset"))), shape)
         return Checkpoint(
             path=path,
             weights=weights,
@@ -145,7 +158,7 @@ def load(path: Path) -> Checkpoint:
                 ours.get("seconds", 0.0),
                 ours.get("evaluated", -1),
             ),
-            tokenizer=from_description(ours["tokenizer"]) if ours else _tokenizer_of_original(content["config"]),
+            tokenizer=tokenizer,
             optimizer=content["optimizer"],
             scaler=ours.get("scaler", {}),
             random_state=ours.get("random_state", {}),
@@ -172,9 +185,15 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _tokenizer_of_original(config: dict[str, Any]) -> Tokenizer:
-    """The original keeps the vocabulary with the data set, not in the checkpoint."""
-    return tokenizer_of_original(Path("data", str(config.get("dataset"))))
+def _tokenizer_of_original(path: Path, data: Path, shape: GPTConfig) -> Tokenizer:
+    """The vocabulary beside the data set, for a checkpoint that has none in it."""
+    tokenizer = tokenizer_of_original(data)
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise CheckpointError(
+            f"{path} comes without its vocabulary of {shape.vocab_size} entries, and {data / 'meta.pkl'} does not "
+            "hold it either; put the meta.pkl of its data set there"
+        )
+    return tokenizer
 
 
 def find(out_dir: str, which: str) -> Path:
@@ -190,18 +209,16 @@ def find(out_dir: str, which: str) -> Path:
 
 
 def set_previous_run_aside(out_dir: str) -> None:
-    """Move the files of an earlier run to out_dir/previous, so that a new run neither mixes with it nor destroys it."""
+    """Move the files of an earlier run to out_dir/previous-N: a new run neither mixes with it nor destroys it."""
     folder = Path(out_dir)
     if not any((folder / name).exists() for name in ("ckpt.pt", "best.pt")):
         return
-    aside = folder / "previous"
+    aside = next(path for n in itertools.count(1) if not (path := folder / f"previous-{n}").exists())
     try:
-        aside.mkdir(exist_ok=True)
+        aside.mkdir()
         for name in RUN_FILES:
             if (folder / name).exists():
                 os.replace(folder / name, aside / name)
-            else:
-                (aside / name).unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot move the earlier run in {out_dir} aside: {error.strerror}") from error
     print(f"{out_dir} held an earlier run: moved to {aside}")

@@ -105,7 +105,10 @@ def run(verb: str, arguments: Sequence[str] | None = None, *, program: str = "")
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         code = 130
-    except BrokenPipeError:  # `sample.py | head` has read enough
+    except BrokenPipeError:  # `sample.py | head` has read enough; 141 is what the shell expects of a program then
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = 141
+    except OSError as error:  # a full disk, a folder without permission, …
+        print(f"error: {error}", file=sys.stderr)
+        code = MISTAKE
     sys.exit(code)

@@ -60,7 +60,8 @@ class _Machine(Settings):
         """Everything that is inconsistent, one sentence each."""
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             yield f"device={self.device!r}: expected auto, cpu, mps, cuda or cuda:N"
-        yield from out_of_range(self, ">= 0", "seed")
+        if not 0 <= self.seed < 2**63:
+            yield f"seed={self.seed}: expected a value from 0 to 2**63 - 1"
 
 
 def init_from_problems(init_from: str, *others: str) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Which device and number format to compute with, and how fast the hardware could go."""
 
 import contextlib
-import resource
+import re
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -63,15 +63,20 @@ class Device:
         """Most bytes ever in use: of the GPU's memory on CUDA, of the whole process elsewhere."""
         if self.type == "cuda":
             return torch.cuda.max_memory_allocated(self.name)
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        if sys.platform == "win32":
+            return 0  # Windows keeps no such count
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def peak_flops(self) -> float | None:
         """FLOP/s that the data sheet promises for matrix products in 16 bits; None where not known."""
         if self.type != "cuda" or self.dtype == torch.float32:
             return None
         name = torch.cuda.get_device_name(self.name)
-        return next((peak for key, peak in _PEAK_FLOPS.items() if key in name), None)
+        if "Laptop" in name:  # slower than the card of the same name
+            return None
+        return next((peak for key, peak in _PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def choose(device: str, dtype: str, compile: bool | str, local_rank: int | None = None) -> Device:

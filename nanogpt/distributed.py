@@ -48,11 +48,11 @@ class World:
             value = value / self.size
         return value
 
-    def any(self, flag: bool, device: str) -> bool:
-        """Whether `flag` is set in at least one process; all must ask at the same point."""
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set in at least one process; all must ask at the same point. No GPU has to wait."""
         if self.size == 1:
             return flag
-        flags = torch.tensor(float(flag), device=device)
+        flags = torch.tensor(float(flag))  # on the CPU, so through gloo
         dist.all_reduce(flags)
         return bool(flags > 0)
 
@@ -74,7 +74,12 @@ def joined(world: World, backend: str, device_type: str) -> Iterator[None]:
     if world.size == 1:
         yield
         return
-    dist.init_process_group(("nccl" if device_type == "cuda" else "gloo") if backend == "auto" else backend)
+    if backend == "nccl" and device_type != "cuda":
+        raise ConfigError(
+            f"--backend=nccl connects CUDA GPUs, but this run computes on {device_type}; use --backend=gloo"
+        )
+    through_nccl = device_type == "cuda" and backend != "gloo"
+    dist.init_process_group("cpu:gloo,cuda:nccl" if through_nccl else "gloo")
     stdout = sys.stdout
     if not world.is_main:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")

@@ -224,7 +224,11 @@ def help_text(cls: type[Config], usage: str, positional: str = "out_dir") -> str
 def _commented_fields(cls: type) -> Iterator[tuple[str, str, str]]:
     """`(group, name, comment)` of each field that stands in the source of the class itself."""
     title, name, comment = "settings", "", ""
-    for line in [*inspect.getsource(cls).splitlines(), "    # --- end ---"]:
+    try:
+        source = inspect.getsource(cls).splitlines()
+    except (OSError, TypeError):  # made at run time, for a script with the old configurator
+        source = [f"    {field.name}: {field.type} = {field.default}" for field in dataclasses.fields(cls)]
+    for line in [*source, "    # --- end ---"]:
         heading = re.match(r"    # --- (.+) ---$", line)
         field = re.match(r"    (\w+): .+? = .+?(?:  # (.+))?$", line)
         if (heading or field) and name:

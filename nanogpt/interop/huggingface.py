@@ -5,6 +5,7 @@ Reads `config.json` and `model.safetensors` directly; transformers is not needed
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,12 @@ def load_gpt2(name: str, device: str = "cpu", *, dropout: float = 0.0) -> GPT:
     """
     folder = _folder_of(name)
     print(f"loading {name} from {folder}")
-    try:
-        shape = _shape(json.loads((folder / "config.json").read_bytes()), dropout)
-        weights = _weights(folder / "model.safetensors")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} holds no GPT-2 as config.json and model.safetensors: {error}") from error
     with torch.device("meta"):
-        model = GPT(shape)
+        model = GPT(replace(gpt2_shape(folder), dropout=dropout))
+    try:
+        weights = _weights(folder / "model.safetensors")
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} holds no GPT-2 as config.json and model.safetensors: {error}") from error
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
@@ -60,8 +60,15 @@ def _folder_of(name: str) -> Path:
         ) from error
 
 
-def _shape(config: dict[str, Any], dropout: float) -> GPTConfig:
-    """Our config for Hugging Face's. Raises `ValueError` for what is no GPT-2."""
+def gpt2_shape(folder: Path) -> GPTConfig:
+    """The shape that `config.json` in `folder` describes. Raises `CheckpointError` if that is no GPT-2."""
+    try:
+        return _shape(json.loads((folder / "config.json").read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} holds no GPT-2 as config.json and model.safetensors: {error}") from error
+
+
+def _shape(config: dict[str, Any]) -> GPTConfig:
     if config.get("model_type") != "gpt2":
         raise ValueError(f"model_type is {config.get('model_type')!r}, not 'gpt2'")
     activation = config.get("activation_function", "gelu_new")
@@ -76,7 +83,6 @@ def _shape(config: dict[str, Any], dropout: float) -> GPTConfig:
         n_layer=config["n_layer"],
         n_head=config["n_head"],
         n_embd=width,
-        dropout=dropout,
         bias=True,
         activation="gelu" if _ACTIVATIONS[activation] == "gelu" else "gelu_tanh",
     )

@@ -15,13 +15,13 @@ from nanogpt.settings import as_json
 class Metrics:
     """The records of a run, open for writing. A resumed run goes on in the same file, with no step twice."""
 
-    def __init__(self, config: TrainConfig, resumed_at: int = 0, is_main: bool = True) -> None:
+    def __init__(self, config: TrainConfig, resumed_at: int | None = None, is_main: bool = True) -> None:
         self._wandb: Any = None
         self._file: IO[str] | None = None
         if not is_main:
             return  # one process of a run writes
         path = Path(config.out_dir) / "metrics.jsonl"
-        kept = [row for row in read_metrics(path) if row["step"] <= resumed_at] if resumed_at else []
+        kept = [row for row in read_metrics(path) if resumed_at is not None and row["step"] <= resumed_at]
         with atomic_write(path) as file:
             file.writelines(json.dumps(row).encode() + b"\n" for row in kept)
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # line by line: nothing is lost in a crash

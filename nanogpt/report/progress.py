@@ -1,5 +1,7 @@
 """What a run says while it trains: plain lines, and a progress bar where someone is watching."""
 
+import os
+import sys
 from types import TracebackType
 
 from tqdm import tqdm
@@ -13,11 +15,15 @@ class Console:
         self._bar = tqdm(total=total, initial=done, unit="it", dynamic_ncols=True, disable=hidden, smoothing=0.05)
 
     def line(self, text: str) -> None:
-        """Print one line, at once."""
-        if self._bar.disable:
-            print(text, flush=True)
-        else:
-            self._bar.write(text)
+        """Print one line, at once. Training goes on even when nobody listens any more."""
+        try:
+            if self._bar.disable:
+                print(text, flush=True)
+            else:
+                self._bar.write(text)
+        except BrokenPipeError:  # `| head` has read enough, a terminal has gone
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
+            os.write(2, b"standard output has been closed; the run goes on, see metrics.jsonl\n")
 
     def advance(self) -> None:
         """One update is done."""

@@ -11,6 +11,7 @@ from nanogpt.data.corpus import fetch, standard_library
 from nanogpt.errors import DataError
 
 CONTENT = b"To be, or not to be"
+CUT_OFF = 1  # a "status": the connection ends before the promised length
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
@@ -26,7 +27,9 @@ class Server:
             def do_GET(self) -> None:
                 server.requests += 1
                 status = server.script.pop(0) if server.script else 200
-                self.send_response(status)
+                self.send_response(200 if status == CUT_OFF else status)
+                if status == CUT_OFF:
+                    self.send_header("Content-Length", "1000")
                 self.end_headers()
                 self.wfile.write(CONTENT if status == 200 else b"<html>an error page</html>")
 
@@ -55,12 +58,12 @@ def test_a_download_is_checked(server: Server) -> None:
 
 
 def test_a_server_that_stumbles_is_asked_again(server: Server) -> None:
-    server.script = [500, 503]
+    server.script = [500, CUT_OFF]
     assert fetch("x.txt", server.url, SHA256) == CONTENT
     assert server.requests == 3
 
 
-@pytest.mark.parametrize(("script", "requests"), [([404], 1), ([500, 500, 500], 3)])
+@pytest.mark.parametrize(("script", "requests"), [([404], 1), ([500, 500, 500], 3), ([CUT_OFF] * 3, 3)])
 def test_an_error_page_says_what_to_do_instead(server: Server, script: list[int], requests: int) -> None:
     server.script = list(script)
     with pytest.raises(DataError, match=r"could not be downloaded .*NANOGPT_DOWNLOADS"):

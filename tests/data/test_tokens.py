@@ -86,6 +86,21 @@ def test_a_hostile_or_broken_meta_file_is_refused(tmp_path: Path, content: bytes
     assert not Path("attacked").exists()
 
 
+def test_ids_are_never_read_with_a_tokenizer_that_is_not_theirs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Preparing anew with another vocabulary, interrupted after the description and before the ids take their names."""
+    from nanogpt.data import tokens
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokens, "write_meta", interrupted)
+    tokenizer = CharTokenizer("abcd")
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(folder, {"train": [tokenizer.encode("d")], "val": [tokenizer.encode("d")]}, tokenizer, [])
+    with pytest.raises(DataError, match=r"holds 6 tokens, but dataset\.json promises 1"):
+        open_dataset(folder)
+
+
 def test_an_interrupted_preparation_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
     def pieces() -> Any:
         yield np.array([1, 2, 3], dtype=np.uint8)

@@ -22,8 +22,8 @@ def test_a_row_is_one_line_of_strict_json(recipe: Recipe) -> None:
     assert "NaN" not in lines[0]
 
 
-@pytest.mark.parametrize(("resumed_at", "kept"), [(0, []), (2, [1, 2]), (9, [1, 2, 3])])
-def test_a_resumed_run_goes_on_where_the_checkpoint_was(recipe: Recipe, resumed_at: int, kept: list[int]) -> None:
+@pytest.mark.parametrize(("resumed_at", "kept"), [(None, []), (0, []), (2, [1, 2]), (9, [1, 2, 3])])
+def test_a_resumed_run_goes_on_at_its_checkpoint(recipe: Recipe, resumed_at: int | None, kept: list[int]) -> None:
     config = recipe()
     with Metrics(config) as metrics:
         for step in (1, 2, 3):

@@ -1,0 +1,31 @@
+import sys
+
+import pytest
+
+from nanogpt.report.progress import Console
+
+
+def test_lines_are_plain_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
+    with Console(total=3, done=1) as console:
+        console.line("step 1: loss")
+        console.advance()
+    assert capsys.readouterr() == ("step 1: loss\n", "")
+
+
+def test_on_a_terminal_there_is_a_bar_below_the_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Console(total=3, done=1) as console:
+        console.line("step 1: loss")
+        console.advance()
+    out, err = capsys.readouterr()
+    assert out == "step 1: loss\n"
+    assert "2/3" in err
+
+
+def test_other_processes_show_no_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Console(total=3, is_main=False) as console:
+        console.advance()
+    assert capsys.readouterr().err == ""
