@@ -5,12 +5,12 @@ PIP_ARGS ?=
 PY := .venv/bin/python
 INSTALLED := .venv/installed
 
-.PHONY: help install demo test lint test-slow bench clean
+.PHONY: help install demo test lint test-slow clean
 
 help:
 	@grep '^# make' Makefile | cut -c3-
 
-# make install: .venv with all dependencies in the tested versions (PIP_ARGS="--index-url ..." chooses a torch build)
+# make install: .venv with all dependencies in the tested versions; PIP_ARGS="--extra-index-url ..." chooses a torch build
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -48,5 +48,6 @@ test: lint
 test-slow: install
 	$(PY) -m pytest -m slow
 
+# make clean: remove .venv and caches; data and runs stay
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
