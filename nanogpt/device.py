@@ -117,7 +117,7 @@ def _choose_name(device: str) -> tuple[str, str]:
             raise ConfigError(f"--device={device}, but this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     if device == "mps" and not has_mps:
         raise ConfigError("--device=mps, but torch finds no Apple GPU here; use --device=cpu")
-    return device, "as asked"
+    return device, "as set"
 
 
 def _choose_dtype(kind: str, name: str, dtype: str) -> tuple[torch.dtype, str]:
@@ -126,8 +126,8 @@ def _choose_dtype(kind: str, name: str, dtype: str) -> tuple[torch.dtype, str]:
     if dtype != "auto":
         asked: torch.dtype = getattr(torch, dtype)
         if asked == torch.bfloat16 and not _native_bfloat16(kind, name):
-            return asked, "as asked; emulated and slow here"
-        return asked, "as asked"
+            return asked, "as set; emulated and slow here"
+        return asked, "as set"
     if kind == "mps":
         return torch.float32, "auto: the safe choice on mps"
     if _native_bfloat16(kind, name):
@@ -150,5 +150,5 @@ def _native_bfloat16(kind: str, name: str) -> bool:
 
 def _choose_compile(kind: str, compile: bool | str) -> tuple[bool, str]:
     if compile != "auto":
-        return bool(compile), "as asked"
+        return bool(compile), "as set"
     return (True, "auto: pays on CUDA") if kind == "cuda" else (False, "auto: only on CUDA")
