@@ -24,7 +24,7 @@ from nanogpt.model import GPT
 from nanogpt.settings import as_json
 
 FORMAT = 1
-RUN_FILES = ("config.json", "metrics.jsonl", "ckpt.pt", "best.pt", "loss.png")
+RUN_FILES = ("ckpt.pt", "best.pt", "metrics.jsonl", "config.json", "loss.png")
 _ORIGINAL_MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 
 
@@ -118,7 +118,9 @@ def save(
     with atomic_write(path) as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # what torch makes of a full disk
+        except RuntimeError as error:  # what torch makes of a full disk, and of Ctrl-C
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None
             raise OSError(str(error).splitlines()[0]) from error
 
 

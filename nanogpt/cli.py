@@ -3,6 +3,7 @@
 Imports of the programs stand inside functions, so that `--help` and mistakes answer without loading torch.
 """
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -70,6 +71,13 @@ VERBS: dict[str, tuple[type[Settings], Callable[[Any], int | None], str]] = {
 }
 
 
+def _survive_narrow_encodings() -> None:
+    """Show a ? for a character that the terminal cannot, rather than crash."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def main() -> None:
     """The entry point `nanogpt VERB [word …] [--key=value …]`; exits with the program's code."""
     arguments = sys.argv[1:]
@@ -93,7 +101,8 @@ def run(verb: str, arguments: Sequence[str] | None = None, *, program: str = "")
     Exit codes: 0 done, 2 the user's mistake, 75 stopped by a signal and resumable, 130 interrupted.
     """
     settings, function, positional = VERBS[verb]
-    usage = f"{program or f'python {os.path.basename(sys.argv[0])}'} [config.py …] [--key=value …]"
+    _survive_narrow_encodings()
+    usage = f"{program or f'python {os.path.basename(sys.argv[0])}'} [config.py …] [{positional}] [--key=value …]"
     try:
         config = parse(settings, sys.argv[1:] if arguments is None else arguments, usage, positional=positional)
         code = function(config)
@@ -101,7 +110,7 @@ def run(verb: str, arguments: Sequence[str] | None = None, *, program: str = "")
     except UserError as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
-        code = MISTAKE
+        code = error.exit_code
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         code = 130

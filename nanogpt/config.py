@@ -51,7 +51,7 @@ class _Machine(Settings):
 
     # --- machine ---
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes the first there is of cuda, mps, cpu
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products; weights stay float32
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products; weights stay float32;
     # auto: bfloat16 where the hardware computes it natively, float16 on older CUDA GPUs, else float32
     compile: bool | Literal["auto"] = "auto"  # torch.compile: minutes at the start, faster steps; auto: on CUDA only
     seed: int = 1337  # of everything random
@@ -146,6 +146,8 @@ class TrainConfig(_Machine):
     def problems(self) -> Iterator[str]:
         """Everything that is inconsistent, one sentence each."""
         yield from super().problems()
+        if not self.out_dir:
+            yield "out_dir is empty: expected a folder"
         yield from self.model_config(vocab_size=1).problems()
         yield from out_of_range(
             self, ">= 1", "eval_interval eval_iters log_interval gradient_accumulation_steps batch_size"
@@ -202,7 +204,7 @@ class EvalConfig(TrainedModelConfig):
     """The exact loss of a trained model over a whole split, in windows that do not overlap."""
 
     # --- data ---
-    data_dir: str = "data"  # folder of the data sets
+    data_dir: str = ""  # folder of the data sets; empty: where the run had it
     dataset: str = ""  # empty: the one that the run was trained on
     split: Literal["train", "val"] = "val"  # which part of the data
     batch_size: int = 32  # windows at a time; changes the speed, not the result

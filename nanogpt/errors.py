@@ -8,6 +8,8 @@ prints it without a traceback and exits with 2. Every other exception is a bug a
 class UserError(Exception):
     """Something that the person at the keyboard can mend."""
 
+    exit_code = 2
+
 
 class ConfigError(UserError):
     """A setting, or a combination of settings, that cannot work."""
@@ -19,3 +21,9 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A run folder or checkpoint that is missing, damaged or does not fit."""
+
+
+class DivergedError(UserError):
+    """Training has left the numbers behind: a loss that is not finite."""
+
+    exit_code = 3

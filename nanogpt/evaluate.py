@@ -54,7 +54,8 @@ def evaluate(config: EvalConfig) -> float:
     model, name = trained.model, config.dataset or trained.dataset
     if not name:
         raise ConfigError(f"on which data set? {trained.name} does not say; for example --dataset=shakespeare")
-    dataset = open_dataset(Path(config.data_dir) / name)
+    folder = Path(config.data_dir or trained.data_dir) / name
+    dataset = open_dataset(folder)
     if dataset.tokenizer.describe() != trained.tokenizer.describe():
         raise DataError(
             f"data set {name} holds the ids of {dataset.tokenizer}, but {trained.name} knows those of "
@@ -66,7 +67,7 @@ def evaluate(config: EvalConfig) -> float:
         raise ConfigError(f"block_size={block_size} exceeds the model's {model.config.block_size}")
     check_length(tokens, 1, f"the {config.split} split of {name}")
     loss, n_tokens = whole_split_loss(model, tokens, block_size, config.batch_size, device)
-    print(f"{trained.name}, on all {n_tokens:,} targets of {name}/{config.split}")
+    print(f"{trained.name}, on all {n_tokens:,} targets of {folder} ({config.split})")
     print(f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.3f} (windows of {block_size})")
     result = {"model": trained.name, "dataset": name, "split": config.split, "block_size": block_size}
     print(json.dumps({**result, "tokens": n_tokens, "loss": loss, "perplexity": math.exp(loss)}))

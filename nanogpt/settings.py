@@ -75,6 +75,8 @@ def _split_arguments(
         if not word.startswith("-") or word == "-":
             if word.endswith(".py"):
                 files.append(word)
+            elif Path(f"{word}.py").is_file():
+                problems.append(f"{word}: did you mean the config file {word}.py?")
             elif word.partition("=")[0] in hints:
                 problems.append(f"{word}: options begin with two dashes: --{word}")
             elif positional not in hints:
@@ -106,7 +108,7 @@ def _run_config_file(cls: type[Config], path: str, values: dict[str, Any], probl
     try:
         code = compile(Path(path).read_text(encoding="utf-8"), path, "exec")
         exec(code, names)
-    except Exception as error:  # a config file is a program: anything can go wrong in it
+    except (Exception, SystemExit) as error:  # a config file is a program: anything can go wrong in it
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         where = f", line {lines[-1]}" if lines else ""
         problems.append(f"config file {path}{where}: {type(error).__name__}: {error}")
@@ -200,10 +202,9 @@ def out_of_range(config: object, bound: str, names: str) -> Iterator[str]:
 def help_text(cls: type[Config], usage: str, positional: str = "out_dir") -> str:
     """What `--help` prints: each field with its default and the comment behind it, by group."""
     lines = [f"usage: {usage}", "", inspect.cleandoc(cls.__doc__ or "")]
-    lines += [
-        "",
-        f"A word without dashes sets {positional}; one that ends in .py is a config file: Python assignments.",
-    ]
+    lines += ["", "A word that ends in .py is a config file: Python assignments."]
+    if positional in get_type_hints(cls):
+        lines[-1] += f" Any other word without dashes sets {positional}."
     width = max(80, min(120, shutil.get_terminal_size().columns))
     groups: dict[str, list[str]] = {}
     defaults = dataclasses.asdict(cls())
@@ -239,7 +240,7 @@ def _commented_fields(cls: type) -> Iterator[tuple[str, str, str]]:
         elif field:
             name, comment = field[1], field[2] or ""
         elif name and (more := re.match(r"    # (.+)$", line)):
-            comment += "; " + more[1]
+            comment += " " + more[1]
 
 
 def as_json(config: Settings) -> str:
@@ -250,17 +251,24 @@ def as_json(config: Settings) -> str:
 def override_globals(variables: dict[str, Any], arguments: Sequence[str]) -> None:
     """Serve scripts that `exec` configurator.py: override their own globals from files and `--key=value`.
 
-    Only names that already hold a bool, int, float or str can be set, each to its own type, as ever.
+    Files are executed over the globals and may set anything. On the command line, names that hold a bool, int,
+    float or str can be set, each to its own type. Raises `ConfigError` with all problems.
     """
-    fields = {
-        name: (type(value), value)
+    files = [word for word in arguments if word.endswith(".py") and not word.startswith("-")]
+    for file in files:
+        print(f"Overriding config with {file}")
+        try:
+            exec(compile(Path(file).read_text(encoding="utf-8"), file, "exec"), variables)
+        except OSError as error:
+            raise ConfigError(f"cannot read config file {file}: {error.strerror}") from error
+    fields = [
+        (name, type(value), value)
         for name, value in variables.items()
         if not name.startswith("_") and type(value) in (bool, int, float, str)
-    }
-    script = dataclasses.make_dataclass(
-        "Script", [(name, kind, value) for name, (kind, value) in fields.items()], bases=(Settings,)
-    )
-    config: Settings = parse(script, arguments, "python SCRIPT.py [config.py …] [--key=value …]")
+    ]
+    script = dataclasses.make_dataclass("Script", fields, bases=(Settings,))
+    words = [word for word in arguments if word not in files]
+    config: Settings = parse(script, words, "python SCRIPT.py [config.py …] [--key=value …]")
     for name, value in vars(config).items():
         if value != variables[name]:
             print(f"Overriding: {name} = {value}")

@@ -24,7 +24,7 @@ from nanogpt.data.tokenizer import GPT2Tokenizer, Tokenizer
 from nanogpt.data.tokens import Dataset, is_prepared, open_dataset
 from nanogpt.device import Device, choose
 from nanogpt.distributed import World, joined, no_gradient_exchange, parallel, this_process
-from nanogpt.errors import ConfigError, DataError
+from nanogpt.errors import ConfigError, DataError, DivergedError
 from nanogpt.interop.huggingface import gpt2_shape, load_gpt2
 from nanogpt.model import GPT
 from nanogpt.optim import adamw, learning_rate_at
@@ -157,6 +157,12 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
             )
         model.crop_block_size(min(config.block_size, model.config.block_size))
         print(f"resuming {loaded.path} after {loaded.progress.step} updates")
+        for name, value in dataclasses.asdict(with_shape_of(model, config)).items():
+            before = loaded.config.get(name, value)
+            if before != value and name not in ("init_from", "out_dir", "eval_only"):
+                print(f"changed since the checkpoint: {name} = {value!r}, was {before!r}")
+        if loaded.progress.step >= config.max_iters:
+            print(f"nothing to train: max_iters={config.max_iters} is reached; a larger one goes on")
     elif config.init_from == "scratch":
         model = GPT(config.model_config(dataset.tokenizer.padded_vocab_size)).to(device.name)
     else:
@@ -213,8 +219,9 @@ def open_or_prepare(config: TrainConfig, world: World) -> Dataset:
         elif config.dataset in DATASETS:
             advice = f"prepare it with: python -m nanogpt prepare {config.dataset} --data_dir={config.data_dir}"
         else:
-            advice = f"known data sets: {', '.join(DATASETS)}"
-        raise DataError(f"data set {config.dataset!r}: {folder} has no train.bin and val.bin; {advice}")
+            advice = f"put them there (GPT-2 tokens as uint16), or take one of the known: {', '.join(DATASETS)}"
+        missing = " and ".join(name for name in ("train.bin", "val.bin") if not (folder / name).exists())
+        raise DataError(f"data set {config.dataset!r}: {folder} has no {missing}; {advice}")
     return open_dataset(folder)
 
 
@@ -255,12 +262,15 @@ def derived_values(config: TrainConfig, shape: GPTConfig, parameters: int, train
 
 @contextmanager
 def stop_signals(run: Run) -> Iterator[Callable[[], bool]]:
-    """Within the block, Ctrl-C and SIGTERM only ask to stop; a second one interrupts at once.
+    """Within the block, Ctrl-C, SIGTERM and SIGHUP only ask to stop; a second one interrupts at once.
 
     Yields a function that tells whether one has come to any process.
     """
     received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)  # the terminal has gone; nohup ignores it
+    before = {number: signal.getsignal(number) for number in numbers}
 
     def restore() -> None:
         for number, handler in before.items():
@@ -353,6 +363,12 @@ def evaluate_and_save(run: Run, metrics: Metrics, console: Console, stopping: Ca
         return False
     console.line(f"step {progress.step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
     metrics.write(progress, {"train/eval_loss": losses["train"], "val/loss": losses["val"]})
+    if not math.isfinite(losses["val"]):
+        raise DivergedError(
+            f"the loss is {losses['val']} after {progress.step} updates; nothing was saved over the checkpoints in "
+            f"{config.out_dir}. Try a lower learning_rate (now {config.learning_rate:g}), grad_clip=1 (now "
+            f"{config.grad_clip:g}), or dtype=float32"
+        )
     is_best = losses["val"] < progress.best_val_loss
     is_last = progress.step >= config.max_iters
     progress.best_val_loss = min(progress.best_val_loss, losses["val"])

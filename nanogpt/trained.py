@@ -18,6 +18,7 @@ class TrainedModel:
     tokenizer: Tokenizer
     name: str  # for messages
     dataset: str  # that it was trained on; empty if unknown
+    data_dir: str  # where that data set lay
 
 
 def load_trained(config: TrainedModelConfig, device: Device) -> TrainedModel:
@@ -28,9 +29,10 @@ def load_trained(config: TrainedModelConfig, device: Device) -> TrainedModel:
     if config.init_from == "resume":
         loaded = checkpoint.load(checkpoint.find(config.out_dir, config.checkpoint))
         name = f"{loaded.path}, {loaded.progress.step} updates"
-        trained = TrainedModel(loaded.model(device), loaded.tokenizer, name, str(loaded.config.get("dataset", "")))
+        dataset, data_dir = (str(loaded.config.get(key, "")) for key in ("dataset", "data_dir"))
+        trained = TrainedModel(loaded.model(device), loaded.tokenizer, name, dataset, data_dir or "data")
     else:
-        trained = TrainedModel(load_gpt2(config.init_from, device.name), GPT2Tokenizer(), config.init_from, "")
+        trained = TrainedModel(load_gpt2(config.init_from, device.name), GPT2Tokenizer(), config.init_from, "", "data")
     if device.compile:
         trained.model.compile()
     return trained

@@ -45,13 +45,15 @@ def test_the_commands_run_as_written(downloads: Path, tmp_path: Path) -> None:
     for name in listed.stdout.splitlines():
         (repository / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, repository / name)
-    (repository / "prompt.txt").write_text("ROMEO:\n")
     programs = {"python": [sys.executable], "nanogpt": [sys.executable, "-m", "nanogpt"],
                 "torchrun": [sys.executable, "-m", "torch.distributed.run"]}  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": ".", "NANOGPT_DOWNLOADS": str(mirror)}
     executed = 0
     for command in COMMANDS:
         if command.startswith(NOT_HERE):
+            continue
+        if command.startswith("echo "):
+            subprocess.run(command, shell=True, cwd=repository, check=True)
             continue
         extra = [SHRUNK[start] for start in sorted(SHRUNK, key=len) if command.startswith(start)][-1:]
         words = shlex.split(" ".join([command, *extra]))

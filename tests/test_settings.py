@@ -82,11 +82,14 @@ def test_command_line_says_what_a_person_expects(words: list[str], name: str, va
         ("--compile=always", "--compile=always: expected True or False or auto"),
         ("--kind=gren", "--kind=gren: expected red, green; did you mean green?"),
         ("-steps=3", "options begin with two dashes"),
+        ("here/steps", "here/steps: did you mean the config file here/steps.py?"),
         ("missing.py", "config file missing.py: FileNotFoundError"),
         ("steps=3", "steps=3: options begin with two dashes: --steps=3"),
     ],
 )
-def test_a_mistake_is_named(word: str, message: str) -> None:
+def test_a_mistake_is_named(word: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "steps.py").touch()
     with pytest.raises(ConfigError) as caught:
         read(word)
     assert message in str(caught.value)
@@ -122,6 +125,7 @@ def test_config_files_may_import_and_define_helpers(tmp_path: Path) -> None:
         ("steps = True", "expected a whole number"),
         ("steps = = 3", "a.py: SyntaxError"),
         ("\nsteps = undefined", "a.py, line 2: NameError"),
+        ("exit()", "a.py, line 1: SystemExit"),
     ],
 )
 def test_a_mistake_in_a_config_file_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -138,7 +142,7 @@ def test_help_shows_every_field_with_its_default_and_comment(capsys: pytest.Capt
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert text == help_text(Example, "usage") + "\n"
-    for piece in ("An example.", "first:", "--steps=10", "how many; and a second line", r"--start='\n'", "hurry"):
+    for piece in ("An example.", "first:", "--steps=10", "how many and a second line", r"--start='\n'", "hurry"):
         assert piece in text
 
 
@@ -149,9 +153,11 @@ def test_convert_keeps_numbers_of_a_config_file_exact() -> None:
 
 def test_configurator_overrides_the_globals_of_a_script(tmp_path: Path) -> None:
     file = tmp_path / "a.py"
-    file.write_text("rate = 2")
+    file.write_text("rate = 2\nhelper = 3")
     variables: dict[str, object] = {"steps": 1, "rate": 0.1, "name": "x", "on": True, "_hidden": 1, "os": pytest}
     override_globals(variables, [str(file), "--steps=5", "--name=7", "--on=False"])
-    assert variables == {"steps": 5, "rate": 2.0, "name": "7", "on": False, "_hidden": 1, "os": pytest}
+    del variables["__builtins__"]
+    expected = {"steps": 5, "rate": 2, "name": "7", "on": False, "_hidden": 1, "os": pytest, "helper": 3}
+    assert variables == expected
     with pytest.raises(ConfigError, match="did you mean steps"):
         override_globals(variables, ["--step=5"])

@@ -19,7 +19,7 @@ from nanogpt.config import EvalConfig, TrainConfig
 from nanogpt.data.prepare import prepare_shakespeare_char
 from nanogpt.device import Device
 from nanogpt.distributed import World
-from nanogpt.errors import CheckpointError, ConfigError, DataError, UserError
+from nanogpt.errors import CheckpointError, ConfigError, DataError, DivergedError, UserError
 from nanogpt.evaluate import evaluate
 from nanogpt.report.metrics import read_metrics
 from nanogpt.settings import parse
@@ -227,6 +227,26 @@ def test_a_disk_that_fills_up_is_one_message_and_keeps_the_old_checkpoint(recipe
     assert list(Path(recipe().out_dir).glob("*.tmp")) == []
 
 
+def test_a_run_that_diverges_says_so_and_keeps_its_checkpoints(recipe: Recipe) -> None:
+    train.train(recipe(max_iters=4))
+    before = Path(recipe().out_dir, "ckpt.pt").read_bytes()
+    with pytest.raises(DivergedError, match="the loss is nan after 8 updates; nothing was saved over") as caught:
+        train.train(recipe(max_iters=20, init_from="resume", decay_lr=False, learning_rate=1e30, grad_clip=0.0))
+    assert caught.value.exit_code == 3
+    assert Path(recipe().out_dir, "ckpt.pt").read_bytes() == before
+
+
+def test_resuming_names_what_has_changed(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    train.train(recipe(max_iters=4))
+    capsys.readouterr()
+    train.train(recipe(max_iters=3, learning_rate=2e-3, init_from="resume"))
+    out = capsys.readouterr().out
+    assert "changed since the checkpoint: learning_rate = 0.002, was 0.003" in out
+    assert "changed since the checkpoint: max_iters = 3, was 4" in out
+    assert out.count("changed since") == 2
+    assert "nothing to train: max_iters=3 is reached" in out
+
+
 def test_float16_trains_with_a_scaler(recipe: Recipe) -> None:
     config = recipe(dtype="float16", max_iters=8)
     train.train(config)
@@ -239,7 +259,7 @@ def test_float16_trains_with_a_scaler(recipe: Recipe) -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"dataset": "nowhere"}, DataError, "known data sets: pystdlib, shakespeare_char, shakespeare"),
+        ({"dataset": "nowhere"}, DataError, "take one of the known: pystdlib, shakespeare_char, shakespeare"),
         ({"dataset": "shakespeare"}, DataError, "prepare it with: python -m nanogpt prepare shakespeare --data_dir="),
         ({"block_size": 5000}, DataError, "5,000 tokens, too few for one window of block_size=5000"),
         ({"block_size": 900}, DataError, "the validation split of tiny has 720 tokens"),

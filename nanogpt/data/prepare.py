@@ -17,7 +17,8 @@ from nanogpt.errors import ConfigError, DataError
 def prepare(config: PrepareConfig) -> None:
     """Build the data set `config.name`. Raises `ConfigError` for an unknown name, `DataError` for unusable text."""
     if config.name not in DATASETS:
-        raise ConfigError(f"unknown data set {config.name!r}; known: {', '.join(DATASETS)}")
+        hint = f"; for your own text: shakespeare_char --input={config.name}" if Path(config.name).is_file() else ""
+        raise ConfigError(f"unknown data set {config.name!r}; known: {', '.join(DATASETS)}{hint}")
     folder = Path(config.data_dir) / config.name
     DATASETS[config.name](folder, config.input)
     print(f"wrote {folder}/train.bin, val.bin and dataset.json")
@@ -63,7 +64,7 @@ def _shakespeare(folder: Path, input_file: str) -> tuple[str, list[dict[str, Any
     content = read_or_fetch_shakespeare(input_file, folder)
     try:
         # newlines as the original reads them, in text mode
-        text = content.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+        text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{input_file or 'the download'} is not UTF-8 text: {error}") from error
     if len(text) < 20:

@@ -73,6 +73,7 @@ def open_dataset(folder: Path) -> Dataset:
     description = _read_description(folder)
     if description is None:
         tokenizer = tokenizer_of_original(folder)
+        print(f"{folder} has no dataset.json: taken as uint16 ids of the {tokenizer}")
         dtype = np.dtype("<u2")
     else:
         tokenizer = from_description(description.get("tokenizer"))
@@ -138,7 +139,9 @@ def read_meta(path: Path) -> CharTokenizer:
     """Read the original's `meta.pkl` without running pickled code. Raises `DataError` if it is anything else."""
     try:
         meta = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
-        characters = "".join(meta["itos"][i] for i in range(meta["vocab_size"]))
+        characters = [meta["itos"][i] for i in range(meta["vocab_size"])]
+        if any(len(character) != 1 for character in characters):
+            raise ValueError("its tokens are not single characters")
+        return CharTokenizer("".join(characters))
     except Exception as error:  # a hostile or broken pickle can raise anything
         raise DataError(f"{path} is not a character vocabulary ({error}): prepare the data set again") from error
-    return CharTokenizer(characters)

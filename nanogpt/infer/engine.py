@@ -15,7 +15,8 @@ def next_token(logits: Tensor, temperature: float, top_k: int | None, generator:
     """
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the largest is 0: no overflow, however cold
     if top_k and top_k < logits.shape[-1]:
         threshold = logits.topk(top_k).values[:, [-1]]
         logits = logits.masked_fill(logits < threshold, -torch.inf)

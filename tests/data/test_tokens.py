@@ -77,7 +77,8 @@ class Attack:
 @pytest.mark.parametrize(
     "content",
     [pickle.dumps(Attack()), pickle.dumps({"itos": Attack(), "vocab_size": 1}), b"", b"\x80\x04.", pickle.dumps([1]),
-     pickle.dumps({"vocab_size": 10**9, "itos": {}}), pickle.dumps({"vocab_size": 1, "itos": {0: 5}})],
+     pickle.dumps({"vocab_size": 10**9, "itos": {}}), pickle.dumps({"vocab_size": 1, "itos": {0: 5}}),
+     pickle.dumps({"vocab_size": 2, "itos": {0: "b", 1: "a"}}), pickle.dumps({"vocab_size": 1, "itos": {0: "ab"}})],
 )  # fmt: skip
 def test_a_hostile_or_broken_meta_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "meta.pkl").write_bytes(content)

@@ -26,6 +26,13 @@ def test_top_k_draws_from_the_k_likeliest_in_their_proportions() -> None:
     assert (drawn == 2).float().mean().item() == pytest.approx(expected, abs=0.02)
 
 
+def test_any_temperature_above_zero_draws_something() -> None:
+    logits = torch.tensor([[500.0, 400.0, -300.0]])
+    for temperature in (1e-45, 1e-9, 1e9):
+        assert next_token(logits, temperature, None, None).item() in (0, 1, 2)
+    assert next_token(logits, 1e-9, None, None).item() == 0
+
+
 @pytest.mark.parametrize("top_k", [None, 0, 4, 99])
 def test_top_k_of_everything_is_no_restriction(top_k: int | None) -> None:
     logits = torch.zeros(4000, 4)
