@@ -23,7 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install
 	$(PY) data/pystdlib/prepare.py
 	$(PY) train.py config/train_pystdlib.py
-	$(PY) sample.py --out_dir=out-pystdlib --num_samples=2 --max_new_tokens=400 --start='def ' --temperature=0.6
+	$(PY) sample.py --out_dir=out-pystdlib --num_samples=2 --max_new_tokens=400 --start='def '
 	$(PY) -m nanogpt plot out-pystdlib
 	@echo
 	@echo "You have trained a GPT on the Python library of this machine. Where things lie:"
