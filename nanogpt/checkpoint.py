@@ -55,14 +55,11 @@ class Checkpoint:
 
     def model(self, device: Device, *, dropout: float = 0.0) -> GPT:
         """The network, in evaluation mode, on `device`."""
-        with torch.device("meta"):  # no memory, no random numbers: the weights are there already
-            model = GPT(dataclasses.replace(self.model_config, dropout=dropout))
         try:
-            model.load_state_dict(self.weights, assign=True)
+            model = GPT.from_weights(dataclasses.replace(self.model_config, dropout=dropout), self.weights)
         except RuntimeError as error:
             raise CheckpointError(f"{self.path}: the weights do not fit the model they came with: {error}") from error
-        model.tie_weights()  # assigning has untied them
-        return model.requires_grad_().to(device.name).eval()
+        return model.to(device.name).eval()
 
     def restore(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, device: Device) -> None:
         """Bring back what a run needs beside its weights: moments, loss scale, random streams.

@@ -56,11 +56,7 @@ def evaluate(config: EvalConfig) -> float:
         raise ConfigError(f"on which data set? {trained.name} does not say; for example --dataset=shakespeare")
     folder = Path(config.data_dir or trained.data_dir) / name
     dataset = open_dataset(folder)
-    if dataset.tokenizer.describe() != trained.tokenizer.describe():
-        raise DataError(
-            f"data set {name} holds the ids of {dataset.tokenizer}, but {trained.name} knows those of "
-            f"{trained.tokenizer}; prepare the data set with the model's tokenizer"
-        )
+    dataset.check_tokenizer(trained.tokenizer, trained.name)
     tokens = dataset.split(config.split)
     block_size = config.block_size or model.config.block_size
     if block_size > model.config.block_size:

@@ -7,7 +7,7 @@ Sources: GPT-2 (Radford et al. 2019) and its release, https://github.com/openai/
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -164,6 +164,18 @@ class GPT(nn.Module):
         # in float32 whatever the matrix products run in: a sum over V terms needs the digits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return (logits if return_logits else None), loss
+
+    @classmethod
+    def from_weights(cls, config: GPTConfig, weights: Mapping[str, Tensor]) -> "GPT":
+        """A model around tensors that are there already: nothing is copied, no random number is drawn.
+
+        Raises `RuntimeError` if they don't fit `config`.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(weights, assign=True)
+        model.tie_weights()  # assigning has untied them
+        return model.requires_grad_()
 
     def crop_block_size(self, block_size: int) -> None:
         """Forget the positions from `block_size` on, for work with shorter contexts."""

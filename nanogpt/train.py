@@ -20,7 +20,7 @@ from nanogpt.checkpoint import Progress
 from nanogpt.config import GPT2_SIZES, GPTConfig, TrainConfig
 from nanogpt.data.batches import EVALUATION, TRAINING, check_length, gather, window_starts
 from nanogpt.data.prepare import DATASETS, NEEDS_NO_NETWORK
-from nanogpt.data.tokenizer import GPT2Tokenizer, Tokenizer
+from nanogpt.data.tokenizer import GPT2Tokenizer
 from nanogpt.data.tokens import Dataset, is_prepared, open_dataset
 from nanogpt.device import Device, choose
 from nanogpt.distributed import World, joined, no_gradient_exchange, parallel, this_process
@@ -148,7 +148,7 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
     loaded = None
     if config.init_from == "resume":
         loaded = checkpoint.load(checkpoint.find(config.out_dir, "last"), config.data_dir)
-        check_tokenizer(config, dataset, loaded.tokenizer, str(loaded.path))
+        dataset.check_tokenizer(loaded.tokenizer, str(loaded.path))
         model = loaded.model(device, dropout=config.dropout)
         if config.block_size < model.config.block_size and not config.eval_only:
             raise ConfigError(  # the optimizer's state would not fit a shorter context
@@ -157,19 +157,15 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
             )
         model.crop_block_size(min(config.block_size, model.config.block_size))
         print(f"resuming {loaded.path} after {loaded.progress.step} updates")
-        for name, value in dataclasses.asdict(with_shape_of(model, config)).items():
-            before = loaded.config.get(name, value)
-            if before != value and name not in ("init_from", "out_dir", "eval_only"):
-                print(f"changed since the checkpoint: {name} = {value!r}, was {before!r}")
-        if loaded.progress.step >= config.max_iters:
-            print(f"nothing to train: max_iters={config.max_iters} is reached; a larger one goes on")
     elif config.init_from == "scratch":
         model = GPT(config.model_config(dataset.tokenizer.padded_vocab_size)).to(device.name)
     else:
-        check_tokenizer(config, dataset, GPT2Tokenizer(), config.init_from)
+        dataset.check_tokenizer(GPT2Tokenizer(), config.init_from)
         model = load_gpt2(config.init_from, device.name, dropout=config.dropout)
         model.crop_block_size(config.block_size)
     config = with_shape_of(model, config)
+    if loaded:
+        print_changes(config, loaded)
     check_length(dataset.train, model.config.block_size, f"the training split of {config.dataset}")
     check_length(dataset.val, model.config.block_size, f"the validation split of {config.dataset}")
     model.transformer.gradient_checkpointing = config.gradient_checkpointing
@@ -195,13 +191,14 @@ def with_shape_of(model: GPT, config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, **shape)
 
 
-def check_tokenizer(config: TrainConfig, dataset: Dataset, tokenizer: Tokenizer, model: str) -> None:
-    """Raise `DataError` unless the data set's ids mean to the model what they meant when it was trained."""
-    if dataset.tokenizer.describe() != tokenizer.describe():
-        raise DataError(
-            f"data set {config.dataset} holds the ids of {dataset.tokenizer}, but {model} knows those of {tokenizer}; "
-            "train on a data set with the model's tokenizer"
-        )
+def print_changes(config: TrainConfig, loaded: checkpoint.Checkpoint) -> None:
+    """Name the settings that differ from those that the resumed run had."""
+    for name, value in dataclasses.asdict(config).items():
+        before = loaded.config.get(name, value)
+        if before != value and name not in ("init_from", "out_dir", "eval_only"):
+            print(f"changed since the checkpoint: {name} = {value!r}, was {before!r}")
+    if loaded.progress.step >= config.max_iters:
+        print(f"nothing to train: max_iters={config.max_iters} is reached; a larger one goes on")
 
 
 def open_or_prepare(config: TrainConfig, world: World) -> Dataset:

@@ -36,6 +36,14 @@ class Dataset:
         """The ids of `train` or `val`."""
         return self.train if name == "train" else self.val
 
+    def check_tokenizer(self, tokenizer: Tokenizer, model: str) -> None:
+        """Raise `DataError` unless the ids mean to `model` what they meant when it was trained with `tokenizer`."""
+        if self.tokenizer.describe() != tokenizer.describe():
+            raise DataError(
+                f"data set {self.folder.name} holds the ids of {self.tokenizer}, but {model} knows those of "
+                f"{tokenizer}; prepare the data set with the model's tokenizer"
+            )
+
 
 def write_dataset(
     folder: Path, splits: dict[str, Iterable[Ids]], tokenizer: Tokenizer, sources: list[dict[str, Any]]

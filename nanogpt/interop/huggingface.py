@@ -27,18 +27,16 @@ def load_gpt2(name: str, device: str = "cpu", *, dropout: float = 0.0) -> GPT:
     """
     folder = _folder_of(name)
     print(f"loading {name} from {folder}")
-    with torch.device("meta"):
-        model = GPT(replace(gpt2_shape(folder), dropout=dropout))
+    shape = replace(gpt2_shape(folder), dropout=dropout)
     try:
         weights = _weights(folder / "model.safetensors")
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} holds no GPT-2 as config.json and model.safetensors: {error}") from error
     try:
-        model.load_state_dict(weights, assign=True)
+        model = GPT.from_weights(shape, weights)
     except RuntimeError as error:
         raise CheckpointError(f"{folder}: the weights do not fit config.json: {error}") from error
-    model.tie_weights()
-    return model.requires_grad_().to(device).eval()
+    return model.to(device).eval()
 
 
 def _folder_of(name: str) -> Path:
