@@ -12,13 +12,14 @@ from nanogpt.checkpoint import Progress
 from nanogpt.config import BenchConfig, GPTConfig
 from nanogpt.data.batches import check_length
 from nanogpt.data.tokenizer import ByteTokenizer
-from nanogpt.data.tokens import Dataset
+from nanogpt.data.tokens import Dataset, Tokens
 from nanogpt.device import choose
 from nanogpt.distributed import World
 from nanogpt.errors import DataError
 from nanogpt.model import GPT
 from nanogpt.optim import adamw
-from nanogpt.train import Run, next_batch, open_or_prepare, update
+from nanogpt.start import Run, loader, open_or_prepare
+from nanogpt.train import next_batch, update
 
 
 def bench(config: BenchConfig) -> None:
@@ -36,12 +37,13 @@ def bench(config: BenchConfig) -> None:
         vocab_size = dataset.tokenizer.padded_vocab_size
     else:
         tokens = torch.randint(vocab_size, (4 * config.batch_size * (config.block_size + 1),)).numpy().astype("uint16")
-        dataset = Dataset(Path(), tokens, tokens, ByteTokenizer())
+        dataset = Dataset(Path(), Tokens([tokens]), Tokens([tokens]), ByteTokenizer(), {})
     model = GPT(training.model_config(vocab_size)).to(device.name)
     model.transformer.gradient_checkpointing = config.gradient_checkpointing
     optimizer = adamw(model, 1e-4, (0.9, 0.95), 1e-2)
     scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
-    run = Run(training, device, World(), dataset, model, model, optimizer, scaler, Progress())
+    rows_of = loader(training, dataset, model.config, device, World())
+    run = Run(training, device, World(), dataset, model, rows_of, model, optimizer, scaler, Progress())
     if device.compile:
         print("compiling the model: takes a minute or so")
         model.compile()

@@ -104,6 +104,8 @@ class TrainConfig(_Machine):
     gradient_accumulation_steps: int = 5 * 8  # micro-batches per update, over all processes together
     batch_size: int = 12  # rows of a micro-batch; as many as fit into memory
     block_size: int = 1024  # context length in tokens
+    sampling: Literal["random", "epoch"] = "random"  # of windows: drawn anew every time, or each once per epoch
+    mask_documents: bool = False  # a token sees only its own document, and positions restart with it
 
     # --- model ---
     n_layer: int = 12  # depth: number of blocks
@@ -257,19 +259,48 @@ class BenchConfig(_Machine):
 class PrepareConfig(Settings):
     """Turn text into a data set: train.bin, val.bin and dataset.json in data_dir/NAME.
 
-    NAME is one of the known data sets: pystdlib (the Python library on this machine, no network),
-    shakespeare_char, shakespeare.
+    NAME is yours to choose, with --input; or one of the known data sets: pystdlib (the Python library on this
+    machine, no network), shakespeare_char, shakespeare, openwebtext.
     """
 
-    # --- data ---
-    name: str = ""  # which data set; also the first word after `prepare`
-    input: str = ""  # file to take instead of a download
+    # --- text ---
+    name: str = ""  # of the data set; also the first word after `prepare`
+    input: list[str] = dataclasses.field(
+        default_factory=list
+    )  # files, folders, 'patterns*', or ORGANISATION/NAME of a data set
+    # on the Hugging Face hub; .txt .md .py …, .jsonl, .parquet, also .gz and .zst; repeat it or list several
+    field: str = "text"  # where the text is: name of a jsonl field or a parquet column
+    separator: str = ""  # what stands between the documents of a text file, such as '\n\n'; empty: a file is one
+    limit: int = 0  # take only the first so many documents, for a trial; 0: all
+
+    # --- data set ---
     data_dir: str = "data"  # folder of the data sets
+    tokenizer: str = ""  # char, byte, gpt2, bpe:N (learned from this text), or a tokenizer.json or a model's folder;
+    # empty: the known data set's own, gpt2 for your text
+    val_fraction: float = 0.0  # share of the text for validation, by documents if there are enough; 0: the known data
+    # set's own, 0.05 for your text
+    describe: bool = False  # show what the data set NAME is, and make nothing
+
+    # --- machine ---
+    num_proc: int = 0  # processes that tokenize; 0: one per core
 
     def problems(self) -> Iterator[str]:
         """Everything that is inconsistent, one sentence each."""
         if not self.name:
             yield "which data set? for example: nanogpt prepare pystdlib"
+        if self.name in (".", "..") or "/" in self.name or "\\" in self.name:
+            yield f"name={self.name!r}: expected the name of a folder below data_dir; text to read goes into --input"
+        yield from out_of_range(self, "in [0, 1)", "val_fraction")
+        yield from out_of_range(self, ">= 0", "limit num_proc")
+        words = ("", "char", "byte", "gpt2")
+        if match := re.fullmatch(r"bpe:(\d+)", self.tokenizer):
+            if int(match[1]) < 257:
+                yield f"tokenizer={self.tokenizer}: expected at least bpe:257, the 256 bytes and the end of text"
+        elif self.tokenizer not in words and not Path(self.tokenizer).exists():
+            yield (
+                f"tokenizer={self.tokenizer!r}: expected char, byte, gpt2, bpe:N, or the path of a tokenizer.json or "
+                "of a folder with one"
+            )
 
 
 @dataclass

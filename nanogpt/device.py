@@ -46,10 +46,14 @@ class Device:
             return contextlib.nullcontext()
         return torch.autocast(self.type, self.dtype)
 
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` in memory that a GPU copies from without waiting; on other devices itself."""
+        return tensor.pin_memory() if self.type == "cuda" else tensor
+
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` on this device, without waiting for the copy where that is possible."""
         if self.type == "cuda":
-            return tensor.pin_memory().to(self.name, non_blocking=True)
+            return self.pin(tensor).to(self.name, non_blocking=True)
         return tensor.to(self.name)
 
     def synchronize(self) -> None:

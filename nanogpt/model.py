@@ -9,10 +9,12 @@ Sources: GPT-2 (Radford et al. 2019) and its release, https://github.com/openai/
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from nanogpt.config import GPTConfig
@@ -33,6 +35,38 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-5)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float) -> Tensor:
+    """Attention of queries to keys and values, all (B, H, T, D), causal or as `document_mask` says."""
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    if isinstance(mask, Tensor):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return flex_attention(q, k, v, block_mask=mask)
+
+
+def document_mask(documents: Tensor, dense: bool) -> Any:
+    """Who may look at whom where tokens see their own document only.
+
+    documents: (B, T) the number of each token's document. Returns a (B, 1, T, T) tensor of booleans, or a mask of
+    blocks for FlexAttention, which leaves out what lies between documents.
+    """
+    B, T = documents.shape
+    if dense:
+        return (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= k) & (documents[b, q] == documents[b, k])
+
+    return create_block_mask(visible, B, None, T, T, device=documents.device)
+
+
+def positions_in(documents: Tensor) -> Tensor:
+    """The position of each token in its document, from 0; (B, T) numbers of documents to (B, T) positions."""
+    places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
+    return places - (places * begins).cummax(dim=1).values
+
+
 class CausalSelfAttention(nn.Module):
     """Each token looks at itself and the tokens before it, with several heads side by side."""
 
@@ -44,15 +78,14 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Any = None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         # torch's bfloat16 attention for CPUs is several times slower than float32 at short contexts (backward)
         in_float32 = qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and T < 256
         with torch.autocast("cpu", enabled=False) if in_float32 else nullcontext():
             q, k, v = (qkv.float() if in_float32 else qkv).transpose(1, 3).unbind(2)  # (B, H, T, D) each
-            dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, H, T, D)
+            y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C).to(qkv.dtype)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -81,8 +114,8 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, mask: Any = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -99,17 +132,22 @@ class Transformer(nn.Module):
         self.ln_f = LayerNorm(config.n_embd, config.bias)
         self.gradient_checkpointing = False  # recompute each block in the backward pass, to save memory
 
-    def forward(self, idx: Tensor) -> Tensor:
+    def forward(self, idx: Tensor, documents: Tensor | None = None) -> Tensor:
         _, T = idx.shape
         if T > self.wpe.num_embeddings:
             raise ValueError(f"a context of {T} tokens does not fit block_size={self.wpe.num_embeddings}")
+        mask = None
         positions = torch.arange(T, device=idx.device)
+        if documents is not None:
+            positions = positions_in(documents)
+            # FlexAttention is made for CUDA, and knows no dropout
+            mask = document_mask(documents, dense=not idx.is_cuda or (self.training and self.drop.p > 0))
         x: Tensor = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
         for block in self.h:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, mask, use_reentrant=False)
             else:
-                x = block(x)
+                x = block(x, mask)
         x = self.ln_f(x)
         return x
 
@@ -149,15 +187,21 @@ class GPT(nn.Module):
                 nn.init.ones_(parameter)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, *, return_logits: bool = True
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        *,
+        documents: Tensor | None = None,
+        return_logits: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Predict the token after each position.
 
         idx: (B, T) token ids, T <= block_size. targets: (B, T) the ids to predict, -1 where none counts.
+        documents: (B, T) numbers, equal for tokens that may see each other; without, a row is one document.
         Returns `(logits, loss)`. Without targets: logits (B, 1, V) of the last position only, and None. With
         targets: logits (B, T, V), or None if `return_logits` is False, and the mean cross-entropy in nats.
         """
-        x = self.transformer(idx)  # (B, T, C)
+        x = self.transformer(idx, documents)  # (B, T, C)
         if targets is None:
             return self.lm_head(x[:, [-1]]), None
         logits = self.lm_head(x)

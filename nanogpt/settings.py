@@ -52,8 +52,8 @@ def parse(cls: type[Config], arguments: Sequence[str], usage: str, *, positional
     values = dataclasses.asdict(cls())
     for file in files:
         _run_config_file(cls, file, values, problems)
-    for name, text in settings:
-        _assign(cls, values, name, text, f"--{name}={text}", problems)
+    for name, value in _lists_joined(cls, settings):
+        _assign(cls, values, name, value, f"--{name}={value}", problems)
     config = cls(**values)
     problems.extend(config.problems())
     if problems:
@@ -90,6 +90,9 @@ def _split_arguments(
             problems.append(f"{word}: options begin with two dashes: --{name}=…")
         elif equals:
             settings.append((name, text))
+        elif hints.get(name) == list[str] and words and not words[0].startswith("--"):
+            while words and not words[0].startswith("--"):
+                settings.append((name, words.pop(0)))
         elif bool in (hints.get(name), *get_args(hints.get(name))):
             is_value = bool(words) and words[0].lower() in (*_BOOLEANS, "auto")
             settings.append((name, words.pop(0) if is_value else "True"))
@@ -100,6 +103,18 @@ def _split_arguments(
         else:
             problems.append(_unknown(cls, name, word))
     return files, settings
+
+
+def _lists_joined(cls: type[Config], settings: list[tuple[str, str]]) -> Iterator[tuple[str, object]]:
+    """The settings, with all that is said of a setting that is a list in one."""
+    hints = get_type_hints(cls)
+    lists: dict[str, list[str]] = {}
+    for name, text in settings:
+        if hints.get(name) == list[str]:
+            lists.setdefault(name, []).append(text)
+        else:
+            yield name, text
+    yield from lists.items()
 
 
 def _run_config_file(cls: type[Config], path: str, values: dict[str, Any], problems: list[str]) -> None:
@@ -161,6 +176,11 @@ def convert(value: object, hint: Any) -> Any:
             return value
         nearest = difflib.get_close_matches(str(value), choices, n=1)
         raise ValueError(f"expected {', '.join(choices)}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+    if hint == list[str]:
+        values = [value] if isinstance(value, str) else value
+        if isinstance(values, list) and all(isinstance(item, str) for item in values):
+            return values
+        raise ValueError("expected text, or a list of texts")
     if hint is str:
         if isinstance(value, str):
             return value
@@ -213,7 +233,8 @@ def help_text(cls: type[Config], usage: str, positional: str = "out_dir") -> str
             if name not in defaults:
                 continue  # a subclass has said it better
             default = defaults.pop(name)
-            setting = f"--{name}={default!r}" if default in ("", "\n") else f"--{name}={default}"
+            shown = "… …" if default == [] else repr(default) if default in ("", "\n") else default
+            setting = f"--{name}={shown}"
             text = textwrap.wrap(comment, width - 40) or [""]
             rows = [f"  {setting:36}  {text[0]}", *(" " * 40 + line for line in text[1:])]
             groups.setdefault(title, []).extend(row.rstrip() for row in rows)

@@ -19,6 +19,7 @@ class TrainedModel:
     name: str  # for messages
     dataset: str  # that it was trained on; empty if unknown
     data_dir: str  # where that data set lay
+    mask_documents: bool  # whether it was trained to see one document at a time
 
 
 def load_trained(config: TrainedModelConfig, device: Device) -> TrainedModel:
@@ -30,9 +31,11 @@ def load_trained(config: TrainedModelConfig, device: Device) -> TrainedModel:
         loaded = checkpoint.load(checkpoint.find(config.out_dir, config.checkpoint))
         name = f"{loaded.path}, {loaded.progress.step} updates"
         dataset, data_dir = (str(loaded.config.get(key, "")) for key in ("dataset", "data_dir"))
-        trained = TrainedModel(loaded.model(device), loaded.tokenizer, name, dataset, data_dir or "data")
+        masked = bool(loaded.config.get("mask_documents"))
+        trained = TrainedModel(loaded.model(device), loaded.tokenizer, name, dataset, data_dir or "data", masked)
     else:
-        trained = TrainedModel(load_gpt2(config.init_from, device.name), GPT2Tokenizer(), config.init_from, "", "data")
+        model = load_gpt2(config.init_from, device.name)
+        trained = TrainedModel(model, GPT2Tokenizer(), config.init_from, "", "data", False)
     if device.compile:
         trained.model.compile()
     return trained

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from nanogpt.config import TrainConfig
-from nanogpt.data.tokenizer import CharTokenizer
-from nanogpt.data.tokens import write_dataset
+from nanogpt.data.tokenizer import CharTokenizer, Ids, Tokenizer
+from nanogpt.data.tokens import dtype_of, finish_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 Program = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -33,8 +33,7 @@ def data_dir(tmp_path: Path) -> Path:
     """A folder with the data set `tiny`: 5,000 characters of a repeating, learnable text."""
     text = "the quick brown fox jumps over the lazy dog\n" * 130
     tokenizer = CharTokenizer.from_text(text)
-    splits = {"train": [tokenizer.encode(text[:5000])], "val": [tokenizer.encode(text[5000:])]}
-    write_dataset(tmp_path / "data" / "tiny", splits, tokenizer, [])
+    write_dataset(tmp_path / "data" / "tiny", tokenizer, tokenizer.encode(text[:5000]), tokenizer.encode(text[5000:]))
     return tmp_path / "data"
 
 
@@ -97,6 +96,17 @@ def downloads() -> Path:
     if not folder or not (Path(folder) / "tinyshakespeare.txt").exists():
         pytest.skip("NANOGPT_DOWNLOADS names no folder with tinyshakespeare.txt")
     return Path(folder)
+
+
+def write_dataset(folder: Path, tokenizer: Tokenizer, train: Ids, val: Ids) -> None:
+    """A data set of these ids."""
+    work = folder / ".preparing"
+    work.mkdir(parents=True)
+    for name, ids in (("train", train), ("val", val)):
+        ids.astype(dtype_of(tokenizer)).tofile(work / f"{name}.bin")
+    tokens = {"train": len(train), "val": len(val)}
+    finish_dataset(folder, work, tokenizer, {"tokens": tokens, "documents": {}, "bytes": {}, "skipped": {}}, [])
+    work.rmdir()
 
 
 def random_ids(*shape: int, vocab_size: int = 61, seed: int = 0) -> torch.Tensor:

@@ -47,7 +47,7 @@ def test_mistakes_end_with_2_and_one_message(program: Program) -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["train.py"], "no train.bin and val.bin; put them there"),
+        (["train.py"], "prepare it with: python -m nanogpt prepare openwebtext"),
         (["train.py", "--dataset=shakespeare_char"], "python -m nanogpt prepare shakespeare_char"),
         (["sample.py"], "there is no folder out; train a model first"),
         (["nanogpt", "eval", "somewhere"], "there is no folder somewhere"),

@@ -49,7 +49,7 @@ def test_two_processes_equal_one(data_dir: Path) -> None:
             "gradient_accumulation_steps=3 can't be shared by 2 processes; gradient_accumulation_steps=2 or 4 can",
         ),
         ("--backend=nccl", "--backend=nccl connects CUDA GPUs, but this run computes on cpu"),
-        ("--dataset=nowhere", "take one of the known: pystdlib"),
+        ("--dataset=nowhere", "nanogpt prepare nowhere --input=PATH"),
     ],
 )
 def test_what_cannot_work_is_refused_by_all_alike(data_dir: Path, word: str, message: str) -> None:

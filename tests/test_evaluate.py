@@ -7,6 +7,7 @@ import torch
 
 from nanogpt import train
 from nanogpt.config import EvalConfig, GPTConfig, TrainConfig
+from nanogpt.data.tokens import Tokens
 from nanogpt.device import Device
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.evaluate import evaluate, whole_split_loss
@@ -27,7 +28,7 @@ def test_every_target_counts_once(n_tokens: int, batch_size: int) -> None:
         window = tokens[start : start + 9]
         total += model(window[None, :-1], window[None, 1:])[1].item() * (len(window) - 1)
     model.train()
-    loss, count = whole_split_loss(model, tokens.numpy().astype("uint16"), 8, batch_size, CPU)
+    loss, count = whole_split_loss(model, Tokens([tokens.numpy().astype("uint16")]), 8, batch_size, CPU)
     assert count == n_tokens - 1
     assert loss == pytest.approx(total / count, abs=1e-5)
     assert model.training
@@ -59,4 +60,4 @@ def test_mismatches_are_refused(recipe: Callable[..., TrainConfig]) -> None:
 def test_an_id_outside_the_vocabulary_is_one_message() -> None:
     model = GPT(GPTConfig(block_size=8, vocab_size=10, n_layer=1, n_head=2, n_embd=16))
     with pytest.raises(DataError, match="the data holds token 60, but the vocabulary ends at 9"):
-        whole_split_loss(model, torch.tensor([60] * 9).numpy(), 8, 4, CPU)
+        whole_split_loss(model, Tokens([torch.tensor([60] * 9).numpy()]), 8, 4, CPU)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from nanogpt import train
-from nanogpt.config import EvalConfig, SampleConfig, TrainConfig
-from nanogpt.data.prepare import prepare_shakespeare_char
+from nanogpt.config import EvalConfig, PrepareConfig, SampleConfig, TrainConfig
+from nanogpt.data.prepare import prepare
 from nanogpt.evaluate import evaluate
 from nanogpt.infer.sample import sample
 
@@ -28,7 +28,7 @@ def original(tmp_path: Path, downloads: Path) -> Path:
         pytest.skip("NANOGPT_ORIGINAL names no checkout of karpathy/nanoGPT")
     shutil.copytree(folder, tmp_path / "original", ignore=shutil.ignore_patterns(".git", "out*"))
     data = tmp_path / "original" / "data" / "shakespeare_char"
-    prepare_shakespeare_char(data, str(downloads / "tinyshakespeare.txt"))
+    prepare(PrepareConfig(name="shakespeare_char", data_dir=str(data.parent)))
     (data / "dataset.json").unlink()  # the original writes none
     return tmp_path / "original"
 

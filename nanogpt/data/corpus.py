@@ -1,81 +1,211 @@
-"""Where text comes from: the Python library on this machine, or a download with a checksum."""
+"""Where text comes from: files, folders, patterns and published data sets.
+
+A corpus is a list of `Source`s. It is cut into `Span`s, parts that can be read on their own, side by side and in
+bounded memory.
+"""
 
 import hashlib
-import http.client
 import os
+import re
 import sysconfig
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nanogpt.errors import DataError
-from nanogpt.files import atomic_write
 
-SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+SPAN = 1 << 25  # bytes of a span, about: large enough to amortise, small enough to share out
 
 
-def standard_library() -> Iterator[tuple[str, bytes]]:
-    """`(path, content)` of the Python sources of the standard library, sorted, without tests and installed packages."""
-    root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    paths = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in skipped]
-        paths += [Path(folder, name) for name in files if name.endswith(".py")]
-    for path in sorted(paths, key=lambda path: path.relative_to(root).as_posix()):
-        if content := path.read_bytes():
-            yield path.relative_to(root).as_posix(), content
+@dataclass(frozen=True)
+class Source:
+    """A file of a corpus."""
+
+    path: str
+    size: int  # bytes on disk
+    found: bool = False  # in a folder: then it is passed over if it is no text
+
+    @property
+    def kind(self) -> str:
+        """`jsonl`, `parquet`, `arrow` or `text`."""
+        suffix = Path(self.path.removesuffix(self.packing)).suffix.lower()
+        return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}.get(suffix, "text")
+
+    @property
+    def packing(self) -> str:
+        """`.gz`, `.zst` or nothing."""
+        return next((suffix for suffix in (".gz", ".zst") if self.path.lower().endswith(suffix)), "")
 
 
-def fetch(name: str, url: str, sha256: str, attempts: int = 3) -> bytes:
-    """The bytes of a published file: from the folder `$NANOGPT_DOWNLOADS`, else from the network.
+@dataclass(frozen=True)
+class Span:
+    """A part of a source: of text and JSON lines what begins in bytes [start, stop), of parquet row groups."""
 
-    Network failures are tried again, with pauses. Raises `DataError`, with what to do instead, when the file
-    can't be had or isn't the one expected (an error page, say).
+    source: Source
+    start: int
+    stop: int
+    size: int  # bytes on disk
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is all of its source."""
+        return self.size == self.source.size
+
+
+# ---------------------------------------------------------------------------------------------------
+# Finding
+
+
+def find_sources(inputs: list[str], num_proc: int) -> list[Source]:
+    """The files behind paths, folders, patterns (`*.txt`, `**`) and names of published data sets.
+
+    Folders are read with all that is in them, except hidden files. Raises `DataError` for what leads nowhere.
     """
-    by_hand = (
-        f"download {url} by other means and pass it as --input=FILE, or put it as {name} into a folder that the "
-        "environment variable NANOGPT_DOWNLOADS names"
-    )
-    mirror = os.environ.get("NANOGPT_DOWNLOADS")
-    if mirror and (path := Path(mirror) / name).is_file():
-        content, origin = path.read_bytes(), str(path)
+    sources: list[Source] = []
+    for name in inputs:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            found = [_source(file, found=True) for file in _files_below(path)]
+        elif path.exists():
+            found = [_source(path)]
+        elif any(character in name for character in "*?["):
+            found = [_source(match, found=True) for match in _matches(path)]
+        elif is_published(name):
+            found = published_data_set(name, num_proc)
+        else:
+            raise DataError(f"--input={name}: there is no such file or folder")
+        if not found:
+            raise DataError(f"--input={name}: no file there")
+        sources += found
+    return sources
+
+
+def _source(path: Path, found: bool = False) -> Source:
+    try:
+        return Source(str(path), path.stat().st_size, found)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """The files that a pattern stands for; like a shell's, without hidden ones."""
+    root = Path(pattern.anchor or ".")
+    matches = root.glob(str(pattern.relative_to(pattern.anchor)))
+    named = set(pattern.parts)
+    return sorted(m for m in matches if m.is_file() and not any(p[0] == "." for p in set(m.parts) - named))
+
+
+def _files_below(folder: Path) -> list[Path]:
+    paths = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
+        paths += [Path(parent, name) for name in files if not name.startswith(".")]
+    return sorted((path for path in paths if path.is_file()), key=lambda path: path.relative_to(folder).as_posix())
+
+
+def standard_library() -> list[Source]:
+    """The Python sources of the standard library, sorted, without tests and installed packages."""
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    root = Path(sysconfig.get_path("stdlib"))
+    files = (path.relative_to(root) for path in _files_below(root) if path.suffix == ".py")
+    return [_source(root / path, found=True) for path in files if not skipped.intersection(path.parts)]
+
+
+def is_published(name: str) -> bool:
+    """Whether an input names a data set on the Hugging Face hub, and no file or folder here."""
+    return name.startswith("hf:") or (bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists())
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+
+        return datasets
+    except ImportError:
+        raise DataError("published data sets come through the datasets library: pip install datasets") from None
+
+
+def load_published(name: str, **options: Any) -> Any:
+    """The training split of a data set on the Hugging Face hub, as the `datasets` library loads it."""
+    repository, _, config = name.removeprefix("hf:").partition(":")
+    try:
+        return _datasets().load_dataset(repository, config or None, split="train", **options)
+    except DataError:
+        raise
+    except Exception as error:  # network, unknown name, several configurations, loading scripts: each its own
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"--input={name}: the data set could not be loaded from the Hugging Face hub ({first_line}); give "
+            "ORGANISATION/NAME or hf:ORGANISATION/NAME:CONFIGURATION, or download its parquet or jsonl files and pass "
+            "their folder"
+        ) from error
+
+
+def published_data_set(name: str, num_proc: int) -> list[Source]:
+    """The files of a data set on the Hugging Face hub, as the `datasets` library keeps them in its cache."""
+    dataset = load_published(name, num_proc=num_proc if num_proc > 1 else None)
+    return [_source(Path(file["filename"])) for file in dataset.cache_files]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Cutting
+
+
+def cut(sources: list[Source]) -> list[list[Span]]:
+    """The corpus in units of work of about `SPAN` bytes, in order: parts of large files, groups of small ones."""
+    units: list[list[Span]] = []
+    room = -1
+    for source in sources:
+        for span in _spans(source):
+            if span.size > room:
+                units.append([])
+                room = SPAN
+            units[-1].append(span)
+            room -= span.size
+    return units
+
+
+def _spans(source: Source) -> Iterator[Span]:
+    if source.kind == "parquet":
+        yield from _row_groups(source)
+    elif source.kind == "arrow" or source.packing or source.size <= SPAN:
+        yield Span(source, 0, source.size, source.size)
     else:
-        content, origin = _download(url, attempts, by_hand), url
-    if (found := hashlib.sha256(content).hexdigest()) != sha256:
-        raise DataError(f"{origin} is not the file expected: {len(content):,} bytes with sha256 {found}; {by_hand}")
-    return content
+        for start in range(0, source.size, SPAN):
+            stop = min(start + SPAN, source.size)
+            yield Span(source, start, stop, stop - start)
 
 
-def _download(url: str, attempts: int, by_hand: str) -> bytes:
-    for attempt in range(attempts):
-        try:
-            with urllib.request.urlopen(url, timeout=30) as response:
-                content = response.read()
-                assert isinstance(content, bytes)
-                return content
-        except (OSError, http.client.HTTPException) as error:
-            is_final = isinstance(error, urllib.error.HTTPError) and error.code < 500
-            if is_final or attempt == attempts - 1:
-                raise DataError(f"{url} could not be downloaded ({error}); {by_hand}") from error
-            time.sleep(2**attempt)
-    raise AssertionError("unreachable: the last attempt returns or raises")
+def _row_groups(source: Source) -> Iterator[Span]:
+    metadata = parquet_file(source).metadata
+    sizes = [metadata.row_group(n).total_byte_size for n in range(metadata.num_row_groups)]
+    start = 0
+    for n in range(len(sizes)):
+        if n + 1 == len(sizes) or sum(sizes[start : n + 2]) > SPAN:
+            share = sum(sizes[start : n + 1]) / max(sum(sizes), 1)
+            yield Span(
+                source, start, n + 1, source.size if start == 0 and n + 1 == len(sizes) else int(source.size * share)
+            )
+            start = n + 1
 
 
-def read_or_fetch_shakespeare(input_file: str, folder: Path) -> bytes:
-    """Tiny Shakespeare, 1,115,394 characters: from `input_file` if given, else kept as input.txt in `folder`."""
-    if input_file:
-        try:
-            return Path(input_file).read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot read --input={input_file}: {error.strerror}") from error
-    kept = folder / "input.txt"
-    if kept.is_file() and hashlib.sha256(content := kept.read_bytes()).hexdigest() == SHAKESPEARE_SHA256:
-        return content
-    content = fetch("tinyshakespeare.txt", SHAKESPEARE_URL, SHAKESPEARE_SHA256)
-    with atomic_write(kept) as file:
-        file.write(content)
-    return content
+def sha256_of(source: Source) -> str:
+    """The digest of a file's bytes, in hexadecimal."""
+    try:
+        with open(source.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot read {source.path}: {error.strerror}") from error
+
+
+def parquet_file(source: Source) -> Any:
+    """A parquet file, opened. Raises `DataError` if it can't be read."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise DataError(f"{source.path}: reading parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        return parquet.ParquetFile(source.path)
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{source.path} cannot be read as parquet: {error}") from error

@@ -1,87 +1,121 @@
-"""The program behind `nanogpt prepare`: from text to a data set folder."""
+"""The program behind `nanogpt prepare`: from text to a data set folder, and a look into one."""
 
-import hashlib
-from collections.abc import Callable, Iterator
+import dataclasses
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nanogpt.config import PrepareConfig
-from nanogpt.data.corpus import read_or_fetch_shakespeare, standard_library
-from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Ids, Tokenizer
-from nanogpt.data.tokens import write_dataset
+from nanogpt.data.build import Recipe, build
+from nanogpt.data.corpus import standard_library
+from nanogpt.data.documents import Reading
+from nanogpt.data.download import shakespeare
+from nanogpt.data.tokens import SPLITS, open_dataset
 from nanogpt.errors import ConfigError, DataError
+
+OPENWEBTEXT_CACHE = 70e9  # bytes: 24 GB of parquet and 40 GB of Arrow that the datasets library keeps, and a margin
+
+
+def pystdlib(folder: Path, needs_text: bool) -> Recipe:
+    """The Python standard library of this machine, byte by byte."""
+    if not needs_text:
+        raise ConfigError("pystdlib reads the Python library of this machine; --input does not apply")
+    return Recipe(standard_library(), tokenizer="byte")
+
+
+def shakespeare_char(folder: Path, needs_text: bool) -> Recipe:
+    """Tiny Shakespeare, one token per character; the last tenth is validation."""
+    return dataclasses.replace(tiny_shakespeare(folder, needs_text), tokenizer="char")
+
+
+def tiny_shakespeare(folder: Path, needs_text: bool) -> Recipe:
+    """Tiny Shakespeare in GPT-2's tokens, for finetuning; the last tenth is validation."""
+    inputs = [str(shakespeare(folder))] if needs_text else []
+    return Recipe(inputs, val_fraction=0.1, end_documents=False)  # one text, as in the original
+
+
+def openwebtext(folder: Path, needs_text: bool) -> Recipe:
+    """OpenWebText (Gokaslan and Cohen 2019): 8 million web pages, 9 billion of GPT-2's tokens."""
+    return Recipe(["Skylion007/openwebtext"] if needs_text else [], val_fraction=0.0005)
+
+
+DATASETS: dict[str, Callable[[Path, bool], Recipe]] = {
+    "pystdlib": pystdlib,
+    "shakespeare_char": shakespeare_char,
+    "shakespeare": tiny_shakespeare,
+    "openwebtext": openwebtext,
+}
+NEEDS_NO_NETWORK = {"pystdlib"}
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Build the data set `config.name`. Raises `ConfigError` for an unknown name, `DataError` for unusable text."""
-    if config.name not in DATASETS:
-        hint = f"; for your own text: shakespeare_char --input={config.name}" if Path(config.name).is_file() else ""
-        raise ConfigError(f"unknown data set {config.name!r}; known: {', '.join(DATASETS)}{hint}")
+    """Build the data set `config.name`, or describe it.
+
+    Raises `ConfigError` for settings that can't work, `DataError` for text that can't be used.
+    """
     folder = Path(config.data_dir) / config.name
-    DATASETS[config.name](folder, config.input)
+    if config.describe:
+        describe(folder)
+        return
+    if config.name not in DATASETS and not config.input:
+        raise ConfigError(
+            f"no data set is known as {config.name!r}; for your own text: nanogpt prepare {config.name} --input=PATH "
+            f"(known without --input: {', '.join(DATASETS)})"
+        )
+    recipe = DATASETS[config.name](folder, not config.input) if config.name in DATASETS else Recipe([])
+    if config.name == "openwebtext" and not config.input and not config.limit:
+        _check_cache()
+    recipe = Recipe(
+        inputs=config.input or recipe.inputs,
+        tokenizer=config.tokenizer or recipe.tokenizer,
+        val_fraction=config.val_fraction or recipe.val_fraction,
+        reading=Reading(config.field, config.separator.encode().decode("unicode_escape")),
+        end_documents=recipe.end_documents,
+        limit=config.limit,
+    )
+    description = build(folder, recipe, config.num_proc)
+    for split in SPLITS:
+        print(f"{split} has {description['tokens'][split]:,} tokens ({description['documents'][split]:,} documents)")
+    for reason, count in description["skipped"].items():
+        print(f"passed over: {count:,} ({reason})")
     print(f"wrote {folder}/train.bin, val.bin and dataset.json")
 
 
-def prepare_pystdlib(folder: Path, input_file: str = "") -> None:
-    """The Python standard library of this machine, byte by byte; one file in twenty is validation."""
-    if input_file:
-        raise ConfigError("pystdlib reads the Python library of this machine; --input does not apply")
-    files = list(standard_library())
-    tokenizer = ByteTokenizer()
-    sources = []
-    members: dict[str, list[bytes]] = {"train": [], "val": []}
-    for path, content in files:
-        digest = hashlib.sha256(content).hexdigest()
-        split = "val" if int(digest[:8], 16) % 20 == 0 else "train"  # by content: stable on every machine
-        sources.append({"path": path, "bytes": len(content), "sha256": digest, "split": split})
-        members[split].append(content)
+def _check_cache() -> None:
+    """Refuse a download that would fill the disk."""
+    from datasets import config as settings
 
-    def tokens(contents: list[bytes]) -> Iterator[Ids]:
-        for content in contents:
-            yield np.frombuffer(content, dtype=np.uint8)
-            yield np.array([tokenizer.end_of_text], dtype=np.uint16)
-
-    write_dataset(folder, {name: tokens(contents) for name, contents in members.items()}, tokenizer, sources)
+    cache = Path(settings.HF_DATASETS_CACHE)
+    there = next(path for path in (cache, *cache.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    needs = f"OpenWebText takes about {OPENWEBTEXT_CACHE / 1e9:.0f} GB in {cache} and 18 GB for its ids"
+    print(f"{needs}; {free / 1e9:.0f} GB are free")
+    if free < OPENWEBTEXT_CACHE:
+        raise DataError(
+            f"{needs}, but {there} has {free / 1e9:.0f} GB left. Name another disk in the variable HF_HOME, "
+            "try --limit=10000, or pass a folder of its parquet or jsonl files as --input=FOLDER"
+        )
 
 
-def prepare_shakespeare_char(folder: Path, input_file: str = "") -> None:
-    """Tiny Shakespeare, one token per character; the first 90 % are training."""
-    text, sources = _shakespeare(folder, input_file)
-    tokenizer = CharTokenizer.from_text(text)
-    print(f"vocabulary of {tokenizer.vocab_size} characters")
-    _write_two_parts(folder, text, tokenizer, sources)
-
-
-def prepare_shakespeare(folder: Path, input_file: str = "") -> None:
-    """Tiny Shakespeare in GPT-2's tokens, for finetuning; the first 90 % are training."""
-    text, sources = _shakespeare(folder, input_file)
-    _write_two_parts(folder, text, GPT2Tokenizer(), sources)
-
-
-def _shakespeare(folder: Path, input_file: str) -> tuple[str, list[dict[str, Any]]]:
-    content = read_or_fetch_shakespeare(input_file, folder)
-    try:
-        # newlines as the original reads them, in text mode
-        text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{input_file or 'the download'} is not UTF-8 text: {error}") from error
-    if len(text) < 20:
-        raise DataError(f"{input_file or 'the download'} holds {len(text)} characters: too few to split and train on")
-    digest = hashlib.sha256(content).hexdigest()
-    return text, [{"path": input_file or "input.txt", "bytes": len(content), "sha256": digest}]
-
-
-def _write_two_parts(folder: Path, text: str, tokenizer: Tokenizer, sources: list[dict[str, Any]]) -> None:
-    cut = int(len(text) * 0.9)
-    splits = {"train": [tokenizer.encode(text[:cut])], "val": [tokenizer.encode(text[cut:])]}
-    write_dataset(folder, dict(splits), tokenizer, sources)
-
-
-DATASETS: dict[str, Callable[..., None]] = {
-    "pystdlib": prepare_pystdlib,
-    "shakespeare_char": prepare_shakespeare_char,
-    "shakespeare": prepare_shakespeare,
-}
-NEEDS_NO_NETWORK = {"pystdlib"}
+def describe(folder: Path) -> None:
+    """Print what a data set is, where it comes from, and the beginning of its splits in tokens."""
+    dataset = open_dataset(folder)
+    description: dict[str, Any] = dataset.description
+    print(f"{folder}: {dataset.tokenizer}, {description.get('dtype', 'uint16')}")
+    for split in SPLITS:
+        line = f"{split}: {len(dataset.split(split)):,} tokens"
+        if size := description.get("bytes", {}).get(split):
+            line += f", {description['documents'][split]:,} documents, {size:,} bytes of text, "
+            line += f"{size / len(dataset.split(split)):.2f} bytes per token"
+        print(line)
+    for reason, count in description.get("skipped", {}).items():
+        print(f"passed over: {count:,} ({reason})")
+    sources = description.get("sources", [])
+    for source in sources[:5]:
+        print("source: " + ", ".join(f"{key} {value}" for key, value in source.items()))
+    if (more := description.get("source_files", len(sources)) - len(sources[:5])) > 0:
+        print(f"and {more:,} sources more")
+    for split in SPLITS:
+        ids = [int(i) for i in dataset.split(split)[:24]]
+        print(f"{split} begins: " + " ".join(f"{i}:{dataset.tokenizer.decode([i])!r}" for i in ids))

@@ -7,6 +7,7 @@ every checkpoint, so a model can be sampled without the data set that it was tra
 import codecs
 import functools
 import importlib.util
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -45,8 +46,13 @@ class Tokenizer(ABC):
     def describe(self) -> dict[str, Any]:
         """Everything that `from_description` needs to build this tokenizer again, as JSON."""
 
+    @property
+    def name(self) -> str:
+        """What kind of tokenizer this is, in a word."""
+        return str(self.describe()["kind"])
+
     def __str__(self) -> str:
-        return f"{self.describe()['kind']} tokenizer ({self.vocab_size} entries)"
+        return f"{self.name} tokenizer ({self.vocab_size} entries)"
 
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of a prompt, in which `<|endoftext|>` stands for the special token."""
@@ -148,7 +154,11 @@ class GPT2Tokenizer(Tokenizer):
             ) from error
 
     def encode(self, text: str) -> Ids:
-        return np.array(self._encoding.encode_ordinary(text), dtype=np.uint32)
+        try:
+            ids: Ids = self._encoding.encode_to_numpy(text, disallowed_special=())  # no list of Python numbers between
+        except UnicodeEncodeError:  # half a surrogate pair
+            return self.encode(well_formed(text))
+        return ids
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return bytes(self._encoding.decode_bytes(list(ids)))
@@ -178,6 +188,145 @@ def _gpt2_from_files(folder: Path) -> Any:
     )
 
 
+class LibraryTokenizer(Tokenizer):
+    """Any tokenizer that the `tokenizers` library reads: one trained here (`bpe:N`), or a model's tokenizer.json.
+
+    `definition` is the text of such a file. Raises `DataError` if it is none.
+    """
+
+    def __init__(self, definition: str, end_of_text: int | None) -> None:
+        self._definition = definition
+        self._engine = _engine(definition)
+        self._engine.no_truncation()
+        self._engine.no_padding()
+        self.vocab_size = max(self._engine.get_vocab(with_added_tokens=True).values(), default=0) + 1
+        self.end_of_text = end_of_text
+        if end_of_text is not None and not 0 <= end_of_text < self.vocab_size:
+            raise DataError(f"end_of_text={end_of_text} is no token of a vocabulary of {self.vocab_size}")
+
+    @property
+    def name(self) -> str:
+        return str(json.loads(self._definition)["model"].get("type", "tokenizers"))
+
+    @functools.cached_property
+    def _bytes(self) -> list[bytes] | None:
+        """The bytes of each id, where tokens are sequences of bytes; None where only whole texts can be decoded."""
+        if type(self._engine.decoder).__name__ != "ByteLevel":
+            return None
+        byte_of = {character: byte for byte, character in _byte_characters().items()}
+        added = self._engine.get_added_tokens_decoder()
+        tokens = (self._engine.id_to_token(i) or "" for i in range(self.vocab_size))
+        return [
+            token.encode() if i in added or not byte_of.keys() >= set(token) else bytes(byte_of[c] for c in token)
+            for i, token in enumerate(tokens)
+        ]
+
+    def encode(self, text: str) -> Ids:
+        self._engine.encode_special_tokens = True  # the library's words for: special tokens are plain text
+        return self._encode(text)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        self._engine.encode_special_tokens = False
+        return [int(i) for i in self._encode(text)]
+
+    def _encode(self, text: str) -> Ids:
+        try:
+            encoding = self._engine.encode_batch_fast([text], add_special_tokens=False)[0]
+        except (UnicodeEncodeError, TypeError):  # half a surrogate pair
+            encoding = self._engine.encode_batch_fast([well_formed(text)], add_special_tokens=False)[0]
+        return np.array(encoding.ids, dtype=np.uint32)
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        if self._bytes is None:
+            text: str = self._engine.decode(list(ids), skip_special_tokens=False)
+            return text.encode()
+        return b"".join(self._bytes[i] for i in ids)
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        if self._bytes is not None:
+            yield from super().decode_stream(ids)
+            return
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=False)
+        for token in ids:
+            yield stream.step(self._engine, int(token)) or ""
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "tokenizers", "end_of_text": self.end_of_text, "definition": self._definition}
+
+
+def well_formed(text: str) -> str:
+    """`text` with U+FFFD for every half of a surrogate pair, which no UTF-8 can hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _engine(definition: str) -> Any:
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_str(definition)
+    except Exception as error:  # the library raises plain `Exception`
+        raise DataError(f"this is no tokenizer that tokenizers {tokenizers.__version__} can read: {error}") from error
+
+
+def _byte_characters() -> dict[int, str]:
+    """The printable character that stands for each byte in byte-level vocabularies (Radford et al. 2019)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {**{b: chr(b) for b in printable}, **{b: chr(256 + n) for n, b in enumerate(others)}}
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> LibraryTokenizer:
+    """Byte-level byte-pair encoding, GPT-2's kind, learned from `texts`: at most `vocab_size` entries.
+
+    Small corpora give fewer. Source: Sennrich et al. 2016; the `tokenizers` library does the work.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    engine = Tokenizer(models.BPE())
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    engine.train_from_iterator(texts, trainer)
+    return LibraryTokenizer(engine.to_str(), engine.token_to_id(END_OF_TEXT))
+
+
+def read_tokenizer(path: Path) -> LibraryTokenizer:
+    """The tokenizer of a tokenizer.json, or of a model's folder in Hugging Face's format.
+
+    Documents end with its token for that: `<|endoftext|>` or `<|end_of_text|>` where it has one, else the
+    `eos_token` that the folder names, else `</s>` or `<eos>`. Raises `DataError` if there is nothing readable.
+    """
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        definition = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"cannot read a tokenizer from {file} ({error}); expected a tokenizer.json of the `tokenizers` library "
+            "(transformers writes one: AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER))"
+        ) from error
+    engine = _engine(definition)
+    named = _eos_token(file.with_name("tokenizer_config.json"))
+    candidates = [END_OF_TEXT, "<|end_of_text|>", *([named] if named else []), "</s>", "<eos>"]
+    ids = (engine.token_to_id(token) for token in candidates)
+    return LibraryTokenizer(definition, next((i for i in ids if i is not None), None))
+
+
+def _eos_token(path: Path) -> str | None:
+    """The `eos_token` of a tokenizer_config.json: a string, or an object with the string as `content`."""
+    try:
+        token = json.loads(path.read_bytes()).get("eos_token")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return token.get("content") if isinstance(token, dict) else token
+
+
 def from_description(description: Any) -> Tokenizer:
     """The tokenizer that `describe` described. Raises `DataError` for a description that is not one."""
     match description:
@@ -187,4 +336,6 @@ def from_description(description: Any) -> Tokenizer:
             return ByteTokenizer()
         case {"kind": "gpt2"}:
             return GPT2Tokenizer()
+        case {"kind": "tokenizers", "definition": str(definition), "end_of_text": int() | None as end_of_text}:
+            return LibraryTokenizer(definition, end_of_text)
     raise DataError(f"unknown tokenizer description: {str(description)[:200]}")

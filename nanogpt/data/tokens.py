@@ -1,38 +1,71 @@
 """A prepared data set on disk: token ids as raw little-endian numbers, and one JSON file that says what they are.
 
-data/NAME/train.bin, val.bin   ids, uint16 or uint32, nothing else
-data/NAME/dataset.json         dtype, counts, sources with hashes, tokenizer
+data/NAME/train.bin, val.bin   ids, uint16 or uint32, nothing else; or several: train-0.bin, train-1.bin, …
+data/NAME/dataset.json         dtype, counts, sources with hashes, what was passed over, tokenizer
 data/NAME/meta.pkl             character sets only: the original's vocabulary file
 """
 
 import io
 import json
+import os
 import pickle
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
 from nanogpt.data.tokenizer import CharTokenizer, GPT2Tokenizer, Ids, Tokenizer, from_description
 from nanogpt.errors import DataError
 from nanogpt.files import atomic_write, write_json
 
 SPLITS = ("train", "val")
+MOST_SOURCES = 1000  # that a description lists by name
+
+
+class Tokens:
+    """The ids of a split, in one file or several, as one sequence of length `len(tokens)`."""
+
+    def __init__(self, shards: Sequence[Ids]) -> None:
+        self.shards = [np.asarray(shard) for shard in shards]  # without memmap's class, whose slices are slow
+        self._ends = np.cumsum([len(shard) for shard in self.shards])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, where: slice) -> Ids:
+        """The ids of a slice without step, shape (stop - start,)."""
+        start, stop, _ = where.indices(len(self))
+        begins = self._ends - [len(shard) for shard in self.shards]
+        parts = [
+            shard[max(start - begin, 0) : max(stop - begin, 0)]
+            for shard, begin in zip(self.shards, begins, strict=True)
+            if begin < stop and start < begin + len(shard)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate([self.shards[0][:0], *parts])
+
+    def windows(self, starts: npt.NDArray[np.int64], length: int) -> Ids:
+        """The windows of `length` ids at `starts` (rows,), shape (rows, length)."""
+        if len(self.shards) == 1:
+            windows: Ids = sliding_window_view(self.shards[0], length)[starts]
+            return windows
+        return np.stack([self[start : start + length] for start in starts.tolist()])
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set, opened: its splits as memory maps of ids, shape (tokens,)."""
+    """A data set, opened."""
 
     folder: Path
-    train: Ids
-    val: Ids
+    train: Tokens
+    val: Tokens
     tokenizer: Tokenizer
+    description: dict[str, Any]  # dataset.json; empty where there is none
 
-    def split(self, name: str) -> Ids:
+    def split(self, name: str) -> Tokens:
         """The ids of `train` or `val`."""
         return self.train if name == "train" else self.val
 
@@ -45,32 +78,50 @@ class Dataset:
             )
 
 
-def write_dataset(
-    folder: Path, splits: dict[str, Iterable[Ids]], tokenizer: Tokenizer, sources: list[dict[str, Any]]
-) -> None:
-    """Write a data set whose splits come as pieces of ids.
+def dtype_of(tokenizer: Tokenizer) -> np.dtype[Any]:
+    """The number format of a tokenizer's ids on disk."""
+    return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+
+
+def finish_dataset(
+    folder: Path, work: Path, tokenizer: Tokenizer, tally: dict[str, Any], sources: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Give the finished files of ids in `work` their names in `folder`, and return their description.
 
     The description is there before the ids take their names: whatever is interrupted, ids are never read with
-    a tokenizer that is not theirs.
+    a tokenizer that is not theirs. Called again after an interruption, it completes its work.
     """
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    counts = dict.fromkeys(splits, 0)
-    with ExitStack() as stack:
-        for name, pieces in splits.items():
-            file = stack.enter_context(atomic_write(folder / f"{name}.bin"))
-            for ids in pieces:
-                file.write(ids.astype(dtype).tobytes())
-                counts[name] += len(ids)
-            print(f"{name} has {counts[name]:,} tokens")
-        description = {"version": 1, "dtype": dtype.name, "tokens": counts}
-        write_json(folder / "dataset.json", {**description, "tokenizer": tokenizer.describe(), "sources": sources})
-        if isinstance(tokenizer, CharTokenizer):
-            write_meta(folder / "meta.pkl", tokenizer)
+    description = {
+        "version": 1,
+        "dtype": dtype_of(tokenizer).name,
+        **{what: {split: tally[what].get(split, 0) for split in SPLITS} for what in ("tokens", "documents", "bytes")},
+        "skipped": tally["skipped"],
+        "tokenizer": tokenizer.describe(),
+        "source_files": len(sources),
+        "sources": sources[:MOST_SOURCES],
+    }
+    write_json(folder / "dataset.json", description)
+    if isinstance(tokenizer, CharTokenizer):
+        write_meta(folder / "meta.pkl", tokenizer)
+    else:
+        (folder / "meta.pkl").unlink(missing_ok=True)  # of an earlier data set
+    for split in SPLITS:
+        for shard in folder.glob(f"{split}-*.bin"):
+            shard.unlink()
+        if (work / f"{split}.bin").exists():
+            os.replace(work / f"{split}.bin", folder / f"{split}.bin")
+    return description
+
+
+def shards_of(folder: Path, split: str) -> list[Path]:
+    """The files of a split: `train.bin`, or `train-*.bin` in the order of their names."""
+    whole = folder / f"{split}.bin"
+    return [whole] if whole.exists() else sorted(folder.glob(f"{split}-*.bin"))
 
 
 def is_prepared(folder: Path) -> bool:
     """Whether `folder` holds both splits."""
-    return all((folder / f"{name}.bin").exists() for name in SPLITS)
+    return all(shards_of(folder, split) for split in SPLITS)
 
 
 def open_dataset(folder: Path) -> Dataset:
@@ -88,15 +139,15 @@ def open_dataset(folder: Path) -> Dataset:
         if description.get("dtype") not in ("uint16", "uint32"):
             raise DataError(f"{folder / 'dataset.json'}: dtype is {description.get('dtype')!r}, not uint16 or uint32")
         dtype = np.dtype(description["dtype"]).newbyteorder("<")
-    maps = {name: _map(folder / f"{name}.bin", dtype) for name in SPLITS}
+    splits = {split: _open_split(folder, split, dtype) for split in SPLITS}
     if description is not None:
-        for name, ids in maps.items():
-            if len(ids) != description.get("tokens", {}).get(name):
+        for name, ids in splits.items():
+            if len(ids) != description["tokens"].get(name):
                 raise DataError(
                     f"{folder / name}.bin holds {len(ids):,} tokens, but dataset.json promises "
-                    f"{description.get('tokens', {}).get(name)}: prepare the data set again"
+                    f"{description['tokens'].get(name)}: prepare the data set again"
                 )
-    return Dataset(folder, maps["train"], maps["val"], tokenizer)
+    return Dataset(folder, splits["train"], splits["val"], tokenizer, description or {})
 
 
 def _read_description(folder: Path) -> dict[str, Any] | None:
@@ -110,6 +161,10 @@ def _read_description(folder: Path) -> dict[str, Any] | None:
     if not isinstance(description, dict) or not isinstance(description.get("tokens"), dict):
         raise DataError(f"{path} does not describe a data set: prepare it again")
     return description
+
+
+def _open_split(folder: Path, split: str, dtype: np.dtype[Any]) -> Tokens:
+    return Tokens([_map(path, dtype) for path in shards_of(folder, split) or [folder / f"{split}.bin"]])
 
 
 def _map(path: Path, dtype: np.dtype[Any]) -> Ids:

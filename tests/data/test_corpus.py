@@ -1,97 +1,113 @@
-import hashlib
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from nanogpt.data import corpus
-from nanogpt.data.corpus import fetch, standard_library
+from nanogpt.data.corpus import Source, cut, find_sources, is_published, sha256_of, standard_library
 from nanogpt.errors import DataError
-
-CONTENT = b"To be, or not to be"
-CUT_OFF = 1  # a "status": the connection ends before the promised length
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
-
-
-class Server:
-    """An HTTP server on this machine that answers with the statuses of `script`, then with 200."""
-
-    def __init__(self) -> None:
-        self.script: list[int] = []
-        self.requests = 0
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                server.requests += 1
-                status = server.script.pop(0) if server.script else 200
-                self.send_response(200 if status == CUT_OFF else status)
-                if status == CUT_OFF:
-                    self.send_header("Content-Length", "1000")
-                self.end_headers()
-                self.wfile.write(CONTENT if status == 200 else b"<html>an error page</html>")
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.http = HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/x.txt"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.delenv("NANOGPT_DOWNLOADS", raising=False)
-    monkeypatch.setattr(corpus.time, "sleep", lambda seconds: None)
-    server = Server()
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
+def folder(tmp_path: Path) -> Path:
+    for name in ("b.txt", "a.md", "sub/c.py", ".hidden", ".git/x.txt", "sub/d.jsonl.gz"):
+        path = tmp_path / "texts" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x" * 10)
+    return tmp_path / "texts"
 
 
-def test_a_download_is_checked(server: Server) -> None:
-    assert fetch("x.txt", server.url, SHA256) == CONTENT
-    with pytest.raises(DataError, match=r"is not the file expected: 19 bytes with sha256 .*--input=FILE"):
-        fetch("x.txt", server.url, "0" * 64)
+def names(sources: list[Source]) -> list[str]:
+    return [Path(source.path).name for source in sources]
 
 
-def test_a_server_that_stumbles_is_asked_again(server: Server) -> None:
-    server.script = [500, CUT_OFF]
-    assert fetch("x.txt", server.url, SHA256) == CONTENT
-    assert server.requests == 3
+def test_files_folders_and_patterns_are_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert names(find_sources([str(folder)], 1)) == ["a.md", "b.txt", "c.py", "d.jsonl.gz"]
+    assert names(find_sources([str(folder / "b.txt"), str(folder / "sub")], 1)) == ["b.txt", "c.py", "d.jsonl.gz"]
+    assert names(find_sources([f"{folder}/**/*.py"], 1)) == ["c.py"]
+    monkeypatch.chdir(folder)
+    assert names(find_sources(["*.*"], 1)) == ["a.md", "b.txt"]
+    assert [source.found for source in find_sources(["b.txt", "."], 1)] == [False, True, True, True, True]
 
 
-@pytest.mark.parametrize(("script", "requests"), [([404], 1), ([500, 500, 500], 3), ([CUT_OFF] * 3, 3)])
-def test_an_error_page_says_what_to_do_instead(server: Server, script: list[int], requests: int) -> None:
-    server.script = list(script)
-    with pytest.raises(DataError, match=r"could not be downloaded .*NANOGPT_DOWNLOADS"):
-        fetch("x.txt", server.url, SHA256)
-    assert server.requests == requests
+@pytest.mark.parametrize("name", ["nothing.txt", "*.none", "empty", "~/nothing"])
+def test_what_leads_nowhere_is_named(name: str) -> None:
+    Path("empty").mkdir()
+    with pytest.raises(DataError, match=r"--input=.*: (there is no such file or folder|no file there)"):
+        find_sources([name], 1)
 
 
-def test_no_network_says_what_to_do_instead(server: Server) -> None:
-    server.http.server_close()
-    with pytest.raises(DataError, match=r"could not be downloaded .*--input=FILE"):
-        fetch("x.txt", "http://127.0.0.1:1/x.txt", SHA256)
+def test_names_of_published_data_sets_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_published("roneneldan/TinyStories")
+    assert is_published("hf:wikitext:wikitext-2-raw-v1")
+    assert not is_published("a/b/c.txt")
+    Path("a").mkdir()
+    Path("a/b").write_text("x")
+    assert not is_published("a/b")
 
 
-def test_the_mirror_comes_first(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NANOGPT_DOWNLOADS", str(tmp_path))
-    assert fetch("x.txt", server.url, SHA256) == CONTENT  # not in the mirror: downloaded
-    (tmp_path / "x.txt").write_bytes(CONTENT)
-    assert fetch("x.txt", server.url, SHA256) == CONTENT
-    assert server.requests == 1
-    (tmp_path / "x.txt").write_bytes(b"something else")
-    with pytest.raises(DataError, match=r"x\.txt is not the file expected"):
-        fetch("x.txt", server.url, SHA256)
+def test_a_published_data_set_is_the_files_of_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    Path("org/name").mkdir(parents=True)
+    datasets.Dataset.from_dict({"text": ["one", "two"]}).to_parquet("org/name/train.parquet")
+    [source] = find_sources(["hf:org/name"], 1)
+    assert source.kind == "arrow"
+
+
+def test_a_hub_that_cannot_be_reached_says_what_to_do_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("no route to host\nand much more")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(DataError, match=r"hub \(no route to host\); give ORGANISATION/NAME"):
+        find_sources(["org/name"], 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "packing"),
+    [("a.txt", "text", ""), ("a.py", "text", ""), ("a", "text", ""), ("a.json", "text", ""), ("a.JSONL", "jsonl", ""),
+     ("a.ndjson.zst", "jsonl", ".zst"), ("a.txt.gz", "text", ".gz"), ("a.parquet", "parquet", "")],
+)  # fmt: skip
+def test_the_name_says_what_a_file_is(path: str, kind: str, packing: str) -> None:
+    assert (Source(path, 0).kind, Source(path, 0).packing) == (kind, packing)
+
+
+def test_units_are_parts_of_large_files_and_groups_of_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "SPAN", 100)
+    sources = [Source("a", 250), Source("b", 40), Source("c", 30), Source("d", 40), Source("e.gz", 500)]
+    units = [[(span.source.path, span.start, span.stop) for span in unit] for unit in cut(sources)]
+    assert units == [
+        [("a", 0, 100)], [("a", 100, 200)], [("a", 200, 250), ("b", 0, 40)], [("c", 0, 30), ("d", 0, 40)],
+        [("e.gz", 0, 500)],
+    ]  # fmt: skip
+
+
+def test_parquet_is_cut_between_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [chr(97 + n) * 1000 for n in range(20)]
+    parquet.write_table(pa.table({"text": rows}), "x.parquet", row_group_size=2, compression="none")
+    size = Path("x.parquet").stat().st_size
+    monkeypatch.setattr(corpus, "SPAN", size // 4)
+    spans = [span for unit in cut([Source("x.parquet", size)]) for span in unit]
+    assert [spans[0].start, spans[-1].stop] == [0, 10]
+    assert all(a.stop == b.start for a, b in zip(spans, spans[1:], strict=False))
+    assert len(spans) > 2
+
+
+def test_a_digest_is_that_of_the_file() -> None:
+    Path("x").write_bytes(b"abc")
+    assert sha256_of(Source("x", 3)) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    with pytest.raises(DataError, match="cannot read nothing"):
+        sha256_of(Source("nothing", 3))
 
 
 def test_the_standard_library_is_large_sorted_and_without_tests() -> None:
-    files = list(standard_library())
-    paths = [path for path, _ in files]
-    assert paths == sorted(paths)
-    assert "argparse.py" in paths
-    assert not any("test" in Path(path).parts for path in paths)
-    assert sum(len(content) for _, content in files) > 9_000_000
+    sources = standard_library()
+    assert [source.path for source in sources] == sorted(source.path for source in sources)
+    assert "argparse.py" in names(sources)
+    assert not any("test" in Path(source.path).parts for source in sources)
+    assert sum(source.size for source in sources) > 9_000_000

@@ -9,27 +9,26 @@ import numpy as np
 import pytest
 
 from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
-from nanogpt.data.tokens import is_prepared, open_dataset, read_meta, write_dataset, write_meta
+from nanogpt.data.tokens import Tokens, is_prepared, open_dataset, read_meta, write_meta
 from nanogpt.errors import DataError
+from tests.conftest import write_dataset
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     tokenizer = CharTokenizer("abc")
-    pieces = {"train": [tokenizer.encode("abc"), tokenizer.encode("cab")], "val": [tokenizer.encode("bb")]}
-    write_dataset(tmp_path / "set", pieces, tokenizer, [{"path": "x"}])
+    write_dataset(tmp_path / "set", tokenizer, tokenizer.encode("abccab"), tokenizer.encode("bb"))
     return tmp_path / "set"
 
 
 def test_what_is_written_is_what_is_read(folder: Path) -> None:
     dataset = open_dataset(folder)
-    assert dataset.train.tolist() == [0, 1, 2, 2, 0, 1]
-    assert dataset.split("val").tolist() == [1, 1]
+    assert dataset.train[:].tolist() == [0, 1, 2, 2, 0, 1]
+    assert dataset.split("val")[:].tolist() == [1, 1]
     assert dataset.tokenizer.describe() == {"kind": "char", "characters": "abc"}
     assert np.fromfile(folder / "train.bin", dtype="<u2").tolist() == [0, 1, 2, 2, 0, 1]
     description = json.loads((folder / "dataset.json").read_text())
     assert description["tokens"] == {"train": 6, "val": 2}
-    assert description["sources"] == [{"path": "x"}]
     with (folder / "meta.pkl").open("rb") as file:
         meta = pickle.load(file)
     assert meta == {"vocab_size": 3, "itos": {0: "a", 1: "b", 2: "c"}, "stoi": {"a": 0, "b": 1, "c": 2}}
@@ -42,7 +41,7 @@ def test_a_data_set_of_the_original_opens(tmp_path: Path) -> None:
     assert isinstance(open_dataset(tmp_path).tokenizer, GPT2Tokenizer)
     write_meta(tmp_path / "meta.pkl", CharTokenizer("xy"))
     dataset = open_dataset(tmp_path)
-    assert dataset.tokenizer.decode(dataset.train.tolist()) == "yx"
+    assert dataset.tokenizer.decode(dataset.train[:].tolist()) == "yx"
 
 
 @pytest.mark.parametrize(
@@ -97,17 +96,36 @@ def test_ids_are_never_read_with_a_tokenizer_that_is_not_theirs(folder: Path, mo
     monkeypatch.setattr(tokens, "write_meta", interrupted)
     tokenizer = CharTokenizer("abcd")
     with pytest.raises(KeyboardInterrupt):
-        write_dataset(folder, {"train": [tokenizer.encode("d")], "val": [tokenizer.encode("d")]}, tokenizer, [])
+        write_dataset(folder, tokenizer, tokenizer.encode("d"), tokenizer.encode("d"))
     with pytest.raises(DataError, match=r"holds 6 tokens, but dataset\.json promises 1"):
         open_dataset(folder)
 
 
-def test_an_interrupted_preparation_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
-    def pieces() -> Any:
-        yield np.array([1, 2, 3], dtype=np.uint8)
-        raise KeyboardInterrupt
+def test_several_files_are_one_stream(folder: Path) -> None:
+    whole = open_dataset(folder).train
+    np.array([0, 1], dtype="<u2").tofile(folder / "train-0.bin")
+    np.array([2], dtype="<u2").tofile(folder / "train-1.bin")
+    np.array([2, 0, 1], dtype="<u2").tofile(folder / "train-2.bin")
+    (folder / "train.bin").unlink()
+    assert is_prepared(folder)
+    shards = open_dataset(folder).train
+    assert len(shards.shards) == 3
+    assert len(shards) == len(whole) == 6
+    starts = np.array([3, 0, 1, 2])
+    assert np.array_equal(shards.windows(starts, 3), whole.windows(starts, 3))
+    for start in range(7):
+        for stop in range(start, 8):
+            assert np.array_equal(shards[start:stop], whole[start:stop]), (start, stop)
 
-    with pytest.raises(KeyboardInterrupt):
-        write_dataset(tmp_path / "set", {"train": pieces(), "val": pieces()}, ByteTokenizer(), [])
-    assert list((tmp_path / "set").iterdir()) == []
-    assert not is_prepared(tmp_path / "set")
+
+def test_windows_of_a_single_file_are_slices() -> None:
+    tokens = Tokens([np.arange(50, dtype=np.uint16)])
+    assert tokens.windows(np.array([0, 7, 40]), 10).tolist() == [list(range(n, n + 10)) for n in (0, 7, 40)]
+
+
+def test_another_data_set_leaves_nothing_of_the_one_before(folder: Path) -> None:
+    assert (folder / "meta.pkl").exists()
+    np.array([1], dtype="<u2").tofile(folder / "train-0.bin")
+    write_dataset(folder, ByteTokenizer(), np.arange(9), np.arange(3))
+    assert {path.name for path in folder.iterdir()} == {"train.bin", "val.bin", "dataset.json"}
+    assert open_dataset(folder).train[:].tolist() == list(range(9))

@@ -13,13 +13,12 @@ import torch
 from nanogpt import checkpoint, train
 from nanogpt.config import GPT2_SIZES, EvalConfig, GPTConfig, SampleConfig, TrainConfig
 from nanogpt.data.tokenizer import GPT2Tokenizer
-from nanogpt.data.tokens import write_dataset
 from nanogpt.errors import CheckpointError, ConfigError, DataError
 from nanogpt.evaluate import evaluate
 from nanogpt.infer.sample import sample
 from nanogpt.interop.huggingface import load_gpt2
 from nanogpt.model import GPT
-from tests.conftest import ROOT, random_ids
+from tests.conftest import ROOT, random_ids, write_dataset
 
 SHAPE: dict[str, Any] = {"vocab_size": 50257, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
 
@@ -119,7 +118,7 @@ def test_an_unusable_folder_is_one_message(folder: Path, damage: Callable[[Path]
 def finetuning(recipe: Callable[..., TrainConfig], data_dir: Path, folder: Path) -> Callable[..., TrainConfig]:
     tokenizer = GPT2Tokenizer()
     ids = tokenizer.encode("First Citizen: Before we proceed any further, hear me speak.\n" * 50)
-    write_dataset(data_dir / "bard", {"train": [ids[:500]], "val": [ids[500:]]}, tokenizer, [])
+    write_dataset(data_dir / "bard", tokenizer, ids[:500], ids[500:])
     return lambda **settings: recipe(init_from=str(folder), dataset="bard", decay_lr=False, **settings)
 
 

@@ -1,0 +1,60 @@
+"""Published files: downloaded once, checked, or taken from a folder of this machine."""
+
+import hashlib
+import http.client
+import os
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from nanogpt.errors import DataError
+from nanogpt.files import atomic_write
+
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def fetch(name: str, url: str, sha256: str, attempts: int = 3) -> bytes:
+    """The bytes of a published file: from the folder `$NANOGPT_DOWNLOADS`, else from the network.
+
+    Network failures are tried again, with pauses. Raises `DataError`, with what to do instead, when the file
+    can't be had or isn't the one expected (an error page, say).
+    """
+    by_hand = (
+        f"download {url} by other means and pass it as --input=FILE, or put it as {name} into a folder that the "
+        "environment variable NANOGPT_DOWNLOADS names"
+    )
+    mirror = os.environ.get("NANOGPT_DOWNLOADS")
+    if mirror and (path := Path(mirror) / name).is_file():
+        content, origin = path.read_bytes(), str(path)
+    else:
+        content, origin = _download(url, attempts, by_hand), url
+    if (found := hashlib.sha256(content).hexdigest()) != sha256:
+        raise DataError(f"{origin} is not the file expected: {len(content):,} bytes with sha256 {found}; {by_hand}")
+    return content
+
+
+def _download(url: str, attempts: int, by_hand: str) -> bytes:
+    for attempt in range(attempts):
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response:
+                content = response.read()
+                assert isinstance(content, bytes)
+                return content
+        except (OSError, http.client.HTTPException) as error:
+            is_final = isinstance(error, urllib.error.HTTPError) and error.code < 500
+            if is_final or attempt == attempts - 1:
+                raise DataError(f"{url} could not be downloaded ({error}); {by_hand}") from error
+            time.sleep(2**attempt)
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def shakespeare(folder: Path) -> Path:
+    """Tiny Shakespeare, 1,115,394 characters, kept as input.txt in `folder`."""
+    kept = folder / "input.txt"
+    if not (kept.is_file() and hashlib.sha256(kept.read_bytes()).hexdigest() == SHAKESPEARE_SHA256):
+        content = fetch("tinyshakespeare.txt", SHAKESPEARE_URL, SHAKESPEARE_SHA256)
+        with atomic_write(kept) as file:
+            file.write(content)
+    return kept

@@ -1,0 +1,181 @@
+"""Before the first step: a run with everything in place for the next update, and what can be said about it."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt import checkpoint
+from nanogpt.checkpoint import Progress
+from nanogpt.config import GPT2_SIZES, GPTConfig, PrepareConfig, TrainConfig
+from nanogpt.data.batches import Ahead, check_length, epoch_window_starts, gather, window_starts
+from nanogpt.data.prepare import DATASETS, NEEDS_NO_NETWORK, prepare
+from nanogpt.data.tokenizer import GPT2Tokenizer
+from nanogpt.data.tokens import Dataset, is_prepared, open_dataset
+from nanogpt.device import Device
+from nanogpt.distributed import World, parallel
+from nanogpt.errors import ConfigError, DataError
+from nanogpt.interop.huggingface import gpt2_shape, load_gpt2
+from nanogpt.model import GPT
+from nanogpt.optim import adamw
+
+
+@dataclass
+class Run:
+    """A training run: what it was asked for, and what training changes."""
+
+    config: TrainConfig
+    device: Device
+    world: World
+    dataset: Dataset
+    model: GPT
+    rows_of: Callable[[int], Tensor]  # step -> this process's rows of its batch: ids (micro-batches * B, T + 1)
+    network: Any  # the model as training calls it: itself, or wrapped for several processes
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    progress: Progress
+
+
+def start(config: TrainConfig, device: Device, world: World) -> Run:
+    """Everything in place for the next update: of a new run, or of the one in `out_dir`.
+
+    Raises `DataError` and `CheckpointError` for what can only be seen now.
+    """
+    dataset = open_or_prepare(config, world)
+    torch.manual_seed(config.seed)
+    loaded = None
+    if config.init_from == "resume":
+        loaded = checkpoint.load(checkpoint.find(config.out_dir, "last"), config.data_dir)
+        dataset.check_tokenizer(loaded.tokenizer, str(loaded.path))
+        model = loaded.model(device, dropout=config.dropout)
+        if config.block_size < model.config.block_size and not config.eval_only:
+            raise ConfigError(  # the optimizer's state would not fit a shorter context
+                f"block_size={config.block_size}, but {loaded.path} has {model.config.block_size}, and a run is "
+                f"resumed with its own context length; set --block_size={model.config.block_size}"
+            )
+        model.crop_block_size(min(config.block_size, model.config.block_size))
+        print(f"resuming {loaded.path} after {loaded.progress.step} updates")
+    elif config.init_from == "scratch":
+        model = GPT(config.model_config(dataset.tokenizer.padded_vocab_size)).to(device.name)
+    else:
+        dataset.check_tokenizer(GPT2Tokenizer(), config.init_from)
+        model = load_gpt2(config.init_from, device.name, dropout=config.dropout)
+        model.crop_block_size(config.block_size)
+    config = with_shape_of(model, config)
+    if loaded:
+        print_changes(config, loaded)
+    check_length(dataset.train, model.config.block_size, f"the training split of {config.dataset}")
+    check_length(dataset.val, model.config.block_size, f"the validation split of {config.dataset}")
+    if config.mask_documents and dataset.tokenizer.end_of_text is None:
+        raise ConfigError(
+            f"mask_documents: the {dataset.tokenizer} of data set {config.dataset} has no token that ends a document"
+        )
+    model.transformer.gradient_checkpointing = config.gradient_checkpointing
+    optimizer = adamw(model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
+    if loaded and not config.eval_only:
+        loaded.restore(optimizer, scaler, device)
+    progress = loaded.progress if loaded else Progress()
+    if world.rank:  # every process drops out other values; a checkpoint has the main one's random state
+        torch.manual_seed(config.seed + world.rank + world.size * progress.step)
+    if device.compile:
+        print("compiling the model: takes a minute or so (--compile=False starts at once)")
+        model.compile()
+    rows_of = loader(config, dataset, model.config, device, world)
+    return Run(config, device, world, dataset, model, rows_of, parallel(model, world), optimizer, scaler, progress)
+
+
+def loader(
+    config: TrainConfig, dataset: Dataset, shape: GPTConfig, device: Device, world: World
+) -> Callable[[int], Tensor]:
+    """A function from a step to this process's rows of its batch; made ahead and in pinned memory for a GPU."""
+    draw = epoch_window_starts if config.sampling == "epoch" else window_starts
+    rows = world.share(config.rows, "rows")
+
+    def make(step: int) -> Tensor:
+        n_tokens = len(dataset.train)
+        starts = draw(n_tokens, shape.block_size, seed=config.seed, step=step, rows=config.rows)
+        return device.pin(gather(dataset.train, starts[rows.start : rows.stop], shape.block_size, shape.vocab_size))
+
+    return Ahead(make) if device.type == "cuda" else make
+
+
+def with_shape_of(model: GPT, config: TrainConfig) -> TrainConfig:
+    """`config` with the shape that `model` came with; what was asked for otherwise does not apply, and is named."""
+    shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
+    ignored = [f"{name}={value}" for name, value in shape.items() if getattr(config, name) != value]
+    if ignored:
+        print(f"the shape of the loaded model counts: {', '.join(ignored)}")
+    return dataclasses.replace(config, **shape)
+
+
+def print_changes(config: TrainConfig, loaded: checkpoint.Checkpoint) -> None:
+    """Name the settings that differ from those that the resumed run had."""
+    for name, value in dataclasses.asdict(config).items():
+        before = loaded.config.get(name, value)
+        if before != value and name not in ("init_from", "out_dir", "eval_only"):
+            print(f"changed since the checkpoint: {name} = {value!r}, was {before!r}")
+    if loaded.progress.step >= config.max_iters:
+        print(f"nothing to train: max_iters={config.max_iters} is reached; a larger one goes on")
+
+
+def open_or_prepare(config: TrainConfig, world: World) -> Dataset:
+    """The data set of the run; one that needs no network is prepared if it is not there."""
+    folder = Path(config.data_dir) / config.dataset
+    if config.dataset in NEEDS_NO_NETWORK:
+        if world.is_main and not is_prepared(folder):
+            print(f"preparing the data set {config.dataset} in {folder}")
+            prepare(PrepareConfig(name=config.dataset, data_dir=config.data_dir))
+        world.wait()
+    elif not is_prepared(folder):
+        script = Path("data", config.dataset, "prepare.py")
+        if script.exists() and script.parent == folder:
+            advice = f"prepare it with: python {script}"
+        elif config.dataset in DATASETS:
+            advice = f"prepare it with: python -m nanogpt prepare {config.dataset} --data_dir={config.data_dir}"
+        else:
+            advice = f"make it from your text with: python -m nanogpt prepare {config.dataset} --input=PATH"
+            if config.data_dir != "data":
+                advice += f" --data_dir={config.data_dir}"
+        missing = " and ".join(name for name in ("train.bin", "val.bin") if not (folder / name).exists())
+        raise DataError(f"data set {config.dataset!r}: {folder} has no {missing}; {advice}")
+    return open_dataset(folder)
+
+
+def dry_run(config: TrainConfig) -> int:
+    """Print the resolved config and what follows from it; allocate and write nothing."""
+    for name, value in dataclasses.asdict(config).items():
+        print(f"{name} = {value!r}")
+    folder = Path(config.data_dir) / config.dataset
+    dataset = open_dataset(folder) if is_prepared(folder) else None
+    if config.init_from == "resume":
+        shape = checkpoint.load(checkpoint.find(config.out_dir, "last"), config.data_dir).model_config
+    elif config.init_from in GPT2_SIZES:
+        n_layer, n_head, n_embd = GPT2_SIZES[config.init_from]
+        shape = GPTConfig(config.block_size, 50257, n_layer, n_head, n_embd)
+    elif config.init_from != "scratch":
+        shape = dataclasses.replace(gpt2_shape(Path(config.init_from)), block_size=config.block_size)
+    else:
+        shape = config.model_config(dataset.tokenizer.padded_vocab_size if dataset else GPTConfig.vocab_size)
+    with torch.device("meta"):
+        parameters = GPT(shape).get_num_params()
+    print(derived_values(config, shape, parameters, len(dataset.train) if dataset else None))
+    return 0
+
+
+def derived_values(config: TrainConfig, shape: GPTConfig, parameters: int, train_tokens: int | None) -> str:
+    """What follows from the config, in two lines."""
+    tokens = config.rows * shape.block_size
+    epochs = f"{tokens * config.max_iters / train_tokens:.3g} epochs over" if train_tokens else "epochs unknown:"
+    data = f"{train_tokens:,} training tokens" if train_tokens else f"data set {config.dataset} is not prepared"
+    return (
+        f"model: {parameters / 1e6:.2f}M parameters, {shape.n_layer} layers, {shape.n_embd} channels, "
+        f"vocabulary {shape.vocab_size}, context {shape.block_size}\n"
+        f"tokens per iteration will be: {tokens:,} ({config.gradient_accumulation_steps} micro-batches of "
+        f"{config.batch_size} x {shape.block_size}); {config.max_iters:,} iterations make "
+        f"{tokens * config.max_iters:,}: {epochs} {data}"
+    )
