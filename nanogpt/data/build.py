@@ -135,7 +135,11 @@ def build(folder: Path, recipe: Recipe, num_proc: int = 0) -> dict[str, Any]:
     ]
     _check_disk(folder, sum(source.size for source in sources), tokenizer)
     tally = _tokenize_all(work, units, num_proc, dtype_of(tokenizer).itemsize)
-    _check_splits(tally, recipe)
+    try:
+        _check_splits(tally, recipe)
+    except DataError:
+        shutil.rmtree(work)
+        raise
     listed = [
         {"path": source.path, "bytes": source.size, "sha256": digest}
         for source, digest in zip(sources, digests, strict=True)

@@ -305,7 +305,10 @@ def read_tokenizer(path: Path) -> LibraryTokenizer:
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
-        definition = file.read_text(encoding="utf-8")
+        if path.is_dir() and not file.exists() and (path / "merges.txt").exists():  # as GPT-2 was first published
+            definition = _definition_of_gpt2s_kind(path)
+        else:
+            definition = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"cannot read a tokenizer from {file} ({error}); expected a tokenizer.json of the `tokenizers` library "
@@ -316,6 +319,17 @@ def read_tokenizer(path: Path) -> LibraryTokenizer:
     candidates = [END_OF_TEXT, "<|end_of_text|>", *([named] if named else []), "</s>", "<eos>"]
     ids = (engine.token_to_id(token) for token in candidates)
     return LibraryTokenizer(definition, next((i for i in ids if i is not None), None))
+
+
+def _definition_of_gpt2s_kind(folder: Path) -> str:
+    """The tokenizer.json that says what vocab.json and merges.txt say."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    engine = ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    if engine.token_to_id(END_OF_TEXT) is not None:
+        engine.add_special_tokens([END_OF_TEXT])
+    definition: str = engine.to_str()
+    return definition
 
 
 def _eos_token(path: Path) -> str | None:

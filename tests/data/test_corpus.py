@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,7 @@ def test_parquet_is_cut_between_row_groups(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(corpus, "SPAN", size // 4)
     spans = [span for unit in cut([Source("x.parquet", size)]) for span in unit]
     assert [spans[0].start, spans[-1].stop] == [0, 10]
-    assert all(a.stop == b.start for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a.stop == b.start for a, b in itertools.pairwise(spans))
     assert len(spans) > 2
 
 

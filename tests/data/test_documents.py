@@ -14,12 +14,11 @@ from nanogpt.data.tokenizer import GPT2Tokenizer
 from nanogpt.errors import DataError
 
 TEXTS = ["first\ntext", "zweiter, mit ä und 🎉\n", "third"]
+PLAIN = Reading()
 JSON_LINES = "".join(json.dumps({"text": text, "n": 1}) + "\n" for text in TEXTS)
 
 
-def read(
-    path: str, reading: Reading = Reading(), found: bool = False, skipped: Counter[str] | None = None
-) -> list[str]:
+def read(path: str, reading: Reading = PLAIN, found: bool = False, skipped: Counter[str] | None = None) -> list[str]:
     """The documents of a file, whatever it is cut into."""
     result, pieces = [], ""
     for unit in cut([Source(path, Path(path).stat().st_size, found)]):

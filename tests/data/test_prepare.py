@@ -1,6 +1,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,6 +10,7 @@ from nanogpt.data import prepare as module
 from nanogpt.data.prepare import prepare
 from nanogpt.data.tokens import open_dataset
 from nanogpt.errors import ConfigError, DataError
+from tests.conftest import ROOT, Program
 
 # what the original's data/shakespeare_char/prepare.py writes
 ORIGINAL = {
@@ -38,48 +40,109 @@ def test_shakespeare_in_gpt2s_tokens_has_the_known_size(downloads: Path) -> None
 
 def test_pystdlib_is_split_by_file_and_reproducible() -> None:
     prepare(PrepareConfig(name="pystdlib", data_dir="a"))
-    prepare(PrepareConfig(name="pystdlib", data_dir="b"))
+    prepare(PrepareConfig(name="pystdlib", data_dir="b", num_proc=1))
     for name in ("train.bin", "val.bin", "dataset.json"):
         assert Path("a/pystdlib", name).read_bytes() == Path("b/pystdlib", name).read_bytes()
     dataset = open_dataset(Path("a/pystdlib"))
-    sources = json.loads(Path("a/pystdlib/dataset.json").read_text())["sources"]
+    description = dataset.description
     for split in ("train", "val"):
-        files = [source for source in sources if source["split"] == split]
-        ids = dataset.split(split)
-        assert len(ids) == sum(file["bytes"] for file in files) + len(files)
-        assert int((ids == 256).sum()) == len(files)
-        text = ids[: files[0]["bytes"]].astype("uint8").tobytes()
-        assert hashlib.sha256(text).hexdigest() == files[0]["sha256"]
+        ids = dataset.split(split)[:]
+        assert len(ids) == description["bytes"][split] + description["documents"][split]
+        assert int((ids == 256).sum()) == description["documents"][split]
+    first = Path(description["sources"][0]["path"]).read_bytes()
+    assert first in (dataset.train[: len(first)].astype("uint8").tobytes(), dataset.val[: len(first)].tobytes())
     assert 0.02 < len(dataset.val) / len(dataset.train) < 0.1
 
 
-def test_own_text_of_few_lines(tmp_path: Path) -> None:
-    source = tmp_path / "own.txt"
-    source.write_text("äöü\n" * 10, encoding="utf-8")
-    prepare(PrepareConfig(name="shakespeare_char", input=str(source)))
-    dataset = open_dataset(Path("data/shakespeare_char"))
+def test_own_text_of_few_lines() -> None:
+    Path("own.txt").write_text("äöü\n" * 10, encoding="utf-8")
+    prepare(PrepareConfig(name="mine", input=["own.txt"], tokenizer="char", val_fraction=0.1))
+    dataset = open_dataset(Path("data/mine"))
     assert (len(dataset.train), len(dataset.val), dataset.tokenizer.vocab_size) == (36, 4, 4)
+
+
+def test_known_data_sets_take_other_text_and_other_tokens() -> None:
+    Path("own.txt").write_text("to be or not to be\n" * 10)
+    prepare(PrepareConfig(name="shakespeare_char", input=["own.txt"]))
+    assert open_dataset(Path("data/shakespeare_char")).tokenizer.name == "char"
+    prepare(PrepareConfig(name="openwebtext", input=["own.txt"], tokenizer="byte", val_fraction=0.2))
+    assert open_dataset(Path("data/openwebtext")).tokenizer.name == "byte"
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot read --input="), (b"\xff\xfe" * 50, "is not UTF-8 text"), (b"", "0 characters: too few")],
+    [(None, "there is no such file or folder"), (b"\xff\xfe" * 50, "is not UTF-8 text"), (b"", "there is no text")],
 )
-def test_unusable_text_is_one_message(tmp_path: Path, content: bytes | None, message: str) -> None:
-    source = tmp_path / "own.txt"
+def test_unusable_text_is_one_message(content: bytes | None, message: str) -> None:
     if content is not None:
-        source.write_bytes(content)
+        Path("own.txt").write_bytes(content)
     with pytest.raises(DataError, match=message):
-        prepare(PrepareConfig(name="shakespeare_char", input=str(source)))
+        prepare(PrepareConfig(name="shakespeare_char", input=["own.txt"]))
 
 
-def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="unknown data set 'x'; known: pystdlib, shakespeare_char, shakespeare"):
+def test_an_unknown_name_says_how_to_use_ones_own_text() -> None:
+    with pytest.raises(ConfigError, match=r"'x'; for your own text: nanogpt prepare x --input=PATH .*pystdlib, shakes"):
         prepare(PrepareConfig(name="x"))
     with pytest.raises(ConfigError, match="--input does not apply"):
-        prepare(PrepareConfig(name="pystdlib", input="x"))
+        prepare(PrepareConfig(name="pystdlib", input=["x"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"name": ""}, "which data set"), ({"name": "a/b"}, "name of a folder below data_dir"),
+     ({"tokenizer": "bpe:100"}, "at least bpe:257"), ({"tokenizer": "nowhere.json"}, "expected char, byte, gpt2"),
+     ({"val_fraction": 1.0}, "val_fraction=1.0"), ({"num_proc": -1}, "num_proc=-1")],
+)  # fmt: skip
+def test_settings_that_cannot_work_are_named(settings: dict[str, Any], message: str) -> None:
+    [problem] = PrepareConfig(**{"name": "x", **settings}).problems()
+    assert message in problem
+
+
+def test_openwebtext_says_what_it_takes_and_refuses_without(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    datasets = pytest.importorskip("datasets")
+    usage = module.shutil.disk_usage(".")
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=10**9))
+    with pytest.raises(DataError, match=r"takes about 70 GB .* has 1 GB left.*--limit=10000.*--input=FOLDER"):
+        prepare(PrepareConfig(name="openwebtext"))
+    assert "18 GB for its ids; 1 GB are free" in capsys.readouterr().out
+
+    def load_dataset(name: str, config: object, **options: object) -> object:
+        assert (name, config, options) == ("Skylion007/openwebtext", None, {"split": "train", "streaming": True})
+        return datasets.Dataset.from_dict({"text": [f"page {n}" for n in range(500)]})
+
+    monkeypatch.undo()
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    prepare(PrepareConfig(name="openwebtext", limit=100, data_dir=str(Path.cwd() / "data"), val_fraction=0.1))
+    dataset = open_dataset(Path("data/openwebtext"))
+    assert sum(dataset.description["documents"].values()) == 100
+    assert dataset.tokenizer.name == "gpt2"
+
+
+def test_openwebtext_comes_from_a_folder_of_shards(program: Program, tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "openwebtext"
+    folder.mkdir(parents=True)
+    Path("shards").mkdir()
+    for shard in range(2):
+        lines = (json.dumps({"text": f"page {shard}-{n}"}) + "\n" for n in range(100))
+        Path(f"shards/{shard}.jsonl").write_text("".join(lines))
+    words = ["openwebtext", "--data_dir=data", "--input=shards", "--num_proc=2", "--val_fraction=0.1"]
+    result = program("nanogpt", "prepare", *words)
+    assert result.returncode == 0, result.stderr
+    assert sum(open_dataset(folder).description["documents"].values()) == 200
+
+
+def test_describe_shows_counts_sources_and_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("own.txt").write_text("to be or not to be\n" * 20)
+    prepare(PrepareConfig(name="mine", input=["own.txt"], tokenizer="gpt2"))
+    capsys.readouterr()
+    prepare(PrepareConfig(name="mine", describe=True))
+    out = capsys.readouterr().out
+    for expected in ("gpt2 tokenizer (50257 entries), uint16", "bytes per token", "source: path own.txt, bytes 380",
+                     "train begins: 1462:'to' 307:' be'"):  # fmt: skip
+        assert expected in out
+    with pytest.raises(DataError, match="cannot read data/nothing"):
+        prepare(PrepareConfig(name="nothing", describe=True))
 
 
 def test_every_data_set_has_a_door() -> None:
-    root = Path(__file__).resolve().parents[2]
-    assert {path.parent.name for path in root.glob("data/*/prepare.py")} == set(module.DATASETS)
+    assert {path.parent.name for path in ROOT.glob("data/*/prepare.py")} == set(module.DATASETS)
