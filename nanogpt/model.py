@@ -140,8 +140,9 @@ class Transformer(nn.Module):
         positions = torch.arange(T, device=idx.device)
         if documents is not None:
             positions = positions_in(documents)
-            # FlexAttention is made for CUDA, and knows no dropout
-            mask = document_mask(documents, dense=not idx.is_cuda or (self.training and self.drop.p > 0))
+            # FlexAttention is fast where it is compiled, on CUDA, and knows no dropout
+            in_blocks = idx.is_cuda and torch.compiler.is_compiling() and not (self.training and self.drop.p > 0)
+            mask = document_mask(documents, dense=not in_blocks)
         x: Tensor = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
         for block in self.h:
             if self.gradient_checkpointing and self.training:

@@ -1,6 +1,7 @@
 """The network against transformers' GPT-2, and against the original's own class where a checkout is at hand."""
 
 import importlib.util
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from nanogpt.config import GPTConfig
+from nanogpt.data.batches import documents_of
 from nanogpt.errors import ConfigError
-from nanogpt.model import GPT
+from nanogpt.model import GPT, attend, document_mask, positions_in
 from tests.conftest import random_ids
 
 TINY = {"block_size": 24, "vocab_size": 61, "n_layer": 3, "n_head": 4, "n_embd": 32}
@@ -206,3 +208,44 @@ def test_the_old_addresses_still_work() -> None:
     optimizer = gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     assert gpt.generate(random_ids(1, 3), max_new_tokens=4).shape == (1, 7)
+
+
+@pytest.mark.parametrize("ends", [[], [5], [0, 1, 9], [23], list(range(24))])
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_masked_documents_equal_each_document_alone(ends: list[int], gradient_checkpointing: bool) -> None:
+    model = GPT(GPTConfig(**TINY))
+    noisy(model)
+    model.transformer.gradient_checkpointing = gradient_checkpointing
+    idx = random_ids(1, 24)
+    idx[idx == 0] = 1
+    idx[0, ends] = 0  # ends a document and opens the next one
+    y = torch.roll(idx, -1, dims=1)
+    logits, loss = model(idx, y, documents=documents_of(idx, 0))
+    loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    bounds = sorted({0, *ends, 24})
+    alone, total = [], torch.zeros(())
+    for start, stop in itertools.pairwise(bounds):
+        document, document_loss = model(idx[:, start:stop], y[:, start:stop])
+        alone.append(document)
+        total = total + document_loss * (stop - start) / 24
+    total.backward()
+    torch.testing.assert_close(logits, torch.cat(alone, dim=1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, total, atol=1e-5, rtol=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_positions_restart_with_each_document() -> None:
+    documents = torch.tensor([[0, 0, 1, 2, 2, 2], [0, 0, 0, 0, 0, 0]])
+    assert positions_in(documents).tolist() == [[0, 1, 0, 0, 1, 2], [0, 1, 2, 3, 4, 5]]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_the_mask_of_blocks_is_the_dense_one() -> None:
+    """FlexAttention's form, which CUDA takes; eager on the CPU it can be compared, forward."""
+    documents = documents_of(random_ids(2, 256, vocab_size=50), 0)
+    q, k, v = torch.randn(3, 2, 4, 256, 16, generator=torch.Generator().manual_seed(0)).unbind()
+    dense, blocks = (attend(q, k, v, document_mask(documents, dense=dense), 0.0) for dense in (True, False))
+    torch.testing.assert_close(dense, blocks, atol=1e-5, rtol=1e-5)
