@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.config import PrepareConfig
-from nanogpt.data.build import Recipe, build
+from nanogpt.data.build import build
 from nanogpt.data.corpus import standard_library
 from nanogpt.data.documents import Reading
 from nanogpt.data.download import shakespeare
+from nanogpt.data.plan import Recipe
 from nanogpt.data.tokens import SPLITS, open_dataset
 from nanogpt.errors import ConfigError, DataError
 

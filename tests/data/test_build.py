@@ -16,8 +16,9 @@ import pytest
 
 from nanogpt.data import build as module
 from nanogpt.data import corpus, documents
-from nanogpt.data.build import Recipe, build
+from nanogpt.data.build import build
 from nanogpt.data.documents import Reading
+from nanogpt.data.plan import Recipe
 from nanogpt.data.tokenizer import Tokenizer, from_description
 from nanogpt.data.tokens import open_dataset
 from nanogpt.errors import DataError
@@ -243,7 +244,8 @@ DRIVER = """
 import sys
 from pathlib import Path
 from nanogpt.data import corpus
-from nanogpt.data.build import Recipe, build
+from nanogpt.data.build import build
+from nanogpt.data.plan import Recipe
 
 if __name__ == "__main__":
     corpus.SPAN = 10_000  # many small units

@@ -1,0 +1,184 @@
+"""Before a data set is built: what it is made of, its units of work, its tokenizer, and where validation begins.
+
+A plan is a JSON object that says all of it. It is kept, so that the work can go on after an interruption.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanogpt.data.corpus import Source, Span, cut, find_sources, is_published, sha256_of
+from nanogpt.data.documents import Reading, documents, first_published_documents
+from nanogpt.data.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+    read_tokenizer,
+    train_bpe,
+)
+from nanogpt.data.workers import parallel_map
+from nanogpt.errors import DataError
+from nanogpt.files import atomic_write, write_json
+
+ENOUGH = 10  # documents to expect in validation; where there are fewer, the end of the text is validation
+BPE_TEXT = 1 << 28  # bytes of text, at most, that a vocabulary is learned from
+DEFAULT_READING = Reading()
+VERSION = 1  # of the files in .preparing
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a data set is made of, and how."""
+
+    inputs: Sequence[str | Source]
+    tokenizer: str = "gpt2"  # char, byte, gpt2, bpe:N, or the path of a tokenizer.json or a model's folder
+    val_fraction: float = 0.05
+    reading: Reading = DEFAULT_READING
+    end_documents: bool = True  # with the end-of-text token, where the tokenizer has one
+    limit: int = 0  # documents to take from the start; 0: all
+
+
+def make_plan(work: Path, recipe: Recipe, num_proc: int) -> dict[str, Any]:
+    """The plan in `work` if it is for the same request, else a new one."""
+    request, sources = _request(recipe, num_proc)
+    path = work / "plan.json"
+    if path.exists() and (plan := json.loads(path.read_bytes()))["request"] == request:
+        print(f"going on with what {work} holds")
+        return dict(plan)
+    if work.exists():
+        shutil.rmtree(work)
+    if recipe.limit:
+        sources = [_first_documents(work / "first.jsonl", recipe, sources)]
+    reading = recipe.reading if not recipe.limit else DEFAULT_READING
+    units = cut(sources)
+    few = _are_few(units, reading, ENOUGH / recipe.val_fraction)
+    survey = _survey(units, reading, recipe.tokenizer == "char", num_proc) if few or recipe.tokenizer == "char" else []
+    tokenizer = _make_tokenizer(recipe.tokenizer, units, reading, "".join(characters for _, characters in survey))
+    positions = [0, *itertools.accumulate(size for size, _ in survey)] if few else [0] * len(units)
+    cut_at = int(positions[-1] * (1 - recipe.val_fraction)) if few else None
+    if few:
+        print(f"few documents: the last {recipe.val_fraction:.2%} of the text are validation")
+    description = json.dumps(tokenizer.describe())
+    described = f"tokenizer-{hashlib.sha256(description.encode()).hexdigest()[:16]}.json"
+    with atomic_write(work / described) as file:
+        file.write(description.encode())
+    index = {source: n for n, source in enumerate(sources)}
+    is_large = sum(source.size for source in sources) > 1 << 28
+    plan = {
+        "request": request,
+        "sources": [[source.path, source.size, source.found] for source in sources],
+        "digests": list(parallel_map(sha256_of, sources, num_proc if is_large else 1)),
+        "units": [[[index[span.source], span.start, span.stop, span.size] for span in unit] for unit in units],
+        "positions": positions,
+        "cut": cut_at,
+        "reading": dataclasses.asdict(reading),
+        "tokenizer": described,
+    }
+    write_json(path, plan)
+    return plan
+
+
+def _request(recipe: Recipe, num_proc: int) -> tuple[dict[str, Any], list[Source]]:
+    """What is asked for, as JSON that changes when the request or a file changes; and the files."""
+    named = [name for name in recipe.inputs if isinstance(name, str)]
+    sources = [source for source in recipe.inputs if isinstance(source, Source)]
+    wanted = [name for name in named if not (recipe.limit and is_published(name))]  # a few rows need no download
+    sources += find_sources(wanted, num_proc) if wanted else []
+    tokenizer = recipe.tokenizer
+    if not re.fullmatch(r"char|byte|gpt2|bpe:\d+", tokenizer):
+        tokenizer = json.dumps(read_tokenizer(Path(tokenizer)).describe())
+    request = {
+        **dataclasses.asdict(recipe),
+        "version": VERSION,
+        "inputs": named,
+        "files": [[source.path, source.size, os.stat(source.path).st_mtime_ns] for source in sources],
+        "tokenizer": tokenizer,
+    }
+    return json.loads(json.dumps(request)), sources
+
+
+def _first_documents(path: Path, recipe: Recipe, sources: list[Source]) -> Source:
+    """The first documents of a corpus as one file of JSON lines."""
+
+    def texts() -> Iterator[str]:
+        for name in recipe.inputs:
+            if isinstance(name, str) and is_published(name):
+                yield from first_published_documents(name, recipe.reading.field, recipe.limit)
+        yield from whole_documents(itertools.chain(*cut(sources)), recipe.reading)
+
+    with atomic_write(path) as file:
+        for text in itertools.islice(texts(), recipe.limit):
+            file.write(json.dumps({"text": text}).encode() + b"\n")
+    return Source(str(path), path.stat().st_size)
+
+
+def whole_documents(spans: Iterable[Span], reading: Reading) -> Iterator[str]:
+    """The documents of consecutive spans, each in one piece."""
+    pieces: list[str] = []
+    for span in spans:
+        for text, ends in documents(span, reading, Counter()):
+            pieces.append(text)
+            if ends:
+                yield "".join(pieces)
+                pieces = []
+    if pieces:
+        yield "".join(pieces)
+
+
+def _are_few(units: list[list[Span]], reading: Reading, enough: float) -> bool:
+    """Whether the corpus has fewer than `enough` documents."""
+    count = 0
+    for span in itertools.chain(*units):
+        if span.source.kind == "text" and not reading.separator:
+            count += span.start == 0  # one document, not to be read for that
+        else:
+            count += sum(1 for _ in itertools.islice(documents(span, reading, Counter()), int(enough) + 1))
+        if count >= enough:
+            return False
+    return True
+
+
+def _survey(units: list[list[Span]], reading: Reading, characters: bool, num_proc: int) -> list[tuple[int, str]]:
+    """For each unit the bytes of its text and, if asked for, the characters that occur in it."""
+    return list(parallel_map(functools.partial(_survey_unit, reading=reading, characters=characters), units, num_proc))
+
+
+def _survey_unit(unit: list[Span], reading: Reading, characters: bool) -> tuple[int, str]:
+    size, seen = 0, set[str]()
+    for span in unit:
+        for text, _ in documents(span, reading, Counter()):
+            size += len(text) if text.isascii() else len(text.encode())
+            if characters:
+                seen.update(text)
+    return size, "".join(sorted(seen))
+
+
+def _make_tokenizer(setting: str, units: list[list[Span]], reading: Reading, characters: str) -> Tokenizer:
+    if setting == "byte":
+        return ByteTokenizer()
+    if setting == "gpt2":
+        return GPT2Tokenizer()
+    if setting == "char":
+        if not characters:
+            raise DataError("there is no text in the corpus: every file is empty, or none is text")
+        return CharTokenizer.from_text(characters)
+    if setting.startswith("bpe:"):
+        size = sum(span.size for unit in units for span in unit)
+        chosen = units[:: -(-size // BPE_TEXT) or 1]  # evenly over the corpus
+        print(f"learning a vocabulary from {sum(span.size for unit in chosen for span in unit):,} bytes")
+        texts = (text for unit in chosen for span in unit for text, _ in documents(span, reading, Counter()))
+        tokenizer = train_bpe(texts, int(setting.removeprefix("bpe:")))
+        print(f"vocabulary of {tokenizer.vocab_size} entries")
+        return tokenizer
+    return read_tokenizer(Path(setting))
