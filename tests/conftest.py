@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from nanogpt.config import TrainConfig
-from nanogpt.data.tokenizer import CharTokenizer, Ids, Tokenizer
+from nanogpt.data.pieces import Ids
+from nanogpt.data.tokenizer import CharTokenizer, Tokenizer
 from nanogpt.data.tokens import dtype_of, finish_dataset
 
 ROOT = Path(__file__).resolve().parents[1]

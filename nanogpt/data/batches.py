@@ -3,6 +3,7 @@
 Resuming, evaluating in between or changing the number of processes can therefore not change the data.
 """
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
@@ -17,6 +18,7 @@ from nanogpt.errors import DataError
 
 TRAINING, EVALUATION = 0, 1  # streams of random numbers that never meet
 _PERMUTATION, _OFFSET = 2, 3  # two more: the keys of an epoch's order, and where its windows begin
+_CHUNK = 4096  # windows of an epoch whose places are computed together
 
 Starts = npt.NDArray[np.int64]
 Batch = TypeVar("Batch")
@@ -36,9 +38,18 @@ def epoch_window_starts(n_tokens: int, block_size: int, *, seed: int, step: int,
     The order is not a list that must be held, but a keyed bijection of the windows' numbers. What the tiling
     leaves over at the ends differs from epoch to epoch.
     """
+    first = step * rows
+    chunks = range(first // _CHUNK, (first + rows - 1) // _CHUNK + 1)
+    starts = np.concatenate([_chunk_of_starts(n_tokens, block_size, seed, chunk) for chunk in chunks])
+    return starts[first % _CHUNK :][:rows]
+
+
+@functools.lru_cache(maxsize=2)
+def _chunk_of_starts(n_tokens: int, block_size: int, seed: int, chunk: int) -> Starts:
+    """The starts of a chunk's windows: a memory for `epoch_window_starts`, for which single steps are too small."""
     n_windows = (n_tokens - 1) // block_size
-    epochs, places = np.divmod(step * rows + np.arange(rows, dtype=np.int64), n_windows)
-    starts = np.empty(rows, np.int64)
+    epochs, places = np.divmod(chunk * _CHUNK + np.arange(_CHUNK), n_windows)
+    starts = np.empty(_CHUNK, np.int64)
     for epoch in np.unique(epochs).tolist():
         mine = epochs == epoch
         offset = _generator(seed, epoch, _OFFSET).integers((n_tokens - 1) % block_size + 1)

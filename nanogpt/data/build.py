@@ -27,13 +27,15 @@ import numpy as np
 from tqdm import tqdm
 
 from nanogpt.data.corpus import Source, Span
-from nanogpt.data.documents import Reading, documents
+from nanogpt.data.documents import Reading, documents, size_of
 from nanogpt.data.plan import Recipe, make_plan
 from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, from_description
 from nanogpt.data.tokens import SPLITS, dtype_of, finish_dataset
 from nanogpt.data.workers import cores, parallel_map
 from nanogpt.errors import DataError
 from nanogpt.files import atomic_write, write_json
+
+BATCH = 1 << 16  # characters that are encoded together
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,14 @@ class Division:
             yield self.split_of(digest or hashlib.sha256(text.encode()).hexdigest()), text
             return
         content = text.encode()
-        at = min(max(self.cut - position, 0), len(content))
+        at = self.cut - position
+        if not 0 < at < len(content):
+            yield "train" if at >= len(content) else "val", text
+            return
         while at < len(content) and content[at] & 0xC0 == 0x80:  # in the midst of a character
             at += 1
-        if at:
-            yield "train", content[:at].decode()
-        if at < len(content):
-            yield "val", content[at:].decode()
+        yield "train", content[:at].decode()
+        yield "val", content[at:].decode()
 
 
 @dataclass(frozen=True)
@@ -131,29 +134,51 @@ def tokenize(unit: Unit) -> None:
     end = b""
     if unit.end_documents and tokenizer.end_of_text is not None:
         end = np.array([tokenizer.end_of_text], dtype).tobytes()
-    position, skipped = unit.position, Counter[str]()
     tally = {what: dict.fromkeys(SPLITS, 0) for what in ("tokens", "documents", "bytes")}
+    skipped = Counter[str]()
     stem = unit.folder / f"{unit.number:05}"
     with atomic_write(f"{stem}.train") as train, atomic_write(f"{stem}.val") as val:
         files: dict[str, IO[bytes]] = {"train": train, "val": val}
-        for span, digest in zip(unit.spans, unit.digests, strict=True):
-            is_one_document = span.source.kind == "text" and not unit.reading.separator
-            split = "train"
-            for text, ends in documents(span, unit.reading, skipped):
-                parts = list(unit.division.divide(text, digest if is_one_document else None, position))
-                tally["documents"]["train"] += len(parts) == 2  # the document goes on in validation
-                for split, part in parts:
-                    ids = tokenizer.encode(part)
-                    files[split].write(ids.astype(dtype, copy=False).data)
-                    size = len(part) if part.isascii() else len(part.encode())
-                    tally["tokens"][split] += len(ids)
-                    tally["bytes"][split] += size
-                    position += size
-                if ends:
-                    files[split].write(end)
-                    tally["tokens"][split] += bool(end)
+        for batch in _batches(_divided(unit, end, skipped)):
+            encoded = tokenizer.encode_batch([text for _, text, _ in batch])
+            for (split, text, closing), ids in zip(batch, encoded, strict=True):
+                files[split].write(ids.astype(dtype, copy=False).data)
+                tally["tokens"][split] += len(ids)
+                tally["bytes"][split] += size_of(text)
+                if closing is not None:
+                    files[split].write(closing)
+                    tally["tokens"][split] += bool(closing)
                     tally["documents"][split] += 1
     write_json(f"{stem}.json", {**tally, "skipped": skipped})
+
+
+Text = tuple[str, str, bytes | None]  # its split, itself, and what closes the document; None: the document goes on
+
+
+def _divided(unit: Unit, end: bytes, skipped: Counter[str]) -> Iterator[Text]:
+    """The texts of a unit; `end` closes a document."""
+    position = unit.position
+    for span, digest in zip(unit.spans, unit.digests, strict=True):
+        is_one_document = span.source.kind == "text" and not unit.reading.separator
+        for text, ends in documents(span, unit.reading, skipped):
+            parts = list(unit.division.divide(text, digest if is_one_document else None, position))
+            for split, part in parts[:-1]:
+                yield split, part, b""  # the document goes on in the other split
+            yield *parts[-1], end if ends else None
+            position += size_of(text)
+
+
+def _batches(texts: Iterator[Text]) -> Iterator[list[Text]]:
+    """Texts in groups that fit into a processor's cache."""
+    batch, room = list[Text](), BATCH
+    for item in texts:
+        batch.append(item)
+        room -= len(item[1])
+        if room <= 0:
+            yield batch
+            batch, room = [], BATCH
+    if batch:
+        yield batch
 
 
 @functools.lru_cache(maxsize=1)
@@ -171,8 +196,8 @@ def _tokenize_all(work: Path, units: list[Unit], num_proc: int, itemsize: int) -
     first = progress["appended"]
     if first == len(units):
         return progress
-    missing = [unit for unit in units[first:] if not (parts / f"{unit.number:05}.json").exists()]
-    made = parallel_map(tokenize, missing, num_proc)
+    missing = {unit.number: unit for unit in units[first:] if not (parts / f"{unit.number:05}.json").exists()}
+    made = parallel_map(tokenize, list(missing.values()), num_proc)
     total, before = sum(span.size for unit in units for span in unit.spans), 0
     with (
         open(work / "train.bin", "ab") as train,
@@ -187,7 +212,7 @@ def _tokenize_all(work: Path, units: list[Unit], num_proc: int, itemsize: int) -
         bar.initial = bar_start  # so that the speed shown is that of today's work
         for unit in units[first:]:
             stem = parts / f"{unit.number:05}"
-            if not stem.with_suffix(".json").exists():
+            if unit.number in missing:
                 next(made)
             for split, file in files.items():
                 with open(stem.with_suffix(f".{split}"), "rb") as part:

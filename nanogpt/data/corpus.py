@@ -15,7 +15,8 @@ from typing import Any
 
 from nanogpt.errors import DataError
 
-SPAN = 1 << 25  # bytes of a span, about: large enough to amortise, small enough to share out
+SPAN = 1 << 25  # bytes of a unit of work, at most: so much is done again when work is interrupted
+SMALLEST_SPAN = 1 << 20  # less is not worth sharing out
 
 
 @dataclass(frozen=True)
@@ -153,36 +154,40 @@ def published_data_set(name: str, num_proc: int) -> list[Source]:
 
 
 def cut(sources: list[Source]) -> list[list[Span]]:
-    """The corpus in units of work of about `SPAN` bytes, in order: parts of large files, groups of small ones."""
+    """The corpus in units of work, in order: parts of large files, groups of small ones.
+
+    Units have up to `SPAN` bytes; of a small corpus less, so that there are some to share out.
+    """
+    size = min(SPAN, max(SMALLEST_SPAN, sum(source.size for source in sources) // 16))
     units: list[list[Span]] = []
     room = -1
     for source in sources:
-        for span in _spans(source):
+        for span in _spans(source, size):
             if span.size > room:
                 units.append([])
-                room = SPAN
+                room = size
             units[-1].append(span)
             room -= span.size
     return units
 
 
-def _spans(source: Source) -> Iterator[Span]:
+def _spans(source: Source, size: int) -> Iterator[Span]:
     if source.kind == "parquet":
-        yield from _row_groups(source)
-    elif source.kind == "arrow" or source.packing or source.size <= SPAN:
+        yield from _row_groups(source, size)
+    elif source.kind == "arrow" or source.packing or source.size <= size:
         yield Span(source, 0, source.size, source.size)
     else:
-        for start in range(0, source.size, SPAN):
-            stop = min(start + SPAN, source.size)
+        for start in range(0, source.size, size):
+            stop = min(start + size, source.size)
             yield Span(source, start, stop, stop - start)
 
 
-def _row_groups(source: Source) -> Iterator[Span]:
+def _row_groups(source: Source, size: int) -> Iterator[Span]:
     metadata = parquet_file(source).metadata
     sizes = [metadata.row_group(n).total_byte_size for n in range(metadata.num_row_groups)]
     start = 0
     for n in range(len(sizes)):
-        if n + 1 == len(sizes) or sum(sizes[start : n + 2]) > SPAN:
+        if n + 1 == len(sizes) or sum(sizes[start : n + 2]) > size:
             share = sum(sizes[start : n + 1]) / max(sum(sizes), 1)
             yield Span(
                 source, start, n + 1, source.size if start == 0 and n + 1 == len(sizes) else int(source.size * share)

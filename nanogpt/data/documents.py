@@ -55,6 +55,11 @@ def documents(span: Span, reading: Reading, skipped: Counter[str]) -> Iterator[t
         raise
 
 
+def size_of(text: str) -> int:
+    """Bytes of a text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
 def _documents(span: Span, reading: Reading, skipped: Counter[str]) -> Iterator[tuple[str, bool]]:
     source = span.source
     if source.kind in ("parquet", "arrow"):

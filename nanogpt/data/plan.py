@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.data.corpus import Source, Span, cut, find_sources, is_published, sha256_of
-from nanogpt.data.documents import Reading, documents, first_published_documents
+from nanogpt.data.documents import Reading, documents, first_published_documents, size_of
 from nanogpt.data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
@@ -158,7 +158,7 @@ def _survey_unit(unit: list[Span], reading: Reading, characters: bool) -> tuple[
     size, seen = 0, set[str]()
     for span in unit:
         for text, _ in documents(span, reading, Counter()):
-            size += len(text) if text.isascii() else len(text.encode())
+            size += size_of(text)
             if characters:
                 seen.update(text)
     return size, "".join(sorted(seen))

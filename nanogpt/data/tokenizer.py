@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from nanogpt.data.pieces import Ids, PieceEncoder
 from nanogpt.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
-
-Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 
 class Tokenizer(ABC):
@@ -37,6 +35,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode(self, text: str) -> Ids:
         """The ids of a plain text; a spelled-out special token is text like any other. Shape (tokens,)."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """The ids of each of several texts: the way to encode a corpus."""
+        return [self.encode(text) for text in texts]
 
     @abstractmethod
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
@@ -160,6 +162,13 @@ class GPT2Tokenizer(Tokenizer):
             return self.encode(well_formed(text))
         return ids
 
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        return self._pieces(texts)
+
+    @functools.cached_property
+    def _pieces(self) -> PieceEncoder:
+        return PieceEncoder(self._encoding.encode_ordinary)
+
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return bytes(self._encoding.decode_bytes(list(ids)))
 
@@ -224,6 +233,20 @@ class LibraryTokenizer(Tokenizer):
     def encode(self, text: str) -> Ids:
         self._engine.encode_special_tokens = True  # the library's words for: special tokens are plain text
         return self._encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        return self._pieces(texts) if self._pieces else super().encode_batch(texts)
+
+    @functools.cached_property
+    def _pieces(self) -> PieceEncoder | None:
+        """A faster way for tokenizers that cut text as GPT-2 does, and do nothing else to it."""
+        definition = json.loads(self._definition)
+        cut = definition.get("pre_tokenizer") or {}
+        as_gpt2 = (
+            cut.get("type") == "ByteLevel" and cut.get("use_regex", True) and not cut.get("add_prefix_space", True)
+        )
+        only_special = all(token["special"] for token in definition.get("added_tokens", []))
+        return PieceEncoder(self.encode) if as_gpt2 and only_special and not definition.get("normalizer") else None
 
     def encode_prompt(self, text: str) -> list[int]:
         self._engine.encode_special_tokens = False

@@ -1,0 +1,249 @@
+"""Text to tokens and tokens to batches, ours and the original's way alternating on this machine.
+
+    python benchmarks/data.py --original=FOLDER [--runs=3] [--megabytes=60] [--memory]
+
+FOLDER is a checkout of karpathy/nanoGPT. Its functions are taken from its files and called as it does: `process` in
+`datasets.map`, without starting Python or writing train.bin; and `get_batch`. Ours is the whole command `nanogpt
+prepare`, from starting Python to train.bin, val.bin and dataset.json. The text: Python and documentation files of this
+machine. With --memory also the peak memory of preparing 100 MB and 1 GB, and of a million batches. Ends in one line of
+JSON.
+"""
+
+import argparse
+import ast
+import json
+import os
+import platform
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanogpt.data.batches import epoch_window_starts, gather, window_starts
+from nanogpt.data.tokenizer import GPT2Tokenizer
+from nanogpt.data.tokens import Tokens, open_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK_SIZE = 1024
+
+
+def machines_texts() -> Iterator[str]:
+    """Python and documentation files of this machine, over and over, in an order drawn once."""
+    roots = {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "/usr/share/doc"}
+    suffixes = {".py", ".md", ".rst", ".txt", ".html"}
+    paths = sorted({path for root in roots for path in Path(root).rglob("*") if path.suffix in suffixes})
+    random.Random(0).shuffle(paths)
+    while True:
+        for path in paths:
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError):
+                continue
+            if text.strip():
+                yield text
+
+
+def write_corpus(path: Path, megabytes: float) -> None:
+    """A file of JSON lines with so much text."""
+    size = 0
+    with path.open("w") as file:
+        for text in machines_texts():
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            size += len(text.encode())
+            if size >= megabytes * 1e6:
+                return
+
+
+def function_of(path: Path, name: str, names: dict[str, Any]) -> Callable[..., Any]:
+    """A function out of a program, to be called with `names` for its globals."""
+    tree = ast.parse(path.read_text())
+    [node] = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name]
+    exec(compile(ast.Module([node], []), str(path), "exec"), names)
+    function: Callable[..., Any] = names[name]
+    return function
+
+
+def seconds_of(function: Callable[..., object]) -> float:
+    """Wall-clock time of one call."""
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def tokenizing(original: Path, corpus: Path, runs: int, num_proc: int) -> dict[str, Any]:
+    """Tokens per second of both sides, same text, same number of processes."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.disable_caching()
+    loaded = datasets.load_dataset("json", data_files=str(corpus), split="train", cache_dir=str(corpus.parent / "hf"))
+    encoding = GPT2Tokenizer()._encoding
+    process = function_of(original / "data" / "openwebtext" / "prepare.py", "process", {"enc": encoding})
+    folder = corpus.parent / "ours"
+
+    def theirs() -> None:
+        loaded.map(process, remove_columns=["text"], num_proc=num_proc)
+
+    def ours() -> None:
+        words = [folder.name, f"--data_dir={folder.parent}", f"--input={corpus}", f"--num_proc={num_proc}"]
+        command = [sys.executable, "-m", "nanogpt", "prepare", *words]
+        subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+
+    texts = loaded["text"][:]
+
+    def tiktokens_batch() -> None:
+        encoding.encode_ordinary_batch(texts, num_threads=num_proc)
+
+    sides = {"original": theirs, "ours": ours, "tiktoken, batch call": tiktokens_batch}
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(runs):
+        for side, function in sides.items():
+            times[side].append(seconds_of(function))
+            print(f"tokenizing, {side}: {times[side][-1]:.2f} s", flush=True)
+    tokens = sum(open_dataset(folder).description["tokens"].values())
+    rates = {side: sorted(tokens / s for s in seconds) for side, seconds in times.items()}
+    for side, values in rates.items():
+        print(f"{side}: {statistics.median(values):,.0f} tokens/s ({values[0]:,.0f} to {values[-1]:,.0f}, n={runs})")
+    medians = {side: statistics.median(values) for side, values in rates.items()}
+    return {
+        "tokens": tokens,
+        "processes": num_proc,
+        "tokens_per_second": medians,
+        "spread": {side: [values[0], values[-1]] for side, values in rates.items()},
+        "speedup": medians["ours"] / medians["original"],
+    }
+
+
+def loading(original: Path, folder: Path, runs: int) -> dict[str, Any]:
+    """Batches per second of both sides."""
+    dataset = open_dataset(folder)
+    result = {}
+    for batch_size, count in ((12, 4000), (64, 1500)):
+        names = {"np": np, "torch": torch, "os": os, "data_dir": str(folder), "block_size": BLOCK_SIZE,
+                 "batch_size": batch_size, "device_type": "cpu", "device": "cpu"}  # fmt: skip
+        get_batch = function_of(original / "train.py", "get_batch", names)
+
+        def theirs(count: int = count, get_batch: Callable[[str], object] = get_batch) -> None:
+            for _ in range(count):
+                get_batch("train")
+
+        def ours(count: int = count, rows: int = batch_size, draw: Callable[..., Any] = window_starts) -> None:
+            for step in range(count):
+                starts = draw(len(dataset.train), BLOCK_SIZE, seed=0, step=step, rows=rows)
+                ids = gather(dataset.train, starts, BLOCK_SIZE, dataset.tokenizer.vocab_size)
+                _ = ids[:, :-1], ids[:, 1:]
+
+        def epoch(count: int = count, rows: int = batch_size) -> None:
+            ours(count, rows, epoch_window_starts)
+
+        sides: dict[str, Callable[[], None]] = {"original": theirs, "ours": ours, "ours, epoch": epoch}
+        rates: dict[str, list[float]] = {side: [] for side in sides}
+        for _ in range(runs):
+            for side, function in sides.items():
+                rates[side].append(count / seconds_of(function))
+        medians = {side: statistics.median(values) for side, values in rates.items()}
+        for side, values in rates.items():
+            print(f"batch {batch_size} x {BLOCK_SIZE}, {side}: {medians[side]:,.0f} batches/s "
+                  f"({min(values):,.0f} to {max(values):,.0f}, n={runs}), "
+                  f"{medians[side] * batch_size * BLOCK_SIZE * 2 / 1e9:.2f} GB/s of ids", flush=True)  # fmt: skip
+        result[str(batch_size)] = {
+            "batches_per_second": medians,
+            "spread": {side: [min(values), max(values)] for side, values in rates.items()},
+            "speedup": medians["ours"] / medians["original"],
+        }
+    return result
+
+
+MEMORY_OF_BUILD = """
+import resource, sys
+from pathlib import Path
+from nanogpt.data.build import build
+from nanogpt.data.documents import Reading
+from nanogpt.data.plan import Recipe
+
+if __name__ == "__main__":
+    separator = "\\n\\n\\n" if sys.argv[3] == "separated" else ""
+    build(Path(sys.argv[2]), Recipe([sys.argv[1]], "gpt2", reading=Reading(separator=separator)))
+    print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+"""
+
+
+def memory_of_preparing(folder: Path) -> dict[str, Any]:
+    """Peak memory, in MB, of the main process and of the largest worker; for JSON lines and for one large text."""
+    result: dict[str, Any] = {}
+    (folder / "memory.py").write_text(MEMORY_OF_BUILD)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for megabytes in (100, 1000):
+        corpus = folder / f"{megabytes}.jsonl"
+        write_corpus(corpus, megabytes)
+        text = folder / f"{megabytes}.txt"
+        with corpus.open() as lines, text.open("w") as file:
+            file.writelines(json.loads(line)["text"] + "\n\n\n" for line in lines)
+        for path, reading in ((corpus, "rows"), (text, "one document"), (text, "separated")):
+            command = [sys.executable, "memory.py", str(path), str(folder / "built"), reading]
+            began = time.perf_counter()
+            out = subprocess.run(
+                command, cwd=folder, env=environment, capture_output=True, text=True, check=True
+            ).stdout
+            main, worker = (int(kilobytes) // 1024 for kilobytes in out.split()[-2:])
+            name = f"{path.suffix.lstrip('.')}, {reading}, {megabytes} MB"
+            print(f"{name}: main {main} MB, worker {worker} MB, {time.perf_counter() - began:.0f} s", flush=True)
+            result[name] = {"main_mb": main, "worker_mb": worker}
+        corpus.unlink()
+        text.unlink()
+        shutil.rmtree(folder / "built")
+    return result
+
+
+def memory_of_a_million_batches(tokens: Tokens) -> dict[str, int]:
+    """Memory of this process that is not the page cache of the data, in MB, before and after."""
+
+    def own_memory() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0]) // 1024
+
+    before = 0
+    for step in range(1_000_000):
+        starts = window_starts(len(tokens), BLOCK_SIZE, seed=0, step=step, rows=12)
+        gather(tokens, starts, BLOCK_SIZE, 50304)
+        if step == 1000:
+            before = own_memory()
+    print(f"a million batches: {before} MB before, {own_memory()} MB after")
+    return {"before_mb": before, "after_mb": own_memory()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--original", type=Path, required=True)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--megabytes", type=float, default=60)
+    parser.add_argument("--num_proc", type=int, default=os.cpu_count())
+    parser.add_argument("--memory", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_corpus(folder / "corpus.jsonl", arguments.megabytes)
+        result: dict[str, Any] = {
+            "n": arguments.runs,
+            "tokenizing": tokenizing(arguments.original, folder / "corpus.jsonl", arguments.runs, arguments.num_proc),
+            "loading": loading(arguments.original, folder / "ours", arguments.runs),
+        }
+        if arguments.memory:
+            result["preparing"] = memory_of_preparing(folder)
+            result["million_batches"] = memory_of_a_million_batches(open_dataset(folder / "ours").train)
+    result["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
