@@ -62,7 +62,7 @@ def test_ids_of_a_trained_vocabulary_are_the_librarys(seed: int) -> None:
 
 
 def test_memory_is_bounded_and_forgetting_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "_REMEMBERED", 3000)
+    monkeypatch.setattr(pieces, "_REMEMBERED", 500)
     monkeypatch.setattr(pieces, "_SLOTS", 4)  # nearly every slot is fought over
     asked = 0
 
@@ -76,7 +76,7 @@ def test_memory_is_bounded_and_forgetting_changes_nothing(monkeypatch: pytest.Mo
         batch = [f"{seed} {text}" for text in texts(seed, PARTS, count=20)]
         for text, ids in zip(batch, encoder(batch), strict=True):
             assert ids.tolist() == [ord(character) for character in text]
-    assert len(encoder._number) <= 3000
+    assert len(encoder._number) <= 500
     assert asked > len(encoder._number)  # some of them again
 
 
