@@ -174,7 +174,8 @@ from nanogpt.data.plan import Recipe
 if __name__ == "__main__":
     separator = "\\n\\n\\n" if sys.argv[3] == "separated" else ""
     build(Path(sys.argv[2]), Recipe([sys.argv[1]], "gpt2", reading=Reading(separator=separator)))
-    print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    own = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]  # ru_maxrss would inherit the parent's
+    print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
 

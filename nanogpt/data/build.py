@@ -109,7 +109,8 @@ def build(folder: Path, recipe: Recipe, num_proc: int = 0) -> dict[str, Any]:
         )
         for n, spans in enumerate(plan["units"])
     ]
-    _check_disk(folder, sum(source.size for source in sources), tokenizer)
+    if not (work / "progress.json").exists():
+        _check_disk(folder, sum(source.size for source in sources), tokenizer)
     tally = _tokenize_all(work, units, num_proc, dtype_of(tokenizer).itemsize)
     try:
         _check_splits(tally, recipe)
@@ -229,6 +230,7 @@ def _tokenize_all(work: Path, units: list[Unit], num_proc: int, itemsize: int) -
             bar.update(sum(span.size for span in unit.spans))
             if seconds := bar.format_dict["elapsed"]:
                 bar.set_postfix_str(f"{(sum(progress['tokens'].values()) - before) / seconds:,.0f} tokens/s")
+    next(made, None)  # nothing comes, but the processes end
     return progress
 
 

@@ -68,7 +68,7 @@ def make_plan(work: Path, recipe: Recipe, num_proc: int) -> dict[str, Any]:
     positions = [0, *itertools.accumulate(size for size, _ in survey)] if few else [0] * len(units)
     cut_at = int(positions[-1] * (1 - recipe.val_fraction)) if few else None
     if few:
-        print(f"few documents: the last {recipe.val_fraction:.2%} of the text are validation")
+        print(f"few documents: the last {recipe.val_fraction * 100:g} % of the text is validation")
     description = json.dumps(tokenizer.describe())
     described = f"tokenizer-{hashlib.sha256(description.encode()).hexdigest()[:16]}.json"
     with atomic_write(work / described) as file:
@@ -172,7 +172,9 @@ def _make_tokenizer(setting: str, units: list[list[Span]], reading: Reading, cha
     if setting == "char":
         if not characters:
             raise DataError("there is no text in the corpus: every file is empty, or none is text")
-        return CharTokenizer.from_text(characters)
+        chars = CharTokenizer.from_text(characters)
+        print(f"vocabulary of {chars.vocab_size} characters")
+        return chars
     if setting.startswith("bpe:"):
         size = sum(span.size for unit in units for span in unit)
         chosen = units[:: -(-size // BPE_TEXT) or 1]  # evenly over the corpus

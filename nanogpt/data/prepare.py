@@ -77,7 +77,10 @@ def prepare(config: PrepareConfig) -> None:
     )
     description = build(folder, recipe, config.num_proc)
     for split in SPLITS:
-        print(f"{split} has {description['tokens'][split]:,} tokens ({description['documents'][split]:,} documents)")
+        count = description["documents"][split]
+        print(
+            f"{split} has {description['tokens'][split]:,} tokens" + (f" in {count:,} documents" if count > 1 else "")
+        )
     for reason, count in description["skipped"].items():
         print(f"passed over: {count:,} ({reason})")
     print(f"wrote {folder}/train.bin, val.bin and dataset.json")
