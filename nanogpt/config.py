@@ -7,7 +7,7 @@ saved `config.json` are derived from it (see settings.py). The comment behind a 
 import dataclasses
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -255,6 +255,11 @@ class BenchConfig(_Machine):
         yield from self.train_config().problems()
 
 
+def unescaped(text: str) -> str:
+    r"""A text with its `\n`, `\t`, `\x1e` turned into what they mean. Raises `ValueError`."""
+    return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+
+
 @dataclass
 class PrepareConfig(Settings):
     """Turn text into a data set: train.bin, val.bin and dataset.json in data_dir/NAME.
@@ -265,10 +270,8 @@ class PrepareConfig(Settings):
 
     # --- text ---
     name: str = ""  # of the data set; also the first word after `prepare`
-    input: list[str] = dataclasses.field(
-        default_factory=list
-    )  # files, folders, 'patterns*', or ORGANISATION/NAME of a data set
-    # on the Hugging Face hub; .txt .md .py …, .jsonl, .parquet, also .gz and .zst; repeat it or list several
+    input: list[str] = field(default_factory=list)  # files, folders, 'patterns*', or ORGANISATION/NAME of a data set on
+    # the Hugging Face hub; .txt .md .py and other text, .jsonl, .parquet, also .gz and .zst; repeat it, or list several
     field: str = "text"  # where the text is: name of a jsonl field or a parquet column
     separator: str = ""  # what stands between the documents of a text file, such as '\n\n'; empty: a file is one
     limit: int = 0  # take only the first so many documents, for a trial; 0: all
@@ -277,8 +280,10 @@ class PrepareConfig(Settings):
     data_dir: str = "data"  # folder of the data sets
     tokenizer: str = ""  # char, byte, gpt2, bpe:N (learned from this text), or a tokenizer.json or a model's folder;
     # empty: the known data set's own, gpt2 for your text
-    val_fraction: float = 0.0  # share of the text for validation, by documents if there are enough; 0: the known data
-    # set's own, 0.05 for your text
+    val_fraction: float | Literal["auto"] = (
+        "auto"  # share of the text for validation, by documents if there are enough;
+    )
+    # auto: the known data set's own, 0.05 for your text
     describe: bool = False  # show what the data set NAME is, and make nothing
 
     # --- machine ---
@@ -290,7 +295,14 @@ class PrepareConfig(Settings):
             yield "which data set? for example: nanogpt prepare pystdlib"
         if self.name in (".", "..") or "/" in self.name or "\\" in self.name:
             yield f"name={self.name!r}: expected the name of a folder below data_dir; text to read goes into --input"
-        yield from out_of_range(self, "in [0, 1)", "val_fraction")
+        if self.val_fraction != "auto" and not 0 < self.val_fraction < 1:
+            yield f"val_fraction={self.val_fraction}: expected auto or a value between 0 and 1"
+        if "" in self.input:
+            yield "input is empty: expected files, folders, patterns or names of data sets"
+        try:
+            unescaped(self.separator)
+        except ValueError as error:
+            yield f"separator={self.separator!r}: {error}"
         yield from out_of_range(self, ">= 0", "limit num_proc")
         words = ("", "char", "byte", "gpt2")
         if match := re.fullmatch(r"bpe:(\d+)", self.tokenizer):

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from nanogpt.config import EvalConfig
-from nanogpt.data.batches import check_length, documents_of
+from nanogpt.data.batches import check_length, document_ids_of
 from nanogpt.data.tokens import Tokens, open_dataset
 from nanogpt.device import Device, choose
 from nanogpt.errors import ConfigError, DataError
@@ -43,9 +43,9 @@ def whole_split_loss(
         x = np.concatenate([ids[:-1], np.zeros(missing, np.int64)]).reshape(-1, block_size)
         y = np.concatenate([ids[1:], np.full(missing, -1)]).reshape(-1, block_size)
         inputs, targets = device.put(torch.from_numpy(x)), device.put(torch.from_numpy(y))
-        documents = None if end_of_text is None else documents_of(inputs, end_of_text)
+        document_ids = None if end_of_text is None else document_ids_of(inputs, end_of_text)
         with device.autocast():
-            _, loss = model(inputs, targets, documents=documents, return_logits=False)
+            _, loss = model(inputs, targets, document_ids=document_ids, return_logits=False)
         total += loss.item() * (len(ids) - 1)
     model.train(was_training)
     return total / n_targets, n_targets

@@ -44,26 +44,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float) -> Tensor
     return flex_attention(q, k, v, block_mask=mask)
 
 
-def document_mask(documents: Tensor, dense: bool) -> Any:
+def document_mask(document_ids: Tensor, dense: bool) -> Any:
     """Who may look at whom where tokens see their own document only.
 
-    documents: (B, T) the number of each token's document. Returns a (B, 1, T, T) tensor of booleans, or a mask of
+    document_ids: (B, T) the number of each token's document. Returns a (B, 1, T, T) tensor of booleans, or a mask of
     blocks for FlexAttention, which leaves out what lies between documents.
     """
-    B, T = documents.shape
+    B, T = document_ids.shape
     if dense:
-        return (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+        return (document_ids[:, None, :, None] == document_ids[:, None, None, :]).tril()
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (q >= k) & (documents[b, q] == documents[b, k])
+        return (q >= k) & (document_ids[b, q] == document_ids[b, k])
 
-    return create_block_mask(visible, B, None, T, T, device=documents.device)
+    return create_block_mask(visible, B, None, T, T, device=document_ids.device)
 
 
-def positions_in(documents: Tensor) -> Tensor:
+def positions_in(document_ids: Tensor) -> Tensor:
     """The position of each token in its document, from 0; (B, T) numbers of documents to (B, T) positions."""
-    places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
+    places = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
     return places - (places * begins).cummax(dim=1).values
 
 
@@ -130,19 +130,21 @@ class Transformer(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, config.bias)
+        self.head_size = config.n_embd // config.n_head
         self.gradient_checkpointing = False  # recompute each block in the backward pass, to save memory
 
-    def forward(self, idx: Tensor, documents: Tensor | None = None) -> Tensor:
+    def forward(self, idx: Tensor, document_ids: Tensor | None = None) -> Tensor:
         _, T = idx.shape
         if T > self.wpe.num_embeddings:
             raise ValueError(f"a context of {T} tokens does not fit block_size={self.wpe.num_embeddings}")
         mask = None
         positions = torch.arange(T, device=idx.device)
-        if documents is not None:
-            positions = positions_in(documents)
-            # FlexAttention is fast where it is compiled, on CUDA, and knows no dropout
-            in_blocks = idx.is_cuda and torch.compiler.is_compiling() and not (self.training and self.drop.p > 0)
-            mask = document_mask(documents, dense=not in_blocks)
+        if document_ids is not None:
+            positions = positions_in(document_ids)
+            # FlexAttention is fast where it is compiled, on CUDA, and knows neither dropout nor heads below 16 channels
+            in_blocks = idx.is_cuda and torch.compiler.is_compiling() and self.head_size >= 16
+            in_blocks = in_blocks and not (self.training and self.drop.p > 0)
+            mask = document_mask(document_ids, dense=not in_blocks)
         x: Tensor = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
         for block in self.h:
             if self.gradient_checkpointing and self.training:
@@ -192,17 +194,17 @@ class GPT(nn.Module):
         idx: Tensor,
         targets: Tensor | None = None,
         *,
-        documents: Tensor | None = None,
+        document_ids: Tensor | None = None,
         return_logits: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Predict the token after each position.
 
         idx: (B, T) token ids, T <= block_size. targets: (B, T) the ids to predict, -1 where none counts.
-        documents: (B, T) numbers, equal for tokens that may see each other; without, a row is one document.
+        document_ids: (B, T) numbers, equal for tokens that may see each other; without, a row is one document.
         Returns `(logits, loss)`. Without targets: logits (B, 1, V) of the last position only, and None. With
         targets: logits (B, T, V), or None if `return_logits` is False, and the mean cross-entropy in nats.
         """
-        x = self.transformer(idx, documents)  # (B, T, C)
+        x = self.transformer(idx, document_ids)  # (B, T, C)
         if targets is None:
             return self.lm_head(x[:, [-1]]), None
         logits = self.lm_head(x)

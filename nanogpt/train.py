@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nanogpt import checkpoint
 from nanogpt.config import TrainConfig
-from nanogpt.data.batches import EVALUATION, documents_of, gather, window_starts
+from nanogpt.data.batches import EVALUATION, document_ids_of, gather, window_starts
 from nanogpt.device import choose
 from nanogpt.distributed import joined, no_gradient_exchange, this_process
 from nanogpt.errors import DivergedError
@@ -150,10 +150,10 @@ def next_batch(run: Run, step: int) -> tuple[Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:]
 
 
-def documents(run: Run, x: Tensor) -> Tensor | None:
+def document_ids(run: Run, x: Tensor) -> Tensor | None:
     """Which document of its row each token of x (B, T) belongs to, if the run keeps documents apart."""
     end_of_text = run.dataset.tokenizer.end_of_text
-    return documents_of(x, end_of_text) if run.config.mask_documents and end_of_text is not None else None
+    return document_ids_of(x, end_of_text) if run.config.mask_documents and end_of_text is not None else None
 
 
 def update(run: Run, x: Tensor, y: Tensor, learning_rate: float) -> tuple[Tensor, Tensor]:
@@ -170,7 +170,7 @@ def update(run: Run, x: Tensor, y: Tensor, learning_rate: float) -> tuple[Tensor
     for n, (inputs, targets) in enumerate(micro_batches, start=1):
         with no_gradient_exchange(run.network, is_last=n == len(micro_batches)):
             with run.device.autocast():
-                _, loss = run.network(inputs, targets, documents=documents(run, inputs), return_logits=False)
+                _, loss = run.network(inputs, targets, document_ids=document_ids(run, inputs), return_logits=False)
                 loss = loss / len(micro_batches)  # gradients add up over the micro-batches
             total += loss.detach()
             scaler.scale(loss).backward()
@@ -203,7 +203,7 @@ def estimate_losses(run: Run, stopping: Callable[[], bool]) -> dict[str, float] 
             ids = run.device.put(gather(tokens, starts, T, model.config.vocab_size))
             x, y = ids[:, :-1], ids[:, 1:]
             with run.device.autocast():
-                _, loss = model(x, y, documents=documents(run, x), return_logits=False)
+                _, loss = model(x, y, document_ids=document_ids(run, x), return_logits=False)
             total += loss
         losses[split] = run.world.mean(total).item() * run.world.size / config.eval_iters
     model.train()

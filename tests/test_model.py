@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanogpt.config import GPTConfig
-from nanogpt.data.batches import documents_of
+from nanogpt.data.batches import document_ids_of
 from nanogpt.errors import ConfigError
 from nanogpt.model import GPT, attend, document_mask, positions_in
 from tests.conftest import random_ids
@@ -220,7 +220,7 @@ def test_masked_documents_equal_each_document_alone(ends: list[int], gradient_ch
     idx[idx == 0] = 1
     idx[0, ends] = 0  # ends a document and opens the next one
     y = torch.roll(idx, -1, dims=1)
-    logits, loss = model(idx, y, documents=documents_of(idx, 0))
+    logits, loss = model(idx, y, document_ids=document_ids_of(idx, 0))
     loss.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
@@ -245,7 +245,7 @@ def test_positions_restart_with_each_document() -> None:
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_the_mask_of_blocks_is_the_dense_one() -> None:
     """FlexAttention's form, which CUDA takes; eager on the CPU it can be compared, forward."""
-    documents = documents_of(random_ids(2, 256, vocab_size=50), 0)
+    documents = document_ids_of(random_ids(2, 256, vocab_size=50), 0)
     q, k, v = torch.randn(3, 2, 4, 256, 16, generator=torch.Generator().manual_seed(0)).unbind()
     dense, blocks = (attend(q, k, v, document_mask(documents, dense=dense), 0.0) for dense in (True, False))
     torch.testing.assert_close(dense, blocks, atol=1e-5, rtol=1e-5)

@@ -101,7 +101,7 @@ def gather(tokens: Tokens, starts: Starts, block_size: int, vocab_size: int) -> 
     return torch.from_numpy(windows.astype(np.int64))
 
 
-def documents_of(ids: Tensor, end_of_text: int) -> Tensor:
+def document_ids_of(ids: Tensor, end_of_text: int) -> Tensor:
     """Which document of its row each token belongs to, counted from 0; ids and result (B, T).
 
     The token that ends a document opens the next one, as it does in a prompt: what follows it is predicted from

@@ -4,7 +4,7 @@ The corpus is cut into units of work. Worker processes turn each into a part: it
 validation. The main process appends the parts in their order. All this happens in `NAME/.preparing/`:
 
     plan.json        what is being made: the request, the units, the tokenizer
-    parts/00017.*    a finished unit: .train and .val ids, then .json, which says that they are whole
+    parts-…/00017.*  a finished unit: .train and .val ids, then .json, which says that they are whole
     train.bin …      the parts appended so far
     progress.json    how many those are, and how many ids: what is longer is cut off when work goes on
 
@@ -28,12 +28,12 @@ from tqdm import tqdm
 
 from nanogpt.data.corpus import Source, Span
 from nanogpt.data.documents import Reading, documents, size_of
-from nanogpt.data.plan import Recipe, make_plan
+from nanogpt.data.plan import Recipe, discard, make_plan
 from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, from_description
 from nanogpt.data.tokens import SPLITS, dtype_of, finish_dataset
 from nanogpt.data.workers import cores, parallel_map
 from nanogpt.errors import DataError
-from nanogpt.files import atomic_write, write_json
+from nanogpt.files import atomic_write, locked, write_json
 
 BATCH = 1 << 16  # characters that are encoded together
 
@@ -49,10 +49,10 @@ class Division:
         """The split of the document whose content has this SHA-256."""
         return "val" if int(digest[:8], 16) < self.val_fraction * 2**32 else "train"
 
-    def divide(self, text: str, digest: str | None, position: int) -> Iterator[tuple[str, str]]:
+    def divide(self, text: str, digest: str, position: int) -> Iterator[tuple[str, str]]:
         """`(split, text)` of the parts of a text that begins at byte `position` of the corpus.
 
-        digest: of the document's content, if it is more than this text.
+        digest: of the whole document's content; may be empty where this text is all of it.
         """
         if self.cut is None:
             yield self.split_of(digest or hashlib.sha256(text.encode()).hexdigest()), text
@@ -74,7 +74,7 @@ class Unit:
 
     number: int
     spans: list[Span]
-    digests: list[str]  # SHA-256 of the span's source
+    digests: list[str]  # SHA-256 of what is in each span's source
     position: int  # in bytes of the corpus's text; counts only for a division by cut
     division: Division
     reading: Reading
@@ -88,43 +88,50 @@ def build(folder: Path, recipe: Recipe, num_proc: int = 0) -> dict[str, Any]:
 
     Returns its description. Raises `ConfigError` and `DataError`; nothing that existed is touched then.
     """
+    with locked(folder / ".lock", f"the data set {folder}"):
+        description = _build(folder, recipe, num_proc)
+        (folder / ".lock").unlink(missing_ok=True)
+        return description
+
+
+def _build(folder: Path, recipe: Recipe, num_proc: int) -> dict[str, Any]:
     num_proc = num_proc or cores()
     work = folder / ".preparing"
     plan = make_plan(work, recipe, num_proc)
     sources = [Source(*fields) for fields in plan["sources"]]
-    digests = plan["digests"]
     tokenizer = _tokenizer(work / plan["tokenizer"])
     division = Division(recipe.val_fraction, plan["cut"])
     units = [
         Unit(
             number=n,
             spans=[Span(sources[i], *where) for i, *where in spans],
-            digests=[digests[i] for i, *_ in spans],
+            digests=[plan["contents"][i] for i, *_ in spans],
             position=plan["positions"][n],
             division=division,
             reading=Reading(**plan["reading"]),
             tokenizer=work / plan["tokenizer"],
             end_documents=recipe.end_documents,
-            folder=work / "parts",
+            folder=work / plan["parts"],
         )
         for n, spans in enumerate(plan["units"])
     ]
     if not (work / "progress.json").exists():
-        _check_disk(folder, sum(source.size for source in sources), tokenizer)
+        _check_disk(folder, sources, tokenizer)
     tally = _tokenize_all(work, units, num_proc, dtype_of(tokenizer).itemsize)
+    tally["skipped"] = dict(Counter(tally["skipped"]) + Counter(plan["skipped"]))
     try:
         _check_splits(tally, recipe)
     except DataError:
-        shutil.rmtree(work)
+        discard(work)
         raise
     listed = [
         {"path": source.path, "bytes": source.size, "sha256": digest}
-        for source, digest in zip(sources, digests, strict=True)
+        for source, digest in zip(sources, plan["digests"], strict=True)
     ]
     if recipe.limit:
         listed = [{"path": str(name), "first_documents": recipe.limit} for name in recipe.inputs]
     description = finish_dataset(folder, work, tokenizer, tally, listed)
-    shutil.rmtree(work)
+    discard(work)
     return description
 
 
@@ -161,12 +168,12 @@ def _divided(unit: Unit, end: bytes, skipped: Counter[str]) -> Iterator[Text]:
     position = unit.position
     for span, digest in zip(unit.spans, unit.digests, strict=True):
         is_one_document = span.source.kind == "text" and not unit.reading.separator
-        for text, ends in documents(span, unit.reading, skipped):
-            parts = list(unit.division.divide(text, digest if is_one_document else None, position))
+        for piece in documents(span, unit.reading, skipped):
+            parts = list(unit.division.divide(piece.text, digest if is_one_document else piece.digest, position))
             for split, part in parts[:-1]:
                 yield split, part, b""  # the document goes on in the other split
-            yield *parts[-1], end if ends else None
-            position += size_of(text)
+            yield *parts[-1], end if piece.ends else None
+            position += size_of(piece.text)
 
 
 def _batches(texts: Iterator[Text]) -> Iterator[list[Text]]:
@@ -189,7 +196,7 @@ def _tokenizer(path: Path) -> Tokenizer:
 
 def _tokenize_all(work: Path, units: list[Unit], num_proc: int, itemsize: int) -> dict[str, dict[str, int]]:
     """Tokenize what is left to do, append it in order, and return the sums over all units."""
-    parts, journal = work / "parts", work / "progress.json"
+    parts, journal = units[0].folder if units else work, work / "progress.json"
     parts.mkdir(parents=True, exist_ok=True)
     progress: dict[str, Any] = {"appended": 0, "tokens": {}, "documents": {}, "bytes": {}, "skipped": {}}
     if journal.exists():
@@ -234,10 +241,10 @@ def _tokenize_all(work: Path, units: list[Unit], num_proc: int, itemsize: int) -
     return progress
 
 
-def _check_disk(folder: Path, size: int, tokenizer: Tokenizer) -> None:
+def _check_disk(folder: Path, sources: list[Source], tokenizer: Tokenizer) -> None:
     """Refuse before the work what could not be stored after it."""
+    size = sum(source.size * (2 if source.packing or source.kind == "parquet" else 1) for source in sources)
     per_byte = dtype_of(tokenizer).itemsize / (1 if isinstance(tokenizer, ByteTokenizer | CharTokenizer) else 4)
-    folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < size * per_byte:
         raise DataError(

@@ -4,18 +4,19 @@ A corpus is a list of `Source`s. It is cut into `Span`s, parts that can be read 
 bounded memory.
 """
 
+import gzip
 import hashlib
+import io
 import os
 import re
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from nanogpt.errors import DataError
 
-SPAN = 1 << 25  # bytes of a unit of work, at most: so much is done again when work is interrupted
+SPAN = 1 << 25  # bytes of a unit of work, where a file can be cut: so much is done again when work is interrupted
 SMALLEST_SPAN = 1 << 20  # less is not worth sharing out
 
 
@@ -67,11 +68,11 @@ def find_sources(inputs: list[str], num_proc: int) -> list[Source]:
     for name in inputs:
         path = Path(name).expanduser()
         if path.is_dir():
-            found = [_source(file, found=True) for file in _files_below(path)]
+            found = [source_of(file, found=True) for file in files_below(path)]
         elif path.exists():
-            found = [_source(path)]
+            found = [source_of(path)]
         elif any(character in name for character in "*?["):
-            found = [_source(match, found=True) for match in _matches(path)]
+            found = [source_of(match, found=True) for match in _matches(path)]
         elif is_published(name):
             found = published_data_set(name, num_proc)
         else:
@@ -82,7 +83,8 @@ def find_sources(inputs: list[str], num_proc: int) -> list[Source]:
     return sources
 
 
-def _source(path: Path, found: bool = False) -> Source:
+def source_of(path: Path, found: bool = False) -> Source:
+    """A file as a source. Raises `DataError` if it isn't there."""
     try:
         return Source(str(path), path.stat().st_size, found)
     except OSError as error:
@@ -97,7 +99,8 @@ def _matches(pattern: Path) -> list[Path]:
     return sorted(m for m in matches if m.is_file() and not any(p[0] == "." for p in set(m.parts) - named))
 
 
-def _files_below(folder: Path) -> list[Path]:
+def files_below(folder: Path) -> list[Path]:
+    """All files of a folder, sorted, except hidden ones."""
     paths = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
@@ -105,20 +108,13 @@ def _files_below(folder: Path) -> list[Path]:
     return sorted((path for path in paths if path.is_file()), key=lambda path: path.relative_to(folder).as_posix())
 
 
-def standard_library() -> list[Source]:
-    """The Python sources of the standard library, sorted, without tests and installed packages."""
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    root = Path(sysconfig.get_path("stdlib"))
-    files = (path.relative_to(root) for path in _files_below(root) if path.suffix == ".py")
-    return [_source(root / path, found=True) for path in files if not skipped.intersection(path.parts)]
-
-
 def is_published(name: str) -> bool:
     """Whether an input names a data set on the Hugging Face hub, and no file or folder here."""
     return name.startswith("hf:") or (bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists())
 
 
-def _datasets() -> Any:
+def import_datasets() -> Any:
+    """The library `datasets`. Raises `DataError` if it isn't installed."""
     try:
         import datasets
 
@@ -130,23 +126,23 @@ def _datasets() -> Any:
 def load_published(name: str, **options: Any) -> Any:
     """The training split of a data set on the Hugging Face hub, as the `datasets` library loads it."""
     repository, _, config = name.removeprefix("hf:").partition(":")
+    datasets = import_datasets()
+    no_file = "" if name.startswith("hf:") else "there is no such file or folder, and "
     try:
-        return _datasets().load_dataset(repository, config or None, split="train", **options)
-    except DataError:
-        raise
+        return datasets.load_dataset(repository, config or None, split="train", **options)
     except Exception as error:  # network, unknown name, several configurations, loading scripts: each its own
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"--input={name}: the data set could not be loaded from the Hugging Face hub ({first_line}); give "
-            "ORGANISATION/NAME or hf:ORGANISATION/NAME:CONFIGURATION, or download its parquet or jsonl files and pass "
-            "their folder"
+            f"--input={name}: {no_file}as a data set of the Hugging Face hub it could not be loaded ({first_line}); "
+            "give ORGANISATION/NAME or hf:ORGANISATION/NAME:CONFIGURATION, or download its parquet or jsonl files and "
+            "pass their folder"
         ) from error
 
 
 def published_data_set(name: str, num_proc: int) -> list[Source]:
     """The files of a data set on the Hugging Face hub, as the `datasets` library keeps them in its cache."""
     dataset = load_published(name, num_proc=num_proc if num_proc > 1 else None)
-    return [_source(Path(file["filename"])) for file in dataset.cache_files]
+    return [source_of(Path(file["filename"])) for file in dataset.cache_files]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -185,23 +181,74 @@ def _spans(source: Source, size: int) -> Iterator[Span]:
 def _row_groups(source: Source, size: int) -> Iterator[Span]:
     metadata = parquet_file(source).metadata
     sizes = [metadata.row_group(n).total_byte_size for n in range(metadata.num_row_groups)]
-    start = 0
-    for n in range(len(sizes)):
-        if n + 1 == len(sizes) or sum(sizes[start : n + 2]) > size:
-            share = sum(sizes[start : n + 1]) / max(sum(sizes), 1)
-            yield Span(
-                source, start, n + 1, source.size if start == 0 and n + 1 == len(sizes) else int(source.size * share)
-            )
-            start = n + 1
+    packed = source.size / max(sum(sizes), 1)  # bytes on disk for each of the content
+    start, content = 0, 0
+    for n, group in enumerate(sizes, start=1):
+        content += group
+        if n == len(sizes) or content + sizes[n] > size:
+            yield Span(source, start, n, int(content * packed))
+            start, content = n, 0
 
 
-def sha256_of(source: Source) -> str:
-    """The digest of a file's bytes, in hexadecimal."""
+def digests_of(source: Source) -> tuple[str, str]:
+    """The SHA-256 of a file's bytes, and of what is packed in it; in hexadecimal."""
+    with opened(source, unpack=False) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    if not source.packing:
+        return digest, digest
+    content = hashlib.sha256()
+    with opened(source) as file:
+        while block := file.read(1 << 20):
+            content.update(block)
+    return digest, content.hexdigest()
+
+
+def opened(source: Source, unpack: bool = True) -> IO[bytes]:
+    """A source to read bytes from, by default what is packed in it. Raises `DataError` if it can't be had."""
     try:
-        with open(source.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        file = open(source.path, "rb")
     except OSError as error:
         raise DataError(f"cannot read {source.path}: {error.strerror}") from error
+    if unpack and source.packing == ".gz":
+        file.close()
+        return cast(IO[bytes], gzip.open(source.path))
+    if unpack and source.packing == ".zst":
+        return cast(IO[bytes], io.BufferedReader(_Zstandard(file, source), 1 << 20))
+    return file
+
+
+class _Zstandard(io.RawIOBase):
+    """Unpacks while reading. The library's own reader takes a file that was cut off for a whole one."""
+
+    def __init__(self, file: IO[bytes], source: Source) -> None:
+        try:
+            import zstandard
+        except ImportError:
+            raise DataError(f"{source.path}: unpacking .zst needs zstandard: pip install zstandard") from None
+        self._file, self._new_frame = file, zstandard.ZstdDecompressor().decompressobj
+        self._frame, self._unpacked, self._is_between = self._new_frame(), b"", True
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._unpacked:
+            packed = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame, self._is_between = self._new_frame(), True
+            packed = packed or self._file.read(1 << 17)
+            if not packed:
+                if self._is_between:
+                    return 0
+                raise EOFError("the file ends in the midst of its content")
+            self._unpacked, self._is_between = self._frame.decompress(packed), False
+        count = min(len(buffer), len(self._unpacked))
+        buffer[:count], self._unpacked = self._unpacked[:count], self._unpacked[count:]
+        return count
 
 
 def parquet_file(source: Source) -> Any:

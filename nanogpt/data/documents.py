@@ -7,26 +7,25 @@
 `.gz` and `.zst` behind any of the first and last is unpacked while reading.
 """
 
-import gzip
+import functools
+import hashlib
 import json
 import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from typing import IO, Any
 
-from nanogpt.data.corpus import Source, Span, load_published, parquet_file
+from nanogpt.data.corpus import Source, Span, load_published, opened, parquet_file
 from nanogpt.data.tokenizer import well_formed
 from nanogpt.errors import DataError
 
 BLOCK = 1 << 20  # bytes read at a time; a longer text is handed on in pieces of about this size
 LONGEST_RECORD = 1 << 28  # bytes between two separators: more is no record but the wrong separator
-# behind a letter and before a blank: no usual pretokenizer joins these. The second half: not behind a wide blank
-_SAFE_CUT = re.compile(
-    rb"[A-Za-z0-9\x80-\xff](?=[ \r\n])"
-    rb"(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)"
-)
+# behind a letter and before a blank: no usual pretokenizer joins these
+_CUT = re.compile(r"[^\W_](?=[ \n])")
+_CUT_IN_BYTES = re.compile(rb"(?:[A-Za-z0-9]|[\xc2-\xf4][\x80-\xbf]{1,3})(?=[ \r\n])")
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,17 @@ class Reading:
     separator: str = ""  # between the documents of a text file; empty: the file is one document
 
 
-def documents(span: Span, reading: Reading, skipped: Counter[str]) -> Iterator[tuple[str, bool]]:
-    """The documents of a span as `(text, ends)`: long texts in several pieces, of which the last one ends.
+@dataclass(frozen=True)
+class Piece:
+    """A document, or a part of a long one."""
+
+    text: str
+    ends: bool = True  # with it the document ends
+    digest: str = ""  # SHA-256 of the whole document, where this is a part of a row or record
+
+
+def documents(span: Span, reading: Reading, skipped: Counter[str]) -> Iterator[Piece]:
+    """The documents of a span; those of more than `BLOCK` bytes in pieces.
 
     Empty documents are left out, and so are files of a folder that are no UTF-8 text; `skipped` counts both by
     reason. Raises `DataError` for what can't be read otherwise.
@@ -60,26 +68,50 @@ def size_of(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def _documents(span: Span, reading: Reading, skipped: Counter[str]) -> Iterator[tuple[str, bool]]:
+def is_text(source: Source) -> bool:
+    """Whether a file begins as UTF-8 text does."""
+    with opened(source) as file:
+        try:
+            begin = file.read(1 << 16)
+        except (OSError, EOFError, zlib.error):  # not packed as its name says
+            return False
+    try:
+        begin.decode()
+    except UnicodeDecodeError as error:
+        return error.start >= (1 << 16) - 3  # a character that goes on behind
+    return b"\0" not in begin
+
+
+def _documents(span: Span, reading: Reading, skipped: Counter[str]) -> Iterator[Piece]:
     source = span.source
+    if source.kind == "text" and not reading.separator:
+        yield from _whole_text(span, skipped)
+        return
     if source.kind in ("parquet", "arrow"):
         texts = _rows(span, reading.field)
     elif source.kind == "jsonl":
         texts = _json_lines(span, reading.field)
-    elif reading.separator:
-        separator = reading.separator.encode()
-        texts = (_decoded(record, source, at) for at, record in _records(span, separator))
     else:
-        yield from _whole_text(span, skipped)
-        return
+        texts = (_decoded(record, source, at) for at, record in _records(span, reading.separator))
     for text in texts:
-        if text.strip():
-            yield text, True
-        else:
+        if not text.strip():
             skipped["empty"] += 1
+        elif len(text) <= BLOCK:
+            yield Piece(text)
+        else:
+            yield from _cut_up(text)
 
 
-def _whole_text(span: Span, skipped: Counter[str]) -> Iterator[tuple[str, bool]]:
+def _cut_up(text: str) -> Iterator[Piece]:
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    while len(text) > BLOCK:
+        end = max((match.end() for match in _CUT.finditer(text, BLOCK - 4096, BLOCK)), default=BLOCK)
+        yield Piece(text[:end], ends=False, digest=digest)
+        text = text[end:]
+    yield Piece(text, digest=digest)
+
+
+def _whole_text(span: Span, skipped: Counter[str]) -> Iterator[Piece]:
     """A file that is one document, or the part of it that belongs to `span`."""
     source = span.source
     pieces = _text_pieces(span)
@@ -91,74 +123,98 @@ def _whole_text(span: Span, skipped: Counter[str]) -> Iterator[tuple[str, bool]]
             return
     before, is_first = next(pieces, ""), True
     for text in pieces:
-        yield before, False
+        yield Piece(before, ends=False)
         before, is_first = text, False
     if is_first and span.is_whole and not before.strip():
         skipped["empty"] += 1
     else:
-        yield before, span.stop == source.size
+        yield Piece(before, ends=span.stop == source.size)
 
 
 def _text_pieces(span: Span) -> Iterator[str]:
-    with _opened(span.source) as file:
+    with opened(span.source) as file:
         start = _cut_position(file, span.start, span.source)
         stop = None if span.source.packing else _cut_position(file, span.stop, span.source)
-        file.seek(start)
+        if start:
+            file.seek(start)
         rest, position = b"", start
         while True:
             block = file.read(BLOCK if stop is None else min(BLOCK, stop - position - len(rest)))
             rest += block
             if not block:
                 break
-            if len(rest) >= BLOCK and (end := _last_cut(rest)):
+            if len(rest) >= BLOCK:
+                end = max(_safe_cuts(rest, len(rest) - 4096), default=0) or _character_before(rest, len(rest) - 1)
                 yield _decoded(rest[:end], span.source, position)
                 rest, position = rest[end:], position + end
         if rest:
             yield _decoded(rest, span.source, position)
 
 
-def _last_cut(data: bytes) -> int:
-    """Where to end a piece of text: before the last blank that follows a letter, else before the last character."""
-    tail = max(len(data) - 4096, 0)
-    end = max((match.end() for match in _SAFE_CUT.finditer(data, tail)), default=0)
-    if not end:
-        end = len(data) - 1
-        while end and data[end] & 0xC0 == 0x80:  # in the midst of a character
-            end -= 1
-    return end
+def _safe_cuts(data: bytes, start: int) -> Iterator[int]:
+    """Where a text may be cut, from `start` on."""
+    for match in _CUT_IN_BYTES.finditer(data, max(start, 0)):
+        if match[0].decode(errors="replace")[-1].isalnum():
+            yield match.end()
+
+
+def _character_before(data: bytes, position: int) -> int:
+    """The last place up to `position` at which a character begins, and no second half of a newline."""
+    while position > 0 and (data[position] & 0xC0 == 0x80 or data[position - 1 : position + 1] == b"\r\n"):
+        position -= 1
+    return position
 
 
 def _cut_position(file: IO[bytes], position: int, source: Source) -> int:
-    """The first place from byte `position` on where a text may be cut: the same for both spans that meet there."""
-    if position in (0, source.size):
+    """A place from byte `position` on where a text may be cut: the same for both spans that meet there."""
+    if position in (0, source.size) or source.packing:
         return position
-    before = min(position, 4)  # bytes, for the pattern to look back
-    file.seek(position - before)
-    data = file.read(before + BLOCK)
-    if match := _SAFE_CUT.search(data, before - 1):
-        return position - before + match.end()
-    if position + BLOCK >= source.size:
-        return source.size
-    return position + next((n for n, byte in enumerate(data[before:]) if byte & 0xC0 != 0x80), 0)
+    file.seek(position)
+    data = file.read(BLOCK)
+    found = next(_safe_cuts(data, 0), None)
+    if found is None:
+        found = len(data) if position + len(data) == source.size else _character_before(data, len(data) - 1)
+    file.seek(0)
+    return position + found
 
 
-def _records(span: Span, separator: bytes) -> Iterator[tuple[int, bytes]]:
+@functools.lru_cache(maxsize=8)
+def _pattern(separator: str) -> re.Pattern[bytes]:
+    """What matches a separator. One that repeats a character takes all of them in a row; newlines are as they come."""
+    characters = [rb"\r?\n" if character == "\n" else re.escape(character.encode()) for character in separator]
+    if len(set(characters)) == 1:
+        return re.compile(rb"(?:%s){%d,}" % (characters[0], len(characters)))
+    return re.compile(b"".join(characters))
+
+
+def _records(span: Span, separator: str) -> Iterator[tuple[int, bytes]]:
     """`(position, bytes)` of what stands between separators and begins in the span."""
-    with _opened(span.source) as file:
-        position = max(span.start - len(separator), 0)
+    pattern, longest = _pattern(separator), 4 * len(separator.encode())
+    stop = None if span.source.packing else span.stop
+    with opened(span.source) as file:
+        position = max(span.start - longest, 0)
+        if position:
+            file.seek(position)
         belongs = span.start == 0  # else the first record is the end of one that begins before the span
-        stop = None if span.source.packing else span.stop
-        file.seek(position)
-        rest = b""
-        while block := file.read(BLOCK):
-            *records, rest = (rest + block).split(separator)
-            for record in records:
-                if stop is not None and position >= stop:
+        rest, searched = b"", 0
+        while True:
+            block = file.read(BLOCK)
+            data, begin = rest + block, 0
+            for match in pattern.finditer(data, searched):
+                searched = match.start()
+                if match.end() > len(data) - 2 and block:
+                    break  # it may go on, with the second half of a newline
+                if stop is not None and position + begin >= stop:
                     return
                 if belongs:
-                    yield position, record
-                belongs = True
-                position += len(record) + len(separator)
+                    yield position + begin, data[begin : match.start()]
+                begin = searched = match.end()
+                belongs = belongs or position + begin >= span.start
+            else:
+                searched = max(len(data) - longest, begin)
+            rest, position, searched = data[begin:], position + begin, searched - begin
+            if not block:
+                break
             if len(rest) > LONGEST_RECORD:
                 raise DataError(f"{span.source.path}: no {separator!r} within {len(rest):,} bytes from {position:,} on")
         if rest and belongs and (stop is None or position < stop):
@@ -166,7 +222,7 @@ def _records(span: Span, separator: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _json_lines(span: Span, field: str) -> Iterator[str]:
-    for position, line in _records(span, b"\n"):
+    for position, line in _records(span, "\n"):
         if not line.strip():
             continue
         where = f"{span.source.path}, line at byte {position:,}"
@@ -213,26 +269,6 @@ def _rows(span: Span, field: str) -> Iterator[str]:
             if not isinstance(text, str | None):
                 raise DataError(f"{span.source.path}: column {field!r} holds {type(text).__name__}, not text")
             yield text or ""
-
-
-def _opened(source: Source, unpack: bool = True) -> IO[bytes]:
-    try:
-        if unpack and source.packing == ".gz":
-            return cast(IO[bytes], gzip.open(source.path))
-        if unpack and source.packing == ".zst":
-            return _zstandard(source)
-        return open(source.path, "rb")
-    except OSError as error:
-        raise DataError(f"cannot read {source.path}: {error.strerror}") from error
-
-
-def _zstandard(source: Source) -> IO[bytes]:
-    try:
-        import zstandard
-    except ImportError:
-        raise DataError(f"{source.path}: unpacking .zst needs zstandard: pip install zstandard") from None
-    stream: IO[bytes] = zstandard.open(source.path, "rb")
-    return stream
 
 
 def _decoded(data: bytes, source: Source, position: int) -> str:

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanogpt.data.corpus import Source, Span, cut, find_sources, is_published, sha256_of
-from nanogpt.data.documents import Reading, documents, first_published_documents, size_of
+from tqdm import tqdm
+
+from nanogpt.data.corpus import Source, Span, cut, digests_of, find_sources, is_published
+from nanogpt.data.documents import Reading, documents, first_published_documents, is_text, size_of
 from nanogpt.data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
@@ -56,10 +58,12 @@ def make_plan(work: Path, recipe: Recipe, num_proc: int) -> dict[str, Any]:
     if path.exists() and (plan := json.loads(path.read_bytes()))["request"] == request:
         print(f"going on with what {work} holds")
         return dict(plan)
-    if work.exists():
-        shutil.rmtree(work)
+    discard(work)
+    readable = [source for source in sources if not source.found or source.kind != "text" or is_text(source)]
+    skipped = Counter({"not UTF-8 text": len(sources) - len(readable)})
+    sources = readable
     if recipe.limit:
-        sources = [_first_documents(work / "first.jsonl", recipe, sources)]
+        sources = [_first_documents(work / "first.jsonl", recipe, sources, skipped)]
     reading = recipe.reading if not recipe.limit else DEFAULT_READING
     units = cut(sources)
     few = _are_few(units, reading, ENOUGH / recipe.val_fraction)
@@ -75,10 +79,15 @@ def make_plan(work: Path, recipe: Recipe, num_proc: int) -> dict[str, Any]:
         file.write(description.encode())
     index = {source: n for n, source in enumerate(sources)}
     is_large = sum(source.size for source in sources) > 1 << 28
+    passes = parallel_map(digests_of, sources, num_proc if is_large else 1)
+    digests = list(tqdm(passes, "checksums", len(sources), unit="file", disable=None, leave=False))
     plan = {
         "request": request,
         "sources": [[source.path, source.size, source.found] for source in sources],
-        "digests": list(parallel_map(sha256_of, sources, num_proc if is_large else 1)),
+        "digests": [packed for packed, _ in digests],
+        "contents": [content for _, content in digests],
+        "skipped": {reason: count for reason, count in skipped.items() if count},
+        "parts": f"parts-{hashlib.sha256(json.dumps(request).encode()).hexdigest()[:8]}",
         "units": [[[index[span.source], span.start, span.stop, span.size] for span in unit] for unit in units],
         "positions": positions,
         "cut": cut_at,
@@ -87,6 +96,13 @@ def make_plan(work: Path, recipe: Recipe, num_proc: int) -> dict[str, Any]:
     }
     write_json(path, plan)
     return plan
+
+
+def discard(work: Path) -> None:
+    """Remove what was made so far; the plan first, so that nobody goes on with the half of it."""
+    if work.exists():
+        (work / "plan.json").unlink(missing_ok=True)
+        shutil.rmtree(work)
 
 
 def _request(recipe: Recipe, num_proc: int) -> tuple[dict[str, Any], list[Source]]:
@@ -108,14 +124,14 @@ def _request(recipe: Recipe, num_proc: int) -> tuple[dict[str, Any], list[Source
     return json.loads(json.dumps(request)), sources
 
 
-def _first_documents(path: Path, recipe: Recipe, sources: list[Source]) -> Source:
+def _first_documents(path: Path, recipe: Recipe, sources: list[Source], skipped: Counter[str]) -> Source:
     """The first documents of a corpus as one file of JSON lines."""
 
     def texts() -> Iterator[str]:
         for name in recipe.inputs:
             if isinstance(name, str) and is_published(name):
                 yield from first_published_documents(name, recipe.reading.field, recipe.limit)
-        yield from whole_documents(itertools.chain(*cut(sources)), recipe.reading)
+        yield from whole_documents(itertools.chain(*cut(sources)), recipe.reading, skipped)
 
     with atomic_write(path) as file:
         for text in itertools.islice(texts(), recipe.limit):
@@ -123,13 +139,13 @@ def _first_documents(path: Path, recipe: Recipe, sources: list[Source]) -> Sourc
     return Source(str(path), path.stat().st_size)
 
 
-def whole_documents(spans: Iterable[Span], reading: Reading) -> Iterator[str]:
+def whole_documents(spans: Iterable[Span], reading: Reading, skipped: Counter[str]) -> Iterator[str]:
     """The documents of consecutive spans, each in one piece."""
     pieces: list[str] = []
     for span in spans:
-        for text, ends in documents(span, reading, Counter()):
-            pieces.append(text)
-            if ends:
+        for piece in documents(span, reading, skipped):
+            pieces.append(piece.text)
+            if piece.ends:
                 yield "".join(pieces)
                 pieces = []
     if pieces:
@@ -151,17 +167,28 @@ def _are_few(units: list[list[Span]], reading: Reading, enough: float) -> bool:
 
 def _survey(units: list[list[Span]], reading: Reading, characters: bool, num_proc: int) -> list[tuple[int, str]]:
     """For each unit the bytes of its text and, if asked for, the characters that occur in it."""
-    return list(parallel_map(functools.partial(_survey_unit, reading=reading, characters=characters), units, num_proc))
+    one = functools.partial(_survey_unit, reading=reading, characters=characters)
+    passes = parallel_map(one, units, num_proc)
+    return list(tqdm(passes, "reading", len(units), unit="part", disable=None, leave=False))
 
 
 def _survey_unit(unit: list[Span], reading: Reading, characters: bool) -> tuple[int, str]:
     size, seen = 0, set[str]()
     for span in unit:
-        for text, _ in documents(span, reading, Counter()):
-            size += size_of(text)
+        for piece in documents(span, reading, Counter()):
+            size += size_of(piece.text)
             if characters:
-                seen.update(text)
+                seen.update(piece.text)
     return size, "".join(sorted(seen))
+
+
+def _at_most(size: int, texts: Iterable[str]) -> Iterator[str]:
+    """The first texts, of so many characters together."""
+    for text in texts:
+        yield text
+        size -= len(text)
+        if size <= 0:
+            return
 
 
 def _make_tokenizer(setting: str, units: list[list[Span]], reading: Reading, characters: str) -> Tokenizer:
@@ -178,9 +205,10 @@ def _make_tokenizer(setting: str, units: list[list[Span]], reading: Reading, cha
     if setting.startswith("bpe:"):
         size = sum(span.size for unit in units for span in unit)
         chosen = units[:: -(-size // BPE_TEXT) or 1]  # evenly over the corpus
-        print(f"learning a vocabulary from {sum(span.size for unit in chosen for span in unit):,} bytes")
-        texts = (text for unit in chosen for span in unit for text, _ in documents(span, reading, Counter()))
-        tokenizer = train_bpe(texts, int(setting.removeprefix("bpe:")))
+        print("learning a vocabulary from the text")
+        spans = (span for unit in chosen for span in unit)
+        pieces = (piece.text for span in spans for piece in documents(span, reading, Counter()))
+        tokenizer = train_bpe(_at_most(BPE_TEXT, pieces), int(setting.removeprefix("bpe:")))
         print(f"vocabulary of {tokenizer.vocab_size} entries")
         return tokenizer
     return read_tokenizer(Path(setting))

@@ -2,20 +2,30 @@
 
 import dataclasses
 import shutil
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanogpt.config import PrepareConfig
+from nanogpt.config import PrepareConfig, unescaped
 from nanogpt.data.build import build
-from nanogpt.data.corpus import standard_library
+from nanogpt.data.corpus import Source, files_below, import_datasets, source_of
 from nanogpt.data.documents import Reading
 from nanogpt.data.download import shakespeare
 from nanogpt.data.plan import Recipe
 from nanogpt.data.tokens import SPLITS, open_dataset
 from nanogpt.errors import ConfigError, DataError
 
+OPENWEBTEXT_IDS = 18.1e9  # bytes
 OPENWEBTEXT_CACHE = 70e9  # bytes: 24 GB of parquet and 40 GB of Arrow that the datasets library keeps, and a margin
+
+
+def standard_library() -> list[Source]:
+    """The Python sources of the standard library, sorted, without tests and installed packages."""
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    root = Path(sysconfig.get_path("stdlib"))
+    files = (path.relative_to(root) for path in files_below(root) if path.suffix == ".py")
+    return [source_of(root / path, found=True) for path in files if not skipped.intersection(path.parts)]
 
 
 def pystdlib(folder: Path, needs_text: bool) -> Recipe:
@@ -66,12 +76,12 @@ def prepare(config: PrepareConfig) -> None:
         )
     recipe = DATASETS[config.name](folder, not config.input) if config.name in DATASETS else Recipe([])
     if config.name == "openwebtext" and not config.input and not config.limit:
-        _check_cache()
+        _check_room_for_openwebtext(folder)
     recipe = Recipe(
         inputs=config.input or recipe.inputs,
         tokenizer=config.tokenizer or recipe.tokenizer,
-        val_fraction=config.val_fraction or recipe.val_fraction,
-        reading=Reading(config.field, config.separator.encode().decode("unicode_escape")),
+        val_fraction=recipe.val_fraction if config.val_fraction == "auto" else config.val_fraction,
+        reading=Reading(config.field, unescaped(config.separator)),
         end_documents=recipe.end_documents,
         limit=config.limit,
     )
@@ -86,20 +96,30 @@ def prepare(config: PrepareConfig) -> None:
     print(f"wrote {folder}/train.bin, val.bin and dataset.json")
 
 
-def _check_cache() -> None:
-    """Refuse a download that would fill the disk."""
-    from datasets import config as settings
+def _check_room_for_openwebtext(folder: Path) -> None:
+    """Say what it takes, and refuse a download that would fill the disk."""
+    cache = Path(import_datasets().config.HF_DATASETS_CACHE)
+    needs: dict[int, float] = {}  # bytes on each disk
+    is_cached = any(cache.glob("*openwebtext*")) or (folder / ".preparing" / "plan.json").exists()
+    for path, size in ((cache, 0 if is_cached else OPENWEBTEXT_CACHE), (folder, OPENWEBTEXT_IDS)):
+        disk = _existing(path).stat().st_dev
+        needs[disk] = needs.get(disk, 0) + size
+    print(f"OpenWebText takes about {OPENWEBTEXT_CACHE / 1e9:.0f} GB in {cache}")
+    print(f"and {OPENWEBTEXT_IDS / 1e9:.0f} GB in {folder}")
+    for path in (cache, folder):
+        free = shutil.disk_usage(_existing(path)).free
+        if free < (need := needs[_existing(path).stat().st_dev]):
+            raise DataError(
+                f"the disk of {path} has {free / 1e9:.0f} GB left, and {need / 1e9:.0f} GB are needed there. Name "
+                "another one in the variable HF_HOME or with --data_dir, try --limit=10000, or pass a folder of its parquet "
+                "or jsonl files as --input=FOLDER"
+            )
 
-    cache = Path(settings.HF_DATASETS_CACHE)
-    there = next(path for path in (cache, *cache.parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    needs = f"OpenWebText takes about {OPENWEBTEXT_CACHE / 1e9:.0f} GB in {cache} and 18 GB for its ids"
-    print(f"{needs}; {free / 1e9:.0f} GB are free")
-    if free < OPENWEBTEXT_CACHE:
-        raise DataError(
-            f"{needs}, but {there} has {free / 1e9:.0f} GB left. Name another disk in the variable HF_HOME, "
-            "try --limit=10000, or pass a folder of its parquet or jsonl files as --input=FOLDER"
-        )
+
+def _existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    path = path.absolute()
+    return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
 def describe(folder: Path) -> None:

@@ -53,7 +53,16 @@ class Tokens:
         if len(self.shards) == 1:
             windows: Ids = sliding_window_view(self.shards[0], length)[starts]
             return windows
-        return np.stack([self[start : start + length] for start in starts.tolist()])
+        result = np.empty((len(starts), length), self.shards[0].dtype)
+        first = np.searchsorted(self._ends, starts, "right")  # the shard where a window begins
+        for number in np.unique(first).tolist():
+            shard, end = self.shards[number], int(self._ends[number])
+            inside = (first == number) & (starts + length <= end)
+            if inside.any():
+                result[inside] = sliding_window_view(shard, length)[starts[inside] - (end - len(shard))]
+            for row in np.flatnonzero((first == number) & ~inside).tolist():
+                result[row] = self[int(starts[row]) : int(starts[row]) + length]
+        return result
 
 
 @dataclass(frozen=True)
@@ -89,9 +98,13 @@ def finish_dataset(
 ) -> dict[str, Any]:
     """Give the finished files of ids in `work` their names in `folder`, and return their description.
 
-    The description is there before the ids take their names: whatever is interrupted, ids are never read with
-    a tokenizer that is not theirs. Called again after an interruption, it completes its work.
+    Old ids go, then comes the description, then the new ids: whatever is interrupted, ids are never read with a
+    tokenizer that is not theirs. Called again after an interruption, it completes its work.
     """
+    finished = [split for split in SPLITS if (work / f"{split}.bin").exists()]
+    for split in finished:
+        for old in shards_of(folder, split) + sorted(folder.glob(f"{split}-*.bin")):
+            old.unlink(missing_ok=True)
     description = {
         "version": 1,
         "dtype": dtype_of(tokenizer).name,
@@ -106,11 +119,8 @@ def finish_dataset(
         write_meta(folder / "meta.pkl", tokenizer)
     else:
         (folder / "meta.pkl").unlink(missing_ok=True)  # of an earlier data set
-    for split in SPLITS:
-        for shard in folder.glob(f"{split}-*.bin"):
-            shard.unlink()
-        if (work / f"{split}.bin").exists():
-            os.replace(work / f"{split}.bin", folder / f"{split}.bin")
+    for split in finished:
+        os.replace(work / f"{split}.bin", folder / f"{split}.bin")
     return description
 
 

@@ -26,7 +26,7 @@ def parallel_map(function: Callable[[Item], Result], items: Sequence[Item], num_
     Processes start with a fresh interpreter: function and items must be picklable, and a script that ends up
     here must be importable. Raises what `function` raises, and `DataError` if a process is killed.
     """
-    num_proc = min(num_proc, len(items))
+    num_proc = min(num_proc, len(items), 61)  # more, Windows can't wait for
     if num_proc <= 1:
         yield from map(function, items)
         return
@@ -44,7 +44,8 @@ def parallel_map(function: Callable[[Item], Result], items: Sequence[Item], num_
     except BrokenProcessPool as error:
         raise DataError(
             "a worker process was killed, perhaps for want of memory. What is finished is kept: the same command goes "
-            f"on, also with another --num_proc (now {num_proc})"
+            f"on, also with another --num_proc (now {num_proc}). (A script of your own must call this below "
+            "`if __name__ == '__main__':`)"
         ) from error
 
 

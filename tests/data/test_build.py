@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +16,14 @@ import numpy as np
 import pytest
 
 from nanogpt.data import build as module
-from nanogpt.data import corpus, documents
+from nanogpt.data import corpus, documents, tokens
 from nanogpt.data.build import build
 from nanogpt.data.documents import Reading
 from nanogpt.data.plan import Recipe
 from nanogpt.data.tokenizer import Tokenizer, from_description
-from nanogpt.data.tokens import open_dataset
-from nanogpt.errors import DataError
+from nanogpt.data.tokens import is_prepared, open_dataset
+from nanogpt.errors import DataError, UserError
+from nanogpt.files import locked
 from tests.conftest import ROOT
 
 SET = Path("data/set")
@@ -50,7 +52,7 @@ def encoded(documents: list[str], tokenizer: Tokenizer, split: str, val_fraction
 
 
 def files() -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in SET.glob("*") if p.is_file()}
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in SET.glob("*.*") if p.suffix}
 
 
 @pytest.mark.parametrize("setting", ["byte", "char", "gpt2", "bpe:400"])
@@ -96,7 +98,7 @@ def test_text_files_of_a_folder_are_split_by_file(monkeypatch: pytest.MonkeyPatc
     for split in ("train", "val"):
         assert dataset.split(split)[:].tolist() == encoded(corpora, dataset.tokenizer, split, 0.05)
     assert description["skipped"] == {"not UTF-8 text": 1, "empty": 1}
-    assert description["source_files"] == 252
+    assert description["source_files"] == 251  # without the picture
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x.txt.gz"])
@@ -287,17 +289,21 @@ def test_killed_at_random_moments_it_ends_with_the_same_files(num_proc: int) -> 
     assert expected.keys() == {"train.bin", "val.bin", "dataset.json"}
     moments = random.Random(num_proc)
     appended, kills = [], 0
-    for _ in range(60):
+    journal = Path("killed/.preparing/progress.json")
+    for attempt in range(60):
         process = start("killed", num_proc)
+        while attempt < 6 and process.poll() is None and not journal.exists():
+            time.sleep(0.01)  # there is something to lose
         try:
-            assert process.wait(moments.uniform(0.3, 0.8) * duration) == 0
+            assert process.wait(moments.uniform(0, 0.4 + attempt / 10) * duration) == 0
             break
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)  # the main process alone: its workers must notice
             process.wait()
             kills += 1
-        journal = Path("killed/.preparing/progress.json")
-        if journal.exists():
+        if not Path("killed/.preparing/plan.json").exists():
+            appended.clear()  # killed while planning, or behind the end: it begins anew
+        elif journal.exists():
             appended.append(json.loads(journal.read_bytes())["appended"])
         for path in Path("killed").glob("*.bin"):
             assert path.read_bytes() == expected[path.name]  # whole, or not there
@@ -318,3 +324,70 @@ def test_the_description_gives_the_tokenizer_back() -> None:
     tokenizer = from_description(description["tokenizer"])
     assert tokenizer.vocab_size == 400
     assert open_dataset(SET).tokenizer.describe() == tokenizer.describe()
+
+
+def test_large_binaries_in_a_folder_are_passed_over_and_do_not_count_as_documents(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(corpus, "SPAN", 1000)
+    Path("folder").mkdir()
+    for n in range(300):
+        Path(f"folder/{n}.png").write_bytes(b"\x89PNG\xff" * 999)
+    for n in range(3):
+        Path(f"folder/{n}.txt").write_text(f"text {n}\n" * 100)
+    description = build(SET, Recipe(["folder"], "byte"))
+    assert description["skipped"] == {"not UTF-8 text": 300}
+    assert description["bytes"]["val"] == 2100 - int(2100 * 0.95)  # the end of the text
+
+
+def test_packed_and_plain_texts_have_the_same_split() -> None:
+    import gzip
+
+    held_out = []
+    for folder, pack in (("plain", lambda data: data), ("packed", gzip.compress)):
+        Path(folder).mkdir()
+        for n, text in enumerate(texts(300)):
+            Path(folder, f"{n}.txt" + (".gz" if folder == "packed" else "")).write_bytes(pack(text.encode()))
+        build(SET, Recipe([folder], "byte", val_fraction=0.1))
+        dataset = open_dataset(SET)
+        held_out.append(set(dataset.tokenizer.decode(dataset.val[:].tolist()).split("<|endoftext|>")))
+    assert held_out[0] == held_out[1]
+
+
+def test_a_data_set_is_made_by_one_process_at_a_time() -> None:
+    with (
+        locked(SET / ".lock", "it"),
+        pytest.raises(UserError, match="another process is at work on the data set data/set"),
+    ):
+        build(SET, Recipe([write_jsonl("x.jsonl", texts(300))], "byte"))
+    build(SET, Recipe(["x.jsonl"], "byte"))
+
+
+@pytest.mark.parametrize("moment", ["unlink", "write_json", "replace", "rmtree"])
+def test_interrupted_while_finishing_it_finishes(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe([write_jsonl("x.jsonl", texts(300))], "byte")
+    build(SET, recipe)
+    before = files()
+    write_jsonl("y.jsonl", texts(310))
+    recipe = Recipe(["y.jsonl"], "gpt2")
+    build(SET, recipe)
+    after = files()
+    build(SET, Recipe(["x.jsonl"], "byte"))
+    assert files() == before
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if moment == "unlink":
+            patch.setattr(Path, "unlink", interrupted)
+        elif moment == "rmtree":
+            patch.setattr(shutil, "rmtree", interrupted)
+        else:
+            patch.setattr(tokens if moment == "write_json" else tokens.os, moment, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build(SET, recipe)
+    if is_prepared(SET):
+        assert {name: files()[name] for name in after} in (before, after)
+    build(SET, recipe)
+    assert files() == after

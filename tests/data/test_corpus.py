@@ -1,10 +1,13 @@
+import gzip
+import hashlib
 import itertools
 from pathlib import Path
 
 import pytest
 
 from nanogpt.data import corpus
-from nanogpt.data.corpus import Source, cut, find_sources, is_published, sha256_of, standard_library
+from nanogpt.data.corpus import Source, cut, digests_of, find_sources, is_published
+from nanogpt.data.prepare import standard_library
 from nanogpt.errors import DataError
 
 
@@ -62,7 +65,7 @@ def test_a_hub_that_cannot_be_reached_says_what_to_do_instead(monkeypatch: pytes
         raise ConnectionError("no route to host\nand much more")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(DataError, match=r"hub \(no route to host\); give ORGANISATION/NAME"):
+    with pytest.raises(DataError, match=r"no such file or folder, and as a data set .* \(no route to host\); give"):
         find_sources(["org/name"], 1)
 
 
@@ -99,11 +102,15 @@ def test_parquet_is_cut_between_row_groups(tmp_path: Path, monkeypatch: pytest.M
     assert len(spans) > 2
 
 
-def test_a_digest_is_that_of_the_file() -> None:
+def test_digests_are_those_of_the_file_and_of_what_is_packed_in_it() -> None:
     Path("x").write_bytes(b"abc")
-    assert sha256_of(Source("x", 3)) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert digests_of(Source("x", 3)) == (digest, digest)
+    Path("x.gz").write_bytes(gzip.compress(b"abc"))
+    packed, content = digests_of(Source("x.gz", 3))
+    assert (packed, content) == (hashlib.sha256(Path("x.gz").read_bytes()).hexdigest(), digest)
     with pytest.raises(DataError, match="cannot read nothing"):
-        sha256_of(Source("nothing", 3))
+        digests_of(Source("nothing", 3))
 
 
 def test_the_standard_library_is_large_sorted_and_without_tests() -> None:

@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import json
 import random
 from collections import Counter
@@ -6,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from nanogpt.data import corpus, documents
 from nanogpt.data.corpus import Source, Span, cut
@@ -23,9 +25,9 @@ def read(path: str, reading: Reading = PLAIN, found: bool = False, skipped: Coun
     result, pieces = [], ""
     for unit in cut([Source(path, Path(path).stat().st_size, found)]):
         for span in unit:
-            for text, ends in documents.documents(span, reading, Counter() if skipped is None else skipped):
-                pieces += text
-                if ends:
+            for piece in documents.documents(span, reading, Counter() if skipped is None else skipped):
+                pieces += piece.text
+                if piece.ends:
                     result.append(pieces)
                     pieces = ""
     assert pieces == ""
@@ -33,7 +35,6 @@ def read(path: str, reading: Reading = PLAIN, found: bool = False, skipped: Coun
 
 
 def write_zst(path: str, text: str) -> None:
-    zstandard = pytest.importorskip("zstandard")
     Path(path).write_bytes(zstandard.compress(text.encode()))
 
 
@@ -107,7 +108,7 @@ def test_what_a_file_is_cut_into_changes_neither_text_nor_tokens(seed: int, monk
     assert read("x.txt") == read("x.txt.gz") == [expected]
     tokenizer = GPT2Tokenizer()
     spans = [span for unit in cut([Source("x.txt", len(text.encode()))]) for span in unit]
-    pieces = [text for span in spans for text, _ in documents.documents(span, Reading(), Counter())]
+    pieces = [piece.text for span in spans for piece in documents.documents(span, Reading(), Counter())]
     assert len(pieces) > 10
     assert [i for piece in pieces for i in tokenizer.encode(piece).tolist()] == tokenizer.encode(expected).tolist()
 
@@ -155,6 +156,11 @@ def test_what_is_no_text_is_an_error_by_name_and_passed_over_in_a_folder(content
         ("x.jsonl", b'{"text": "a"}\n{"text": \n', r"x\.jsonl, line at byte 14: this is no JSON"),
         ("x.jsonl", b"[1]\n", r"no text in the field 'text'.*fields: none: it is a list"),
         ("x.txt.gz", gzip.compress(b"some text" * 1000)[:-20], r"x\.txt\.gz cannot be read"),
+        (
+            "x.txt.zst",
+            zstandard.compress(random.Random(0).randbytes(5000).hex().encode())[:-900],
+            "midst of its content",
+        ),
         ("x.txt.gz", b"not compressed", r"x\.txt\.gz cannot be read"),
         ("x.txt.zst", b"not compressed", r"x\.txt\.zst cannot be read"),
         ("x.parquet", b"not parquet", r"x\.parquet cannot be read"),
@@ -162,8 +168,6 @@ def test_what_is_no_text_is_an_error_by_name_and_passed_over_in_a_folder(content
     ],
 )
 def test_a_damaged_file_is_one_message(name: str, content: bytes, message: str) -> None:
-    for library in ("zstandard", "pyarrow"):
-        pytest.importorskip(library)
     Path(name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         read(name)
@@ -183,5 +187,73 @@ def test_the_wrong_separator_does_not_fill_the_memory(monkeypatch: pytest.Monkey
     monkeypatch.setattr(documents, "LONGEST_RECORD", 1000)
     monkeypatch.setattr(documents, "BLOCK", 100)
     Path("x.txt").write_text("a" * 2000)
-    with pytest.raises(DataError, match=r"no b'\\n' within"):
+    with pytest.raises(DataError, match=r"no '\\n' within"):
         read("x.txt", Reading(separator="\n"))
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_zst_files_of_several_frames_are_read_to_the_end(frames: int) -> None:
+    text = "".join(f"line {n}\n" for n in range(30_000))
+    size = len(text) // frames + 1
+    parts = [text[n : n + size].encode() for n in range(0, len(text), size)]
+    Path("x.txt.zst").write_bytes(b"".join(zstandard.compress(part) for part in parts))
+    assert read("x.txt.zst") == [text]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("span", [1, 2, 3, 5, 13, 10**6])
+def test_a_run_of_newlines_is_one_separator_wherever_files_are_cut(
+    span: int, newline: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [f"record\n{n}" for n in range(50)]
+    text = "".join(record + "\n" * (2 + n % 4) for n, record in enumerate(records))
+    Path("x.txt").write_bytes(text.replace("\n", newline).encode())
+    monkeypatch.setattr(corpus, "SPAN", span)
+    monkeypatch.setattr(documents, "BLOCK", 17)
+    assert read("x.txt", Reading(separator="\n\n")) == records
+
+
+@pytest.mark.parametrize("separator", ["====", "ab", "—"])
+@pytest.mark.parametrize("span", [1, 3, 10, 10**6])
+def test_separators_of_several_kinds(separator: str, span: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [f"{n} x" for n in range(40)]
+    Path("x.txt").write_text(separator.join(records))
+    monkeypatch.setattr(corpus, "SPAN", span)
+    monkeypatch.setattr(documents, "BLOCK", 19)
+    assert read("x.txt", Reading(separator=separator)) == records
+
+
+def test_newlines_are_not_torn_by_a_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("x.txt").write_bytes(b";;\r\n" * 500)
+    for span in (7, 10, 101):
+        monkeypatch.setattr(corpus, "SPAN", span)
+        monkeypatch.setattr(documents, "BLOCK", 50)
+        assert read("x.txt") == [";;\n" * 500]
+
+
+def test_a_long_row_comes_in_pieces_that_know_their_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "BLOCK", 5000)
+    text = "some words, and more. " * 1000
+    Path("x.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    [unit] = cut([Source("x.jsonl", Path("x.jsonl").stat().st_size)])
+    pieces = list(documents.documents(unit[0], PLAIN, Counter()))
+    assert len(pieces) > 4
+    assert max(len(piece.text) for piece in pieces) <= 5000
+    assert "".join(piece.text for piece in pieces) == text
+    assert {piece.digest for piece in pieces} == {hashlib.sha256(text.encode()).hexdigest()}
+    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    tokenizer = GPT2Tokenizer()
+    ids = [i for piece in pieces for i in tokenizer.encode(piece.text).tolist()]
+    assert ids == tokenizer.encode(text).tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [("a", b"text", True), ("a", b"", True), ("a", b"\x89PNG\xff", False), ("a", b"a\0b", False),
+     ("a", "ä".encode() * 40_000, True), ("a", b"x" + "ä".encode() * 40_000, True),
+     ("a.gz", gzip.compress(b"text"), True),
+     ("a.gz", gzip.compress(b"\xff\xfe"), False), ("a.gz", b"no gzip", False)],
+)  # fmt: skip
+def test_the_beginning_of_a_file_tells_whether_it_is_text(name: str, content: bytes, expected: bool) -> None:
+    Path(name).write_bytes(content)
+    assert documents.is_text(Source(name, len(content), found=True)) is expected

@@ -91,7 +91,8 @@ def test_an_unknown_name_says_how_to_use_ones_own_text() -> None:
     ("settings", "message"),
     [({"name": ""}, "which data set"), ({"name": "a/b"}, "name of a folder below data_dir"),
      ({"tokenizer": "bpe:100"}, "at least bpe:257"), ({"tokenizer": "nowhere.json"}, "expected char, byte, gpt2"),
-     ({"val_fraction": 1.0}, "val_fraction=1.0"), ({"num_proc": -1}, "num_proc=-1")],
+     ({"val_fraction": 1.0}, "val_fraction=1.0"), ({"val_fraction": 0.0}, "between 0 and 1"),
+     ({"num_proc": -1}, "num_proc=-1"), ({"input": [""]}, "input is empty"), ({"separator": "\\x"}, "separator=")],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_named(settings: dict[str, Any], message: str) -> None:
     [problem] = PrepareConfig(**{"name": "x", **settings}).problems()
@@ -102,9 +103,11 @@ def test_openwebtext_says_what_it_takes_and_refuses_without(monkeypatch: pytest.
     datasets = pytest.importorskip("datasets")
     usage = module.shutil.disk_usage(".")
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=10**9))
-    with pytest.raises(DataError, match=r"takes about 70 GB .* has 1 GB left.*--limit=10000.*--input=FOLDER"):
+    with pytest.raises(DataError, match=r"has 1 GB left, and (88|70) GB are needed.*--limit=10000.*--input=FOLDER"):
         prepare(PrepareConfig(name="openwebtext"))
-    assert "18 GB for its ids; 1 GB are free" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "OpenWebText takes about 70 GB in" in out
+    assert "and 18 GB in data/openwebtext" in out
 
     def load_dataset(name: str, config: object, **options: object) -> object:
         assert (name, config, options) == ("Skylion007/openwebtext", None, {"split": "train", "streaming": True})
