@@ -105,7 +105,8 @@ class TrainConfig(_Machine):
     batch_size: int = 12  # rows of a micro-batch; as many as fit into memory
     block_size: int = 1024  # context length in tokens
     sampling: Literal["random", "epoch"] = "random"  # of windows: drawn anew every time, or each once per epoch
-    mask_documents: bool = False  # a token sees only its own document, and positions restart with it
+    mask_documents: bool = False  # a token sees only its own document, and positions restart with it; on CUDA fast
+    # where the model is compiled and has no dropout
 
     # --- model ---
     n_layer: int = 12  # depth: number of blocks

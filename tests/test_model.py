@@ -249,3 +249,27 @@ def test_the_mask_of_blocks_is_the_dense_one() -> None:
     q, k, v = torch.randn(3, 2, 4, 256, 16, generator=torch.Generator().manual_seed(0)).unbind()
     dense, blocks = (attend(q, k, v, document_mask(documents, dense=dense), 0.0) for dense in (True, False))
     torch.testing.assert_close(dense, blocks, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_the_mask_of_blocks_can_be_compiled_and_trained(
+    gradient_checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way that CUDA goes, traced as one graph; only the kernels themselves are not there to be run."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    idx = random_ids(2, 128, vocab_size=20)
+
+    def loss_of(in_blocks: bool) -> float:
+        monkeypatch.setattr("nanogpt.model.document_mask", lambda ids, dense: document_mask(ids, dense=not in_blocks))
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(128, 61, n_layer=2, n_head=2, n_embd=32))
+        model.transformer.gradient_checkpointing = gradient_checkpointing
+        if in_blocks:
+            model.compile(backend="aot_eager", fullgraph=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            _, loss = model(idx, idx, document_ids=document_ids_of(idx, 0), return_logits=False)
+        loss.backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+        return float(loss)
+
+    assert loss_of(in_blocks=True) == pytest.approx(loss_of(in_blocks=False), abs=2e-2)

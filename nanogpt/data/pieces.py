@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
-_REMEMBERED = 1 << 19  # pieces, until all are forgotten: bounds the memory
+_REMEMBERED = 1 << 18  # pieces, until all are forgotten: bounds the memory
 _MOST_IDS = 1 << 23  # of all pieces together, likewise
 _SLOTS = 18  # bits of a slot's number in the table of short pieces
 _WIDE_BLANKS = re.compile("[\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")

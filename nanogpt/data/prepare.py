@@ -111,8 +111,8 @@ def _check_room_for_openwebtext(folder: Path) -> None:
         if free < (need := needs[_existing(path).stat().st_dev]):
             raise DataError(
                 f"the disk of {path} has {free / 1e9:.0f} GB left, and {need / 1e9:.0f} GB are needed there. Name "
-                "another one in the variable HF_HOME or with --data_dir, try --limit=10000, or pass a folder of its parquet "
-                "or jsonl files as --input=FOLDER"
+                "another one in the variable HF_HOME or with --data_dir, try --limit=10000, or pass a folder of its "
+                "parquet or jsonl files as --input=FOLDER"
             )
 
 
