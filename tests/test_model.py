@@ -270,6 +270,6 @@ def test_the_mask_of_blocks_can_be_compiled_and_trained(
             _, loss = model(idx, idx, document_ids=document_ids_of(idx, 0), return_logits=False)
         loss.backward()
         assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
-        return float(loss)
+        return loss.item()
 
     assert loss_of(in_blocks=True) == pytest.approx(loss_of(in_blocks=False), abs=2e-2)
