@@ -279,8 +279,10 @@ class PrepareConfig(Settings):
 
     # --- data set ---
     data_dir: str = "data"  # folder of the data sets
-    tokenizer: str = ""  # char, byte, gpt2, bpe:N (learned from this text), or a tokenizer.json or a model's folder;
-    # empty: the known data set's own, gpt2 for your text
+    tokenizer: str = (
+        ""  # char, byte, gpt2, bpe:N (learned from this text), a tokenizer.json, or the folder of a model or
+    )
+    # of another data set; empty: the known data set's own, gpt2 for your text
     val_fraction: float | Literal["auto"] = (
         "auto"  # share of the text for validation, by documents if there are enough;
     )
@@ -307,8 +309,8 @@ class PrepareConfig(Settings):
         yield from out_of_range(self, ">= 0", "limit num_proc")
         words = ("", "char", "byte", "gpt2")
         if match := re.fullmatch(r"bpe:(\d+)", self.tokenizer):
-            if int(match[1]) < 257:
-                yield f"tokenizer={self.tokenizer}: expected at least bpe:257, the 256 bytes and the end of text"
+            if not 257 <= int(match[1]) <= 10**6:
+                yield f"tokenizer={self.tokenizer}: expected bpe:257, the 256 bytes and the end of text, to bpe:1000000"
         elif self.tokenizer not in words and not Path(self.tokenizer).exists():
             yield (
                 f"tokenizer={self.tokenizer!r}: expected char, byte, gpt2, bpe:N, or the path of a tokenizer.json or "

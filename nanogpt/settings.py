@@ -81,6 +81,8 @@ def _split_arguments(
                 problems.append(f"{word}: options begin with two dashes: --{word}")
             elif positional not in hints:
                 problems.append(f"{word}: expected config files (*.py) and --key=value only")
+            elif any(name == positional for name, _ in settings) and hints[positional] is str:
+                problems.append(f"{word}: {positional} is given twice")
             else:
                 settings.append((positional, word))
             continue

@@ -1,5 +1,5 @@
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -161,3 +161,37 @@ def test_configurator_overrides_the_globals_of_a_script(tmp_path: Path) -> None:
     assert variables == expected
     with pytest.raises(ConfigError, match="did you mean steps"):
         override_globals(variables, ["--step=5"])
+
+
+@dataclass
+class Listing(Settings):
+    """With a list."""
+
+    name: str = ""  # what
+    input: list[str] = field(default_factory=list)  # which
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "expected"),
+    [(["x", "--input=a"], "x", ["a"]), (["x", "--input=a", "--input=b"], "x", ["a", "b"]),
+     (["x", "--input", "a.py", "b", "--name=y"], "y", ["a.py", "b"]), (["--input=a", "x"], "x", ["a"]), (["x"], "x", [])],
+)  # fmt: skip
+def test_a_list_is_repeated_or_written_in_a_row(words: list[str], name: str, expected: list[str]) -> None:
+    config = parse(Listing, words, "usage", positional="name")
+    assert (config.name, config.input) == (name, expected)
+
+
+def test_the_command_lines_list_replaces_that_of_a_file() -> None:
+    Path("c.py").write_text("input = ['from', 'file']")
+    assert parse(Listing, ["c.py"], "usage", positional="name").input == ["from", "file"]
+    assert parse(Listing, ["c.py", "--input=x"], "usage", positional="name").input == ["x"]
+    Path("c.py").write_text("input = [1]")
+    with pytest.raises(ConfigError, match="expected text, or a list of texts"):
+        parse(Listing, ["c.py"], "usage", positional="name")
+
+
+def test_two_words_for_one_setting_are_one_too_many() -> None:
+    with pytest.raises(ConfigError, match="y: name is given twice"):
+        parse(Listing, ["x", "y"], "usage", positional="name")
+    with pytest.raises(ConfigError, match="--input: a value is missing"):
+        parse(Listing, ["x", "--input"], "usage", positional="name")

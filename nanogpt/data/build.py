@@ -28,12 +28,12 @@ from tqdm import tqdm
 
 from nanogpt.data.corpus import Source, Span
 from nanogpt.data.documents import Reading, documents, size_of
-from nanogpt.data.plan import Recipe, discard, make_plan
+from nanogpt.data.plan import Recipe, discard, make_plan, stamps
 from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, from_description
 from nanogpt.data.tokens import SPLITS, dtype_of, finish_dataset
 from nanogpt.data.workers import cores, parallel_map
 from nanogpt.errors import DataError
-from nanogpt.files import atomic_write, locked, write_json
+from nanogpt.files import atomic_write, locked, read_json, write_json
 
 BATCH = 1 << 16  # characters that are encoded together
 
@@ -117,9 +117,18 @@ def _build(folder: Path, recipe: Recipe, num_proc: int) -> dict[str, Any]:
     ]
     if not (work / "progress.json").exists():
         _check_disk(folder, sources, tokenizer)
-    tally = _tokenize_all(work, units, num_proc, dtype_of(tokenizer).itemsize)
+    try:
+        tally = _tokenize_all(work, units, num_proc, dtype_of(tokenizer).itemsize)
+    except OSError as error:
+        raise DataError(
+            f"cannot write in {work}: {error.strerror or error}; what is finished is kept, the same command goes on"
+        ) from error
     tally["skipped"] = dict(Counter(tally["skipped"]) + Counter(plan["skipped"]))
     try:
+        before = plan["request"]["files"]
+        now = stamps([Source(path, size) for path, size, _ in before])
+        if changed := [old[0] for old, new in zip(before, now, strict=True) if old != new]:
+            raise DataError(f"{changed[0]} has changed while it was read; the same command begins anew")
         _check_splits(tally, recipe)
     except DataError:
         discard(work)
@@ -199,8 +208,7 @@ def _tokenize_all(work: Path, units: list[Unit], num_proc: int, itemsize: int) -
     parts, journal = units[0].folder if units else work, work / "progress.json"
     parts.mkdir(parents=True, exist_ok=True)
     progress: dict[str, Any] = {"appended": 0, "tokens": {}, "documents": {}, "bytes": {}, "skipped": {}}
-    if journal.exists():
-        progress = json.loads(journal.read_bytes())
+    progress |= read_json(journal)
     first = progress["appended"]
     if first == len(units):
         return progress
@@ -248,8 +256,8 @@ def _check_disk(folder: Path, sources: list[Source], tokenizer: Tokenizer) -> No
     free = shutil.disk_usage(folder).free
     if free < size * per_byte:
         raise DataError(
-            f"the ids of {size / 1e9:.1f} GB of text take about {size * per_byte / 1e9:.1f} GB, but {folder} has only "
-            f"{free / 1e9:.1f} GB left; make room, or choose another disk with --data_dir=…"
+            f"the ids of {size / 1e6:,.0f} MB of text take about {size * per_byte / 1e6:,.0f} MB, but the disk of "
+            f"{folder} has only {free / 1e6:,.0f} MB left; make room, or choose another disk with --data_dir=…"
         )
 
 
@@ -262,5 +270,5 @@ def _check_splits(tally: dict[str, dict[str, int]], recipe: Recipe) -> None:
     if min(counts) < 2:
         raise DataError(
             f"the corpus is too small to split: {counts[0]:,} training and {counts[1]:,} validation tokens; use more "
-            f"text, or a --val_fraction other than {recipe.val_fraction:g}"
+            f"text, or a --val_fraction other than {recipe.val_fraction}"
         )

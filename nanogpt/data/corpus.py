@@ -69,11 +69,14 @@ def find_sources(inputs: list[str], num_proc: int) -> list[Source]:
         path = Path(name).expanduser()
         if path.is_dir():
             found = [source_of(file, found=True) for file in files_below(path)]
-        elif path.exists():
+        elif path.is_file():
             found = [source_of(path)]
+        elif path.exists():
+            raise DataError(f"--input={name}: this is neither a file nor a folder")
         elif any(character in name for character in "*?["):
             found = [source_of(match, found=True) for match in _matches(path)]
         elif is_published(name):
+            print(f"no file {name} here: asking the Hugging Face hub for a data set of that name")
             found = published_data_set(name, num_proc)
         else:
             raise DataError(f"--input={name}: there is no such file or folder")
@@ -110,7 +113,9 @@ def files_below(folder: Path) -> list[Path]:
 
 def is_published(name: str) -> bool:
     """Whether an input names a data set on the Hugging Face hub, and no file or folder here."""
-    return name.startswith("hf:") or (bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists())
+    return bool(re.match(r"hf:[\w.-]", name)) or (
+        bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+    )
 
 
 def import_datasets() -> Any:

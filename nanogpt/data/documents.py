@@ -228,13 +228,15 @@ def _json_lines(span: Span, field: str) -> Iterator[str]:
         where = f"{span.source.path}, line at byte {position:,}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: this is no JSON: {error}") from error
         yield _field_of(row, field, where)
 
 
 def _field_of(row: Any, field: str, where: str) -> str:
     text = row.get(field) if isinstance(row, dict) else None
+    if text is None and isinstance(row, dict) and field in row:
+        return ""
     if isinstance(text, str):
         return text if text.isascii() or _is_well_formed(text) else well_formed(text)
     names = ", ".join(row) if isinstance(row, dict) else f"none: it is a {type(row).__name__}"

@@ -31,7 +31,7 @@ from nanogpt.data.tokenizer import (
 )
 from nanogpt.data.workers import parallel_map
 from nanogpt.errors import DataError
-from nanogpt.files import atomic_write, write_json
+from nanogpt.files import atomic_write, read_json, write_json
 
 ENOUGH = 10  # documents to expect in validation; where there are fewer, the end of the text is validation
 BPE_TEXT = 1 << 28  # bytes of text, at most, that a vocabulary is learned from
@@ -55,9 +55,10 @@ def make_plan(work: Path, recipe: Recipe, num_proc: int) -> dict[str, Any]:
     """The plan in `work` if it is for the same request, else a new one."""
     request, sources = _request(recipe, num_proc)
     path = work / "plan.json"
-    if path.exists() and (plan := json.loads(path.read_bytes()))["request"] == request:
+    plan = read_json(path)
+    if plan.get("request") == request:
         print(f"going on with what {work} holds")
-        return dict(plan)
+        return plan
     discard(work)
     readable = [source for source in sources if not source.found or source.kind != "text" or is_text(source)]
     skipped = Counter({"not UTF-8 text": len(sources) - len(readable)})
@@ -98,6 +99,15 @@ def make_plan(work: Path, recipe: Recipe, num_proc: int) -> dict[str, Any]:
     return plan
 
 
+def stamps(sources: Sequence[Source]) -> list[list[Any]]:
+    """Path, size and time of the last change of each file: equal as long as nobody writes there."""
+    try:
+        stats = [os.stat(source.path) for source in sources]
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
+    return [[source.path, stat.st_size, stat.st_mtime_ns] for source, stat in zip(sources, stats, strict=True)]
+
+
 def discard(work: Path) -> None:
     """Remove what was made so far; the plan first, so that nobody goes on with the half of it."""
     if work.exists():
@@ -118,7 +128,7 @@ def _request(recipe: Recipe, num_proc: int) -> tuple[dict[str, Any], list[Source
         **dataclasses.asdict(recipe),
         "version": VERSION,
         "inputs": named,
-        "files": [[source.path, source.size, os.stat(source.path).st_mtime_ns] for source in sources],
+        "files": stamps(sources),
         "tokenizer": tokenizer,
     }
     return json.loads(json.dumps(request)), sources

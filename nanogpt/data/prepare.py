@@ -67,7 +67,12 @@ def prepare(config: PrepareConfig) -> None:
     """
     folder = Path(config.data_dir) / config.name
     if config.describe:
-        describe(folder)
+        if not folder.is_dir():
+            raise DataError(f"there is no data set {folder}")
+        try:
+            describe(folder)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{folder / 'dataset.json'} is damaged: prepare the data set again") from error
         return
     if config.name not in DATASETS and not config.input:
         raise ConfigError(

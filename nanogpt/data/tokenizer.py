@@ -6,6 +6,7 @@ every checkpoint, so a model can be sampled without the data set that it was tra
 
 import codecs
 import functools
+import hashlib
 import importlib.util
 import json
 from abc import ABC, abstractmethod
@@ -17,6 +18,7 @@ import numpy as np
 
 from nanogpt.data.pieces import Ids, PieceEncoder
 from nanogpt.errors import DataError
+from nanogpt.files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -215,7 +217,8 @@ class LibraryTokenizer(Tokenizer):
 
     @property
     def name(self) -> str:
-        return str(json.loads(self._definition)["model"].get("type", "tokenizers"))
+        kind = json.loads(self._definition)["model"].get("type", "tokenizers")
+        return f"{kind} ({hashlib.sha256(self._definition.encode()).hexdigest()[:8]})"
 
     @functools.cached_property
     def _bytes(self) -> list[bytes] | None:
@@ -254,9 +257,9 @@ class LibraryTokenizer(Tokenizer):
 
     def _encode(self, text: str) -> Ids:
         try:
-            encoding = self._engine.encode_batch_fast([text], add_special_tokens=False)[0]
-        except (UnicodeEncodeError, TypeError):  # half a surrogate pair
             encoding = self._engine.encode_batch_fast([well_formed(text)], add_special_tokens=False)[0]
+        except Exception as error:  # the library raises plain `Exception`
+            raise DataError(f"the tokenizer can't encode this text: {error}; is its [UNK] token missing?") from error
         return np.array(encoding.ids, dtype=np.uint32)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
@@ -281,6 +284,8 @@ class LibraryTokenizer(Tokenizer):
 
 def well_formed(text: str) -> str:
     """`text` with U+FFFD for every half of a surrogate pair, which no UTF-8 can hold."""
+    if text.isascii():
+        return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -320,12 +325,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> LibraryTokenizer:
     return LibraryTokenizer(engine.to_str(), engine.token_to_id(END_OF_TEXT))
 
 
-def read_tokenizer(path: Path) -> LibraryTokenizer:
-    """The tokenizer of a tokenizer.json, or of a model's folder in Hugging Face's format.
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, of a model's folder in Hugging Face's format, or of a data set's folder.
 
     Documents end with its token for that: `<|endoftext|>` or `<|end_of_text|>` where it has one, else the
     `eos_token` that the folder names, else `</s>` or `<eos>`. Raises `DataError` if there is nothing readable.
     """
+    if (described := read_json(path / "dataset.json" if path.is_dir() else path).get("tokenizer")) is not None:
+        return from_description(described)
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
         if path.is_dir() and not file.exists() and (path / "merges.txt").exists():  # as GPT-2 was first published
@@ -337,7 +344,10 @@ def read_tokenizer(path: Path) -> LibraryTokenizer:
             f"cannot read a tokenizer from {file} ({error}); expected a tokenizer.json of the `tokenizers` library "
             "(transformers writes one: AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER))"
         ) from error
-    engine = _engine(definition)
+    try:
+        engine = _engine(definition)
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from error
     named = _eos_token(file.with_name("tokenizer_config.json"))
     candidates = [END_OF_TEXT, "<|end_of_text|>", *([named] if named else []), "</s>", "<eos>"]
     ids = (engine.token_to_id(token) for token in candidates)

@@ -84,7 +84,8 @@ class Dataset:
         if self.tokenizer.describe() != tokenizer.describe():
             raise DataError(
                 f"data set {self.folder.name} holds the ids of {self.tokenizer}, but {model} knows those of "
-                f"{tokenizer}; prepare the data set with the model's tokenizer"
+                f"{tokenizer}; prepare the data set with the model's tokenizer (--tokenizer takes the folder of "
+                "another data set, too)"
             )
 
 
@@ -146,7 +147,12 @@ def open_dataset(folder: Path) -> Dataset:
         print(f"{folder} has no dataset.json: taken as uint16 ids of the {tokenizer}")
         dtype = np.dtype("<u2")
     else:
-        tokenizer = from_description(description.get("tokenizer"))
+        if description.get("version", 1) != 1:
+            raise DataError(f"{folder} was prepared by a newer version of nanoGPT")
+        try:
+            tokenizer = from_description(description.get("tokenizer"))
+        except DataError as error:
+            raise DataError(f"{folder / 'dataset.json'}: {error}") from error
         if description.get("dtype") not in ("uint16", "uint32"):
             raise DataError(f"{folder / 'dataset.json'}: dtype is {description.get('dtype')!r}, not uint16 or uint32")
         dtype = np.dtype(description["dtype"]).newbyteorder("<")

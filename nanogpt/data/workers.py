@@ -35,9 +35,9 @@ def parallel_map(function: Callable[[Item], Result], items: Sequence[Item], num_
     try:
         with ProcessPoolExecutor(num_proc, context, initializer=_begin) as pool:
             try:
-                yield from pool.map(function, items)
+                for future in [pool.submit(function, item) for item in items]:
+                    yield future.result()
             except BaseException:  # also Ctrl-C: nobody waits for work that nobody needs
-                pool.shutdown(wait=False, cancel_futures=True)
                 for process in multiprocessing.active_children():
                     process.terminate()
                 raise

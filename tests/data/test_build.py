@@ -185,7 +185,7 @@ def test_a_full_disk_is_seen_before_the_work(monkeypatch: pytest.MonkeyPatch) ->
     write_jsonl("x.jsonl", texts(300))
     usage = module.shutil.disk_usage(".")
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(DataError, match=r"take about .* GB, but data/set has only 0\.0 GB left"):
+    with pytest.raises(DataError, match=r"take about .* MB, but the disk of data/set has only 0 MB left"):
         build(SET, Recipe(["x.jsonl"], "byte"))
 
 
@@ -391,3 +391,49 @@ def test_interrupted_while_finishing_it_finishes(moment: str, monkeypatch: pytes
         assert {name: files()[name] for name in after} in (before, after)
     build(SET, recipe)
     assert files() == after
+
+
+def test_a_file_that_changes_meanwhile_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe([write_jsonl("x.jsonl", texts(300))], "byte")
+    real = module.tokenize
+
+    def tokenize(unit: module.Unit) -> None:
+        real(unit)
+        write_jsonl("x.jsonl", texts(299))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "tokenize", tokenize)
+        with pytest.raises(DataError, match=r"x\.jsonl has changed while it was read"):
+            build(SET, recipe)
+    assert files() == {}
+    build(SET, recipe)
+    assert sum(open_dataset(SET).description["documents"].values()) == 299
+
+
+@pytest.mark.parametrize("name", ["plan.json", "progress.json"])
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", "null"])
+def test_a_damaged_journal_only_costs_time(name: str, content: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "SPAN", 4000)
+    recipe = Recipe([write_jsonl("x.jsonl", texts(300))], "byte")
+    build(SET, recipe, 1)
+    undisturbed, real = files(), module.tokenize
+
+    def interrupted(unit: module.Unit) -> None:
+        if unit.number == 5:
+            raise KeyboardInterrupt
+        real(unit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "tokenize", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build(SET, recipe, 1)
+    (SET / ".preparing" / name).write_text(content)
+    build(SET, recipe, 1)
+    assert files() == undisturbed
+
+
+def test_the_tokenizer_of_another_data_set_can_be_taken() -> None:
+    build(Path("data/one"), Recipe([write_jsonl("x.jsonl", texts(300))], "bpe:400"))
+    build(SET, Recipe([write_jsonl("y.jsonl", texts(300, seed=1))], "data/one"))
+    one = open_dataset(Path("data/one")).tokenizer
+    open_dataset(SET).check_tokenizer(one, "the model")

@@ -33,10 +33,10 @@ def test_files_folders_and_patterns_are_found(folder: Path, monkeypatch: pytest.
     assert [source.found for source in find_sources(["b.txt", "."], 1)] == [False, True, True, True, True]
 
 
-@pytest.mark.parametrize("name", ["nothing.txt", "*.none", "empty", "~/nothing"])
+@pytest.mark.parametrize("name", ["nothing.txt", "*.none", "empty", "~/nothing", "hf:", "/dev/zero"])
 def test_what_leads_nowhere_is_named(name: str) -> None:
     Path("empty").mkdir()
-    with pytest.raises(DataError, match=r"--input=.*: (there is no such file or folder|no file there)"):
+    with pytest.raises(DataError, match=r"--input=.*: (there is no such file or folder|no file there|this is neither)"):
         find_sources([name], 1)
 
 

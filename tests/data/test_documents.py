@@ -132,12 +132,12 @@ def test_a_text_without_blanks_is_cut_between_characters(monkeypatch: pytest.Mon
 
 def test_empty_documents_are_counted_not_kept() -> None:
     skipped: Counter[str] = Counter()
-    Path("x.jsonl").write_text('{"text": ""}\n\n{"text": "a"}\n{"text": " \\n"}\n')
+    Path("x.jsonl").write_text('{"text": ""}\n\n{"text": "a"}\n{"text": " \\n"}\n{"text": null}\n')
     assert read("x.jsonl", skipped=skipped) == ["a"]
     for name, content in (("empty.txt", ""), ("blank.txt", "  \n\n")):
         Path(name).write_text(content)
         assert read(name, skipped=skipped) == []
-    assert skipped == {"empty": 4}
+    assert skipped == {"empty": 5}
 
 
 @pytest.mark.parametrize("content", [b"abc\xff\xfe", b"abc\0def", b"\xc3"])

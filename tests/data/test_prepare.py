@@ -90,7 +90,7 @@ def test_an_unknown_name_says_how_to_use_ones_own_text() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"name": ""}, "which data set"), ({"name": "a/b"}, "name of a folder below data_dir"),
-     ({"tokenizer": "bpe:100"}, "at least bpe:257"), ({"tokenizer": "nowhere.json"}, "expected char, byte, gpt2"),
+     ({"tokenizer": "bpe:100"}, "expected bpe:257"), ({"tokenizer": "nowhere.json"}, "expected char, byte, gpt2"),
      ({"val_fraction": 1.0}, "val_fraction=1.0"), ({"val_fraction": 0.0}, "between 0 and 1"),
      ({"num_proc": -1}, "num_proc=-1"), ({"input": [""]}, "input is empty"), ({"separator": "\\x"}, "separator=")],
 )  # fmt: skip
@@ -143,8 +143,17 @@ def test_describe_shows_counts_sources_and_tokens(capsys: pytest.CaptureFixture[
     for expected in ("gpt2 tokenizer (50257 entries), uint16", "bytes per token", "source: path own.txt, bytes 380",
                      "train begins: 1462:'to' 307:' be'"):  # fmt: skip
         assert expected in out
-    with pytest.raises(DataError, match="cannot read data/nothing"):
+    with pytest.raises(DataError, match="there is no data set data/nothing"):
         prepare(PrepareConfig(name="nothing", describe=True))
+    description = json.loads(Path("data/mine/dataset.json").read_text())
+    for damage, message in (
+        ({"sources": 3}, "is damaged"),
+        ({"version": 99}, "newer version"),
+        ({"bytes": []}, "is damaged"),
+    ):
+        Path("data/mine/dataset.json").write_text(json.dumps({**description, **damage}))
+        with pytest.raises(DataError, match=message):
+            prepare(PrepareConfig(name="mine", describe=True))
 
 
 def test_every_data_set_has_a_door() -> None:
