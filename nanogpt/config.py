@@ -279,14 +279,10 @@ class PrepareConfig(Settings):
 
     # --- data set ---
     data_dir: str = "data"  # folder of the data sets
-    tokenizer: str = (
-        ""  # char, byte, gpt2, bpe:N (learned from this text), a tokenizer.json, or the folder of a model or
-    )
-    # of another data set; empty: the known data set's own, gpt2 for your text
-    val_fraction: float | Literal["auto"] = (
-        "auto"  # share of the text for validation, by documents if there are enough;
-    )
-    # auto: the known data set's own, 0.05 for your text
+    tokenizer: str = ""  # char, byte, gpt2, bpe:N (learned from this text), a tokenizer.json, or the folder of a model
+    # or of another data set; empty: the known data set's own, gpt2 for your text
+    val_fraction: float | Literal["auto"] = "auto"  # share of the text for validation, by documents if there are
+    # enough; auto: the known data set's own, 0.05 for your text
     describe: bool = False  # show what the data set NAME is, and make nothing
 
     # --- machine ---

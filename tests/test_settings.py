@@ -174,7 +174,8 @@ class Listing(Settings):
 @pytest.mark.parametrize(
     ("words", "name", "expected"),
     [(["x", "--input=a"], "x", ["a"]), (["x", "--input=a", "--input=b"], "x", ["a", "b"]),
-     (["x", "--input", "a.py", "b", "--name=y"], "y", ["a.py", "b"]), (["--input=a", "x"], "x", ["a"]), (["x"], "x", [])],
+     (["x", "--input", "a.py", "b", "--name=y"], "y", ["a.py", "b"]), (["--input=a", "x"], "x", ["a"]),
+     (["x"], "x", [])],
 )  # fmt: skip
 def test_a_list_is_repeated_or_written_in_a_row(words: list[str], name: str, expected: list[str]) -> None:
     config = parse(Listing, words, "usage", positional="name")
