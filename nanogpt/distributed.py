@@ -3,6 +3,7 @@
 Where one process runs alone, every function here does nothing and costs nothing.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -87,6 +88,7 @@ def joined(world: World, backend: str, device_type: str) -> Iterator[None]:
         yield
     finally:
         sys.stdout = stdout
+        gc.collect()  # what still refers to the group would keep its threads running into the end of the process
         dist.destroy_process_group()
 
 

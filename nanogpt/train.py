@@ -15,8 +15,8 @@ from torch import Tensor
 from nanogpt import checkpoint
 from nanogpt.config import TrainConfig
 from nanogpt.data.batches import EVALUATION, document_ids_of, gather, window_starts
-from nanogpt.device import choose
-from nanogpt.distributed import joined, no_gradient_exchange, this_process
+from nanogpt.device import Device, choose
+from nanogpt.distributed import World, joined, no_gradient_exchange, this_process
 from nanogpt.errors import DivergedError
 from nanogpt.optim import learning_rate_at
 from nanogpt.report.metrics import Metrics
@@ -34,14 +34,19 @@ def train(config: TrainConfig) -> int:
     if config.dry_run:
         return dry_run(config) if world.is_main else 0
     with joined(world, config.backend, device.type):
-        run = start(config, device, world)
-        print(derived_values(run.config, run.model.config, run.model.get_num_params(), len(run.dataset.train)))
-        if not config.eval_only:
-            return train_until_done(run)
-        losses = estimate_losses(run, stopping=lambda: False)
-        assert losses
-        print(f"step {run.progress.step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-        return 0
+        return start_and_train(config, device, world)
+
+
+def start_and_train(config: TrainConfig, device: Device, world: World) -> int:
+    """Train, or only evaluate, among processes that can talk. Returns the exit code."""
+    run = start(config, device, world)
+    print(derived_values(run.config, run.model.config, run.model.get_num_params(), len(run.dataset.train)))
+    if not config.eval_only:
+        return train_until_done(run)
+    losses = estimate_losses(run, stopping=lambda: False)
+    assert losses
+    print(f"step {run.progress.step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+    return 0
 
 
 def train_until_done(run: Run) -> int:
