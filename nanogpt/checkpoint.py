@@ -97,7 +97,7 @@ def save(
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict() if optimizer else None,
         # exactly these seven: the original's GPTConfig(**model_args) refuses others
-        "model_args": {name: shape[name] for name in _ORIGINAL_MODEL_ARGS},
+        "model_args": {name: shape[name] for name in _ORIGINAL_MODEL_ARGS} if model.config.is_gpt2 else shape,
         "iter_num": progress.step,
         "best_val_loss": progress.best_val_loss,
         "config": dataclasses.asdict(config),

@@ -24,7 +24,12 @@ GPT2_SIZES = {
 
 @dataclass
 class GPTConfig:
-    """The shape of a network: what its weights mean and nothing else. Defaults are GPT-2's, 124M parameters."""
+    """The shape of a network: what its weights mean and nothing else. Defaults are GPT-2's, 124M parameters.
+
+    There are three architectures, those that other engines can run: GPT-2 (LayerNorm, learned positions, GELU, one head
+    of keys and values per head), Llama (RMSNorm, rotary positions, SwiGLU), and Qwen3 (the same, queries and keys
+    normalised).
+    """
 
     block_size: int = 1024  # longest context, in tokens
     vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64: matrix units like round numbers
@@ -33,16 +38,62 @@ class GPTConfig:
     n_embd: int = 768  # channels; must be a multiple of n_head
     dropout: float = 0.0  # probability of dropping a value while training
     bias: bool = True  # in Linears and LayerNorms: True as in GPT-2, False is a bit better and faster
-    activation: Literal["gelu", "gelu_tanh"] = "gelu"  # exact, or the tanh form that OpenAI's weights expect
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"  # GPT-2: exact, or the tanh form that OpenAI's weights expect
+    architecture: Literal["gpt2", "llama", "qwen3"] = "gpt2"  # whose blocks
+    n_kv_head: int = 0  # heads of keys and values, each shared by n_head / n_kv_head heads of queries; 0: n_head
+    head_size: int = 0  # channels of a head; 0: n_embd / n_head
+    n_hidden: int = 0  # channels within the MLP; 0: 4 n_embd, and with SwiGLU, which has a third matrix, 8/3 n_embd
+    mlp_bias: bool | Literal["auto"] = "auto"  # in the MLP's Linears; auto: as `bias` says
+    tied_head: bool = True  # the head is the token embedding: fewer parameters, better for small models
+    norm_eps: float = 1e-5  # added to the variance
+    rope_theta: float = 10_000.0  # the longest wavelength of rotary positions is 2 pi times this, about
+    rope_scaling: list[float] = dataclasses.field(default_factory=list)  # how Llama 3 stretches them for long contexts:
+    # factor, low_freq_factor, high_freq_factor, original context; empty: not
+
+    def __post_init__(self) -> None:
+        """Resolve what follows from other fields."""
+        self.n_kv_head = self.n_kv_head or self.n_head
+        if self.n_head > 0:
+            self.head_size = self.head_size or self.n_embd // self.n_head
+        if self.architecture == "gpt2":
+            self.n_hidden = self.n_hidden or 4 * self.n_embd
+        else:
+            self.n_hidden = self.n_hidden or -(-8 * self.n_embd // (3 * 64)) * 64
+        if self.mlp_bias == "auto":
+            self.mlp_bias = self.bias
+
+    @property
+    def is_gpt2(self) -> bool:
+        """Whether the blocks are GPT-2's."""
+        return self.architecture == "gpt2"
 
     def problems(self) -> Iterator[str]:
         """Everything that is inconsistent, one sentence each."""
-        yield from out_of_range(self, ">= 1", "block_size vocab_size n_layer n_head n_embd")
+        yield from out_of_range(
+            self, ">= 1", "block_size vocab_size n_layer n_head n_embd n_kv_head head_size n_hidden"
+        )
         yield from out_of_range(self, "in [0, 1)", "dropout")
-        if self.n_head > 0 and self.n_embd % self.n_head:
+        if self.n_head < 1 or self.n_kv_head < 1:
+            return
+        if self.n_embd % self.n_head and self.head_size == self.n_embd // self.n_head:
             below = self.n_embd - self.n_embd % self.n_head
             nearest = f"{below} or {below + self.n_head}" if below else f"{self.n_head}"
             yield f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; n_embd={nearest} would be"
+        if self.n_head % self.n_kv_head:
+            yield f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}, which share them in groups"
+        if self.is_gpt2:
+            if self.n_kv_head != self.n_head:
+                yield f"n_kv_head={self.n_kv_head}: GPT-2 has n_head={self.n_head} of them; use --architecture=llama"
+            if self.n_embd % self.n_head == 0 and self.head_size * self.n_head != self.n_embd:
+                yield f"head_size={self.head_size}: GPT-2's heads have n_embd / n_head = {self.n_embd // self.n_head}"
+            if self.mlp_bias != self.bias:
+                yield f"mlp_bias={self.mlp_bias}: GPT-2 has biases everywhere or nowhere; set --bias"
+            if self.rope_scaling:
+                yield "rope_scaling: GPT-2 has learned positions"
+        elif self.head_size % 2:
+            yield f"head_size={self.head_size}: rotary positions turn pairs of channels, so it must be even"
+        if len(self.rope_scaling) not in (0, 4):
+            yield f"rope_scaling={self.rope_scaling}: expected factor, low, high and original context"
 
 
 @dataclass
@@ -67,8 +118,11 @@ class _Machine(Settings):
 def init_from_problems(init_from: str, *others: str) -> Iterator[str]:
     """What is wrong with a setting `init_from`."""
     words = [*others, "resume", *GPT2_SIZES]
-    if init_from not in words and not Path(init_from).is_dir():
-        yield f"init_from={init_from!r}: expected {', '.join(words)} or an existing folder"
+    if init_from not in words and not Path(init_from).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", init_from):
+        yield (
+            f"init_from={init_from!r}: expected {', '.join(words)}, ORGANISATION/NAME of a model on the Hugging Face "
+            "hub, or an existing folder"
+        )
 
 
 @dataclass
@@ -80,8 +134,8 @@ class TrainConfig(_Machine):
 
     # --- run ---
     out_dir: str = "out"  # run folder: config.json, metrics.jsonl, ckpt.pt (newest), best.pt (lowest validation loss)
-    init_from: str = "scratch"  # scratch; resume: continue the run in out_dir; gpt2, gpt2-medium, gpt2-large, gpt2-xl
-    # or a folder with GPT-2-shaped weights in Hugging Face's format: finetune those
+    init_from: str = "scratch"  # scratch; resume: continue the run in out_dir; gpt2, gpt2-medium, gpt2-large, gpt2-xl,
+    # ORGANISATION/NAME on the Hugging Face hub or a folder in its format (GPT-2, Llama, Qwen3): finetune those
     max_iters: int = 600_000  # number of updates
     eval_interval: int = 2000  # evaluate, and perhaps save, every so many updates; once more at the end in any case
     eval_iters: int = 200  # batches of each split per evaluation; the same ones every time
@@ -114,6 +168,13 @@ class TrainConfig(_Machine):
     n_embd: int = 768  # channels; must be a multiple of n_head
     dropout: float = 0.0  # 0 is best for pretraining; for finetuning, or several passes over few data, try 0.1 and more
     bias: bool = False  # in Linears and LayerNorms; GPT-2 has them, without is a bit better and faster
+    architecture: Literal["gpt2", "llama", "qwen3"] = "gpt2"  # llama: RMSNorm, rotary positions, SwiGLU; qwen3: also
+    # normalised queries and keys
+    n_kv_head: int = 0  # llama, qwen3: heads of keys and values, each shared by n_head / n_kv_head heads; 0: n_head
+    head_size: int = 0  # llama, qwen3: channels of a head; 0: n_embd / n_head
+    n_hidden: int = 0  # channels within the MLP; 0: 4 n_embd, llama and qwen3: 8/3 n_embd, in multiples of 64
+    tied_head: bool = True  # the head is the token embedding: fewer parameters, better for small models
+    rope_theta: float = 10_000.0  # llama, qwen3: slowest wavelength of rotary positions / 2 pi; more for long contexts
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: far less memory, a third more time
 
     # --- AdamW ---
@@ -139,6 +200,12 @@ class TrainConfig(_Machine):
             n_embd=self.n_embd,
             dropout=self.dropout,
             bias=self.bias,
+            architecture=self.architecture,
+            n_kv_head=self.n_kv_head,
+            head_size=self.head_size,
+            n_hidden=self.n_hidden,
+            tied_head=self.tied_head,
+            rope_theta=self.rope_theta,
         )
 
     @property
@@ -172,8 +239,10 @@ class TrainedModelConfig(_Machine):
     """Where a trained model comes from."""
 
     # --- model ---
-    init_from: str = "resume"  # resume: the run in out_dir; gpt2, gpt2-medium, gpt2-large, gpt2-xl; or a folder with
-    # GPT-2-shaped weights in Hugging Face's format
+    init_from: str = (
+        "resume"  # resume: the run in out_dir; gpt2, gpt2-medium, gpt2-large, gpt2-xl; ORGANISATION/NAME on
+    )
+    # the Hugging Face hub, or a folder in its format (GPT-2, Llama, Qwen3)
     out_dir: str = "out"  # run folder to load from
     checkpoint: str = "auto"  # best (lowest validation loss), last, or a file; auto: best, else last
     compile: bool | Literal["auto"] = False  # torch.compile: starts later, and pays for long work only

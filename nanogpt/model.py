@@ -26,13 +26,41 @@ __all__ = ["GPT", "MLP", "Block", "CausalSelfAttention", "GPTConfig", "LayerNorm
 class LayerNorm(nn.Module):
     """Layer normalisation whose bias is optional."""
 
-    def __init__(self, size: int, bias: bool) -> None:
+    def __init__(self, size: int, bias: bool, eps: float = 1e-5) -> None:
         super().__init__()
+        self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
         self.bias = nn.Parameter(torch.zeros(size)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-5)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=self.eps)
+
+
+def norm(config: GPTConfig, size: int) -> nn.Module:
+    """The normalisation of `size` channels that goes with the architecture."""
+    return LayerNorm(size, config.bias, config.norm_eps) if config.is_gpt2 else nn.RMSNorm(size, eps=config.norm_eps)
+
+
+def rotations(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines by which rotary positions turn pairs of channels: (T,) or (B, T) to (1 or B, 1, T, D / 2).
+
+    Su et al. 2021; the scaling for long contexts is that of Llama 3.1.
+    """
+    exponents = torch.arange(0, config.head_size, 2, device=positions.device).float() / config.head_size
+    frequencies = config.rope_theta**-exponents  # (D / 2,), in radians per token
+    if config.rope_scaling:
+        factor, low, high, context = config.rope_scaling
+        turns = context * frequencies / (2 * math.pi)  # within the original context: few are stretched, many are not
+        share = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (share + (1 - share) / factor)
+    angles = (positions[..., None].float() * frequencies).view(-1, 1, positions.shape[-1], config.head_size // 2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn channel n of x (B, H, T, D) against channel n + D / 2, as Llama's and Qwen's weights expect."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float) -> Tensor:
@@ -72,36 +100,53 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.n_head = config.n_head
+        D, self.heads = config.head_size, [config.n_head, config.n_kv_head, config.n_kv_head]
         self.dropout = config.dropout
         # queries, keys and values of all heads in one product: one large multiplication beats three
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * D, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_head * D, config.n_embd, bias=config.bias)
+        normalised = config.architecture == "qwen3"
+        self.q_norm = nn.RMSNorm(D, eps=config.norm_eps) if normalised else nn.Identity()
+        self.k_norm = nn.RMSNorm(D, eps=config.norm_eps) if normalised else nn.Identity()
 
-    def forward(self, x: Tensor, mask: Any = None) -> Tensor:
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, mask: Any = None) -> Tensor:
+        B, T, _ = x.shape
+        qkv = self.c_attn(x).view(B, T, sum(self.heads), -1)
         # torch's bfloat16 attention for CPUs is several times slower than float32 at short contexts (backward)
         in_float32 = qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and T < 256
         with torch.autocast("cpu", enabled=False) if in_float32 else nullcontext():
-            q, k, v = (qkv.float() if in_float32 else qkv).transpose(1, 3).unbind(2)  # (B, H, T, D) each
+            # (B, H, T, D), keys and values (B, H_kv, T, D)
+            q, k, v = (qkv.float() if in_float32 else qkv).transpose(1, 2).split(self.heads, dim=1)
+            if rotary:  # in float32, as angles of far positions need
+                q = rotate(self.q_norm(q.float()), *rotary).to(q.dtype)
+                k = rotate(self.k_norm(k.float()), *rotary).to(k.dtype)
+            if k.shape[1] < q.shape[1]:  # a group of query heads shares each of the others
+                k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
             y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C).to(qkv.dtype)
+        y = y.transpose(1, 2).reshape(B, T, -1).to(qkv.dtype)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
-    """Two matrices with a bend between them, for every token alone."""
+    """Two matrices with a bend between them, for every token alone; in SwiGLU a third opens and closes the gates."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        bias = bool(config.mlp_bias)
+        self.is_gated = not config.is_gpt2
+        self.c_fc = nn.Linear(config.n_embd, config.n_hidden * (1 + self.is_gated), bias=bias)
+        self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=bias)
         self.gelu = nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(self.c_proj(self.gelu(self.c_fc(x))), self.dropout, self.training)
+        x = self.c_fc(x)
+        if self.is_gated:
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x
+        else:
+            x = self.gelu(x)
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -109,13 +154,13 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.ln_1 = norm(config, config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.ln_2 = norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Any = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), mask)
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, mask: Any = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rotary, mask)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -125,32 +170,38 @@ class Transformer(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
+        self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        if config.is_gpt2:
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = LayerNorm(config.n_embd, config.bias)
-        self.head_size = config.n_embd // config.n_head
+        self.ln_f = norm(config, config.n_embd)
         self.gradient_checkpointing = False  # recompute each block in the backward pass, to save memory
 
     def forward(self, idx: Tensor, document_ids: Tensor | None = None) -> Tensor:
         _, T = idx.shape
-        if T > self.wpe.num_embeddings:
-            raise ValueError(f"a context of {T} tokens does not fit block_size={self.wpe.num_embeddings}")
-        mask = None
+        if T > self.config.block_size:
+            raise ValueError(f"a context of {T} tokens does not fit block_size={self.config.block_size}")
+        mask = rotary = None
         positions = torch.arange(T, device=idx.device)
         if document_ids is not None:
             positions = positions_in(document_ids)
             # FlexAttention is fast where it is compiled, on CUDA, and knows neither dropout nor heads below 16 channels
-            in_blocks = idx.is_cuda and torch.compiler.is_compiling() and self.head_size >= 16
+            in_blocks = idx.is_cuda and torch.compiler.is_compiling() and self.config.head_size >= 16
             in_blocks = in_blocks and not (self.training and self.drop.p > 0)
             mask = document_mask(document_ids, dense=not in_blocks)
-        x: Tensor = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
+        x: Tensor = self.wte(idx)  # (B, T, C)
+        if self.config.is_gpt2:
+            x = x + self.wpe(positions)
+        else:
+            rotary = rotations(positions, self.config)
+        x = self.drop(x)
         for block in self.h:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, mask, use_reentrant=False)
+                x = checkpoint(block, x, rotary, mask, use_reentrant=False)
             else:
-                x = block(x, mask)
+                x = block(x, rotary, mask)
         x = self.ln_f(x)
         return x
 
@@ -173,6 +224,8 @@ class GPT(nn.Module):
 
     def tie_weights(self) -> None:
         """Let head and token embedding share one matrix: a token is recognised by what it is embedded as."""
+        if not self.config.tied_head:
+            return
         self.lm_head.weight = self.transformer.wte.weight
 
     @torch.no_grad()
@@ -231,18 +284,22 @@ class GPT(nn.Module):
                 f"block_size={block_size} exceeds the model's {self.config.block_size}: learned positions end there"
             )
         self.config.block_size = block_size
+        if not self.config.is_gpt2:
+            return  # rotary positions are computed
         kept = self.transformer.wpe.weight[:block_size].detach().clone()
         self.transformer.wpe = nn.Embedding(block_size, self.config.n_embd, _weight=kept)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters; by default without the positions' (the tokens' are the head's too, and count)."""
-        positions = self.transformer.wpe.weight.numel() if non_embedding else 0
+        positions = self.transformer.wpe.weight.numel() if non_embedding and self.config.is_gpt2 else 0
         return sum(parameter.numel() for parameter in self.parameters()) - positions
 
     def flops_per_token(self) -> int:
         """Floating-point operations to train on one token: forward and backward (PaLM, appendix B)."""
         config = self.config
-        return 6 * self.get_num_params() + 12 * config.n_layer * config.n_embd * config.block_size
+        embedding = 0 if config.tied_head else config.vocab_size * config.n_embd  # looked up, not multiplied
+        attention = 12 * config.n_layer * config.n_head * config.head_size * config.block_size
+        return 6 * (self.get_num_params() - embedding) + attention
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float, peak_flops: float = 312e12) -> float:
         """Share of `peak_flops` (default: an A100 in bfloat16) used by so many rows in `dt` seconds."""
@@ -252,10 +309,10 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict[str, float] | None = None) -> "GPT":
-        """GPT-2's released weights, on the CPU; only `dropout` can be overridden: see `nanogpt.interop.huggingface`."""
-        from nanogpt.interop.huggingface import load_gpt2
+        """GPT-2's released weights, or others, on the CPU; see `nanogpt.interop.huggingface`. Overrides: `dropout`."""
+        from nanogpt.interop.huggingface import load_pretrained
 
-        return load_gpt2(model_type, dropout=(override_args or {}).get("dropout", 0.0))
+        return load_pretrained(model_type, dropout=(override_args or {}).get("dropout", 0.0)).model
 
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
         """Append `max_new_tokens` sampled tokens to each row of idx (B, T): see `nanogpt.infer.engine`."""

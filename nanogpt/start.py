@@ -14,12 +14,11 @@ from nanogpt.checkpoint import Progress
 from nanogpt.config import GPT2_SIZES, GPTConfig, PrepareConfig, TrainConfig
 from nanogpt.data.batches import Ahead, check_length, epoch_window_starts, gather, window_starts
 from nanogpt.data.prepare import DATASETS, NEEDS_NO_NETWORK, prepare
-from nanogpt.data.tokenizer import GPT2Tokenizer
 from nanogpt.data.tokens import Dataset, is_prepared, open_dataset
 from nanogpt.device import Device
 from nanogpt.distributed import World, parallel
 from nanogpt.errors import ConfigError, DataError
-from nanogpt.interop.huggingface import gpt2_shape, load_gpt2
+from nanogpt.interop.huggingface import folder_of, load_pretrained, shape_of
 from nanogpt.model import GPT
 from nanogpt.optim import adamw
 
@@ -62,8 +61,9 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
     elif config.init_from == "scratch":
         model = GPT(config.model_config(dataset.tokenizer.padded_vocab_size)).to(device.name)
     else:
-        dataset.check_tokenizer(GPT2Tokenizer(), config.init_from)
-        model = load_gpt2(config.init_from, device.name, dropout=config.dropout)
+        pretrained = load_pretrained(config.init_from, device.name, dropout=config.dropout)
+        dataset.check_tokenizer(pretrained.tokenizer, config.init_from)
+        model = pretrained.model
         model.crop_block_size(config.block_size)
     config = with_shape_of(model, config)
     if loaded:
@@ -106,8 +106,15 @@ def loader(
 
 def with_shape_of(model: GPT, config: TrainConfig) -> TrainConfig:
     """`config` with the shape that `model` came with; what was asked for otherwise does not apply, and is named."""
-    shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
-    ignored = [f"{name}={value}" for name, value in shape.items() if getattr(config, name) != value]
+    names = {field.name for field in dataclasses.fields(config)} - {"dropout"}
+    shape = {name: value for name, value in vars(model.config).items() if name in names}
+    asked = {name: getattr(config, name) for name in shape}
+    # a 0 that is no False asks for what follows from the rest
+    ignored = [
+        f"{name}={value}"
+        for name, value in shape.items()
+        if asked[name] != value and (asked[name] or type(asked[name]) is bool)
+    ]
     if ignored:
         print(f"the shape of the loaded model counts: {', '.join(ignored)}")
     return dataclasses.replace(config, **shape)
@@ -158,7 +165,7 @@ def dry_run(config: TrainConfig) -> int:
         n_layer, n_head, n_embd = GPT2_SIZES[config.init_from]
         shape = GPTConfig(config.block_size, 50257, n_layer, n_head, n_embd)
     elif config.init_from != "scratch":
-        shape = dataclasses.replace(gpt2_shape(Path(config.init_from)), block_size=config.block_size)
+        shape = dataclasses.replace(shape_of(folder_of(config.init_from)), block_size=config.block_size)
     else:
         shape = config.model_config(dataset.tokenizer.padded_vocab_size if dataset else GPTConfig.vocab_size)
     with torch.device("meta"):

@@ -1,12 +1,12 @@
-"""A trained model for use, wherever it comes from: a run folder, a checkpoint file, or GPT-2's weights."""
+"""A trained model for use, wherever it comes from: a run folder, a checkpoint file, or Hugging Face's format."""
 
 from dataclasses import dataclass
 
 from nanogpt import checkpoint
 from nanogpt.config import TrainedModelConfig
-from nanogpt.data.tokenizer import GPT2Tokenizer, Tokenizer
+from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.device import Device
-from nanogpt.interop.huggingface import load_gpt2
+from nanogpt.interop.huggingface import load_pretrained
 from nanogpt.model import GPT
 
 
@@ -34,8 +34,8 @@ def load_trained(config: TrainedModelConfig, device: Device) -> TrainedModel:
         masked = bool(loaded.config.get("mask_documents"))
         trained = TrainedModel(loaded.model(device), loaded.tokenizer, name, dataset, data_dir or "data", masked)
     else:
-        model = load_gpt2(config.init_from, device.name)
-        trained = TrainedModel(model, GPT2Tokenizer(), config.init_from, "", "data", False)
+        pretrained = load_pretrained(config.init_from, device.name)
+        trained = TrainedModel(pretrained.model, pretrained.tokenizer, config.init_from, "", "data", False)
     if device.compile:
         trained.model.compile()
     return trained

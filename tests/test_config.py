@@ -51,7 +51,7 @@ def test_every_setting_has_a_comment_for_help() -> None:
         (["--device=gpu"], "device='gpu': expected auto, cpu, mps, cuda or cuda:N"),
         (
             ["--init_from=gpt5"],
-            "init_from='gpt5': expected scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl or an existing folder",
+            "init_from='gpt5': expected scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, ORGANISATION/NAME",
         ),
         (["--learning_rate=1e-5"], "min_lr=6e-05 is above learning_rate=1e-05"),
         (["--dtype=fp16"], "expected auto, float32, bfloat16, float16"),

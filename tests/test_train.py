@@ -191,7 +191,7 @@ def test_the_shape_of_a_resumed_model_counts_and_is_recorded(
     train.train(recipe(max_iters=2))
     train.train(recipe(max_iters=3, init_from="resume", n_layer=7, bias=True, block_size=64))
     out = capsys.readouterr().out
-    assert out.count("the shape of the loaded model counts: n_layer=2, block_size=16, bias=False") == 1
+    assert out.count("the shape of the loaded model counts: block_size=16, n_layer=2, bias=False") == 1
     config = json.loads(Path(recipe().out_dir, "config.json").read_text())
     assert (config["n_layer"], config["block_size"], config["bias"]) == (2, 16, False)
     assert checkpoint.load(Path(recipe().out_dir, "ckpt.pt")).config["n_layer"] == 2

@@ -1,108 +1,260 @@
-"""GPT-2 weights in Hugging Face's format: from the hub, a mirror folder, or a folder of one's own.
+"""Models in Hugging Face's format: GPT-2, Llama and Qwen3, from the hub, a mirror folder or a folder of one's own.
 
-Reads `config.json` and `model.safetensors` directly; transformers is not needed.
+Reads `config.json` and safetensors directly; transformers is not needed.
 """
 
 import json
 import os
-from dataclasses import replace
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nanogpt.config import GPT2_SIZES, GPTConfig
-from nanogpt.errors import CheckpointError
+from nanogpt.data.tokenizer import GPT2Tokenizer, Tokenizer, read_tokenizer
+from nanogpt.errors import CheckpointError, DataError
 from nanogpt.model import GPT
 
-# GPT-2 stores these as (inputs, outputs), torch's Linear as (outputs, inputs)
-_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+          "vocab.json", "merges.txt"]  # fmt: skip
 
 
-def load_gpt2(name: str, device: str = "cpu", *, dropout: float = 0.0) -> GPT:
-    """The model `name` (gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder), in evaluation mode, on `device`.
+@dataclass(frozen=True)
+class Pretrained:
+    """A model that was trained elsewhere, in evaluation mode."""
 
-    Raises `CheckpointError` if it can't be had, is damaged or is no GPT-2.
+    model: GPT
+    tokenizer: Tokenizer
+
+
+def load_pretrained(name: str, device: str = "cpu", *, dropout: float = 0.0) -> Pretrained:
+    """The model `name` on `device`: gpt2, gpt2-medium, gpt2-large, gpt2-xl, ORGANISATION/NAME on the hub, or a folder.
+
+    Weights become float32 and are copied once. Raises `CheckpointError` if the model can't be had, is damaged or
+    is none of the three architectures.
     """
-    folder = _folder_of(name)
+    folder = folder_of(name)
     print(f"loading {name} from {folder}")
-    shape = replace(gpt2_shape(folder), dropout=dropout)
+    shape = replace(shape_of(folder), dropout=dropout)
+    tokenizer = tokenizer_of(folder, shape)
+    with torch.device("meta"):
+        model = GPT(shape)
+    model.to_empty(device=device)
+    model.tie_weights()
     try:
-        weights = _weights(folder / "model.safetensors")
+        _copy_weights(model, folder)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder} holds no GPT-2 as config.json and model.safetensors: {error}") from error
-    try:
-        model = GPT.from_weights(shape, weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"{folder}: the weights do not fit config.json: {error}") from error
-    return model.to(device).eval()
+        raise CheckpointError(f"{folder}: {error}") from error
+    return Pretrained(model.requires_grad_().eval(), tokenizer)
 
 
-def _folder_of(name: str) -> Path:
+def folder_of(name: str) -> Path:
     """Where the files of `name` lie on this machine, downloaded if need be."""
-    if name not in GPT2_SIZES:
+    if name not in GPT2_SIZES and (Path(name).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
         return Path(name)
-    repository = f"openai-community/{name}"
+    repository = f"openai-community/{name}" if name in GPT2_SIZES else name
     if (mirror := os.environ.get("NANOGPT_DOWNLOADS")) and (folder := Path(mirror, repository)).is_dir():
         return folder
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=["config.json", "model.safetensors"]))
+        return Path(snapshot_download(repository, allow_patterns=_FILES))
     except Exception as error:  # offline, no such repository, disk full, …: the library has many ways
         raise CheckpointError(
-            f"{repository} could not be downloaded ({type(error).__name__}: {error}); bring its config.json and "
-            f"model.safetensors by other means and name their folder, --init_from=FOLDER, or put them into "
-            f"$NANOGPT_DOWNLOADS/{repository}/"
+            f"{repository} could not be downloaded ({type(error).__name__}: {error}); bring its config.json, "
+            f"*.safetensors and tokenizer.json by other means and name their folder, --init_from=FOLDER, or put them "
+            f"into $NANOGPT_DOWNLOADS/{repository}/"
         ) from error
 
 
-def gpt2_shape(folder: Path) -> GPTConfig:
-    """The shape that `config.json` in `folder` describes. Raises `CheckpointError` if that is no GPT-2."""
+# ---------------------------------------------------------------------------------------------------
+# The shape
+
+
+def shape_of(folder: Path) -> GPTConfig:
+    """The shape that `config.json` in `folder` describes. Raises `CheckpointError` for what can't be rebuilt here."""
     try:
-        return _shape(json.loads((folder / "config.json").read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} holds no GPT-2 as config.json and model.safetensors: {error}") from error
+        config = json.loads((folder / "config.json").read_bytes())
+        shape = _gpt2_shape(config) if config.get("model_type") == "gpt2" else _llama_shape(config)
+        if problems := list(shape.problems()):
+            raise ValueError("; ".join(problems))
+        return shape
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{folder}: its config.json describes no model that can be built here: {what}") from error
 
 
-def _shape(config: dict[str, Any]) -> GPTConfig:
-    if config.get("model_type") != "gpt2":
-        raise ValueError(f"model_type is {config.get('model_type')!r}, not 'gpt2'")
+def _gpt2_shape(config: dict[str, Any]) -> GPTConfig:
     activation = config.get("activation_function", "gelu_new")
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation_function is {activation!r}; known: {', '.join(_ACTIVATIONS)}")
-    width = config["n_embd"]
-    if config.get("layer_norm_epsilon", 1e-5) != 1e-5 or config.get("n_inner") not in (None, 4 * width):
-        raise ValueError("layer_norm_epsilon or n_inner differ from GPT-2's 1e-5 and 4 * n_embd")
-    shape = GPTConfig(
+    return GPTConfig(
         block_size=config["n_positions"],
         vocab_size=config["vocab_size"],
         n_layer=config["n_layer"],
         n_head=config["n_head"],
-        n_embd=width,
+        n_embd=config["n_embd"],
+        n_hidden=config.get("n_inner") or 0,
         bias=True,
         activation="gelu" if _ACTIVATIONS[activation] == "gelu" else "gelu_tanh",
+        norm_eps=config.get("layer_norm_epsilon", 1e-5),
+        tied_head=config.get("tie_word_embeddings", True),
     )
-    if problems := list(shape.problems()):
-        raise ValueError("; ".join(problems))
-    return shape
 
 
-def _weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors under our names. Older files lack the prefix, and carry attention masks that are no weights."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _llama_shape(config: dict[str, Any]) -> GPTConfig:
+    kind = config.get("model_type")
+    if kind not in ("llama", "qwen3"):
+        raise ValueError(f"model_type is {kind!r}; known: gpt2, llama, qwen3")
+    if (activation := config.get("hidden_act", "silu")) != "silu":
+        raise ValueError(f"hidden_act is {activation!r}, not 'silu'")
+    if config.get("use_sliding_window"):
+        raise ValueError("use_sliding_window: attention over a window is not supported")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    if rope_type not in ("default", "llama3"):
+        raise ValueError(f"rope_type is {rope_type!r}; known: default, llama3")
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return GPTConfig(
+        block_size=config["max_position_embeddings"],
+        vocab_size=config["vocab_size"],
+        n_layer=config["num_hidden_layers"],
+        n_head=config["num_attention_heads"],
+        n_embd=config["hidden_size"],
+        bias=config.get("attention_bias", False),
+        architecture="llama" if kind == "llama" else "qwen3",
+        n_kv_head=config.get("num_key_value_heads") or 0,
+        head_size=config.get("head_dim") or 0,
+        n_hidden=config["intermediate_size"],
+        mlp_bias=config.get("mlp_bias", False),
+        tied_head=config.get("tie_word_embeddings", False),
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10_000.0,
+        rope_scaling=[float(rope[key]) for key in keys] if rope_type == "llama3" else [],
+    )
 
+
+# ---------------------------------------------------------------------------------------------------
+# The weights
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of theirs, and where it lies in ours."""
+
+    theirs: str
+    ours: str
+    rows: tuple[int, int] | None = None  # from, to; None: all
+    transposed: bool = False  # GPT-2 stores matrices as (inputs, outputs), torch's Linear as (outputs, inputs)
+
+
+def layout(shape: GPTConfig) -> Iterator[Part]:
+    """All tensors of a model, in both worlds' names."""
+    if shape.is_gpt2:
+        yield from _gpt2_layout(shape)
+    else:
+        yield from _llama_layout(shape)
+    if not shape.tied_head:
+        yield Part("lm_head.weight", "lm_head.weight")
+
+
+def _gpt2_layout(shape: GPTConfig) -> Iterator[Part]:
+    yield Part("transformer.wte.weight", "transformer.wte.weight")
+    yield Part("transformer.wpe.weight", "transformer.wpe.weight")
+    norms = [f"h.{n}.{norm}" for n in range(shape.n_layer) for norm in ("ln_1", "ln_2")] + ["ln_f"]
+    matrices = [f"h.{n}.{name}" for n in range(shape.n_layer)
+                for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]  # fmt: skip
+    for name in norms + matrices:
+        weight = f"transformer.{name}.weight"
+        yield Part(weight, weight, transposed=name in matrices)
+        if shape.bias:
+            yield Part(f"transformer.{name}.bias", f"transformer.{name}.bias")
+
+
+def _llama_layout(shape: GPTConfig) -> Iterator[Part]:
+    q, kv, hidden = shape.n_head * shape.head_size, shape.n_kv_head * shape.head_size, shape.n_hidden
+    yield Part("model.embed_tokens.weight", "transformer.wte.weight")
+    yield Part("model.norm.weight", "transformer.ln_f.weight")
+    for n in range(shape.n_layer):
+        theirs, ours = f"model.layers.{n}", f"transformer.h.{n}"
+        yield Part(f"{theirs}.input_layernorm.weight", f"{ours}.ln_1.weight")
+        yield Part(f"{theirs}.post_attention_layernorm.weight", f"{ours}.ln_2.weight")
+        if shape.architecture == "qwen3":
+            yield Part(f"{theirs}.self_attn.q_norm.weight", f"{ours}.attn.q_norm.weight")
+            yield Part(f"{theirs}.self_attn.k_norm.weight", f"{ours}.attn.k_norm.weight")
+        for kind in ("weight", "bias") if shape.bias else ("weight",):
+            yield Part(f"{theirs}.self_attn.q_proj.{kind}", f"{ours}.attn.c_attn.{kind}", (0, q))
+            yield Part(f"{theirs}.self_attn.k_proj.{kind}", f"{ours}.attn.c_attn.{kind}", (q, q + kv))
+            yield Part(f"{theirs}.self_attn.v_proj.{kind}", f"{ours}.attn.c_attn.{kind}", (q + kv, q + 2 * kv))
+            yield Part(f"{theirs}.self_attn.o_proj.{kind}", f"{ours}.attn.c_proj.{kind}")
+        for kind in ("weight", "bias") if shape.mlp_bias else ("weight",):
+            yield Part(f"{theirs}.mlp.gate_proj.{kind}", f"{ours}.mlp.c_fc.{kind}", (0, hidden))
+            yield Part(f"{theirs}.mlp.up_proj.{kind}", f"{ours}.mlp.c_fc.{kind}", (hidden, 2 * hidden))
+            yield Part(f"{theirs}.mlp.down_proj.{kind}", f"{ours}.mlp.c_proj.{kind}")
+
+
+@torch.no_grad()
+def _copy_weights(model: GPT, folder: Path) -> None:
+    """Fill the model from the safetensors in `folder`. Raises `ValueError` unless each tensor finds its place."""
+    from safetensors import SafetensorError, safe_open
+
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        pickled = ": its weights are pickled, and a pickle can run any code" if list(folder.glob("*.bin")) else ""
+        raise ValueError(f"no *.safetensors there{pickled}; safetensors are what transformers' save_pretrained writes")
     try:
-        tensors = load_file(path)
+        where: dict[str, Path] = {}
+        for path in paths:
+            with safe_open(path, "pt") as file:
+                where |= dict.fromkeys(file.keys(), path)
+        parameters = dict(model.named_parameters())
+        for part in layout(model.config):
+            # the oldest files of GPT-2 have no prefix
+            name = next((n for n in (part.theirs, part.theirs.partition(".")[2]) if n in where), None)
+            if name is None:
+                raise ValueError(f"the weights lack {part.theirs}")
+            with safe_open(where.pop(name), "pt") as file:  # opened anew: what was mapped for the last one is let go
+                tensor = file.get_tensor(name)
+            tensor = tensor.t() if part.transposed else tensor
+            target = parameters[part.ours][slice(*part.rows) if part.rows else slice(None)]
+            if tensor.shape != target.shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but config.json says {tuple(target.shape)}")
+            target.copy_(tensor)
     except SafetensorError as error:
         raise ValueError(f"{path.name} is damaged: {error}") from error
-    weights = {}
-    for name, tensor in tensors.items():
-        if name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue
-        full = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        weights[full] = (tensor.t() if name.endswith(_TRANSPOSED) else tensor).float().contiguous()
-    weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])
-    return weights
+    ignored = (".attn.bias", ".attn.masked_bias", "lm_head.weight", "rotary_emb.inv_freq")  # computed, or tied
+    if unknown := [name for name in where if not name.endswith(ignored)]:
+        raise ValueError(f"{len(unknown)} tensors of the weights have no place in the model, {unknown[0]} for one")
+
+
+# ---------------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+def tokenizer_of(folder: Path, shape: GPTConfig) -> Tokenizer:
+    """The tokenizer that lies beside a model. Raises `CheckpointError` if there is none."""
+    gpt2 = GPT2Tokenizer()
+    has_one = any((folder / name).exists() for name in ("tokenizer.json", "merges.txt"))
+    if not has_one and shape.is_gpt2 and shape.vocab_size == gpt2.vocab_size:
+        return gpt2
+    try:
+        tokenizer = read_tokenizer(folder)
+    except DataError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise CheckpointError(
+            f"{folder}: its tokenizer has {tokenizer.vocab_size} entries, but the model knows {shape.vocab_size}"
+        )
+    return gpt2 if _is_gpt2(tokenizer, gpt2) else tokenizer
+
+
+def _is_gpt2(tokenizer: Tokenizer, gpt2: GPT2Tokenizer) -> bool:
+    """Whether this is GPT-2's tokenizer in another form: then it is taken for what it is."""
+    if (tokenizer.vocab_size, tokenizer.end_of_text) != (gpt2.vocab_size, gpt2.end_of_text):
+        return False
+    sample = "".join(chr(n) for n in range(32, 1200)) + " The quick brown fox don't jump 12345 times.\n\n"
+    return [*tokenizer.encode(sample)] == [*gpt2.encode(sample)]

@@ -16,7 +16,7 @@ from nanogpt.data.tokenizer import GPT2Tokenizer
 from nanogpt.errors import CheckpointError, ConfigError, DataError
 from nanogpt.evaluate import evaluate
 from nanogpt.infer.sample import sample
-from nanogpt.interop.huggingface import load_gpt2
+from nanogpt.interop.huggingface import load_pretrained
 from nanogpt.model import GPT
 from tests.conftest import ROOT, random_ids, write_dataset
 
@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
 def test_logits_equal_transformers(tmp_path: Path, activation: str) -> None:
     theirs = write_gpt2(tmp_path / "gpt", activation_function=activation)
-    ours = load_gpt2(str(tmp_path / "gpt"))
+    ours = load_pretrained(str(tmp_path / "gpt")).model
     x = random_ids(2, 32, vocab_size=50257)
     torch.testing.assert_close(ours(x, x)[0], theirs(x).logits, atol=1e-5, rtol=1e-4)
     assert ours.lm_head.weight is ours.transformer.wte.weight
@@ -57,9 +57,9 @@ def test_the_released_files_old_names_are_understood(folder: Path) -> None:
     tensors = {k.removeprefix("transformer."): v for k, v in load_file(folder / "model.safetensors").items()}
     tensors.pop("lm_head.weight", None)
     tensors["h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
-    expected = load_gpt2(str(folder)).state_dict()
+    expected = load_pretrained(str(folder)).model.state_dict()
     save_file(tensors, folder / "model.safetensors")
-    for name, tensor in load_gpt2(str(folder)).state_dict().items():
+    for name, tensor in load_pretrained(str(folder)).model.state_dict().items():
         assert torch.equal(tensor, expected[name])
 
 
@@ -80,7 +80,7 @@ def test_without_a_network_it_says_what_to_bring(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("NANOGPT_DOWNLOADS", raising=False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(CheckpointError) as caught:
-        load_gpt2("gpt2-xl")
+        load_pretrained("gpt2-xl")
     for piece in ("openai-community/gpt2-xl could not be downloaded", "--init_from=FOLDER", "$NANOGPT_DOWNLOADS/"):
         assert piece in str(caught.value)
 
@@ -96,21 +96,25 @@ def change_config(**changes: Any) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "config.json").unlink(), "holds no GPT-2"),
-        (lambda f: (f / "config.json").write_text("{"), "holds no GPT-2"),
-        (lambda f: (f / "model.safetensors").unlink(), "holds no GPT-2"),
+        (lambda f: (f / "config.json").unlink(), "describes no model that can be built here"),
+        (lambda f: (f / "config.json").write_text("{"), "describes no model that can be built here"),
+        (lambda f: (f / "config.json").write_text("[]"), "describes no model that can be built here"),
+        (lambda f: (f / "model.safetensors").unlink(), "no *.safetensors there"),
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "a pickle can run any code"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "model.safetensors is damaged"),
-        (change_config(model_type="llama"), "model_type is 'llama', not 'gpt2'"),
+        (change_config(model_type="bert"), "model_type is 'bert'; known: gpt2, llama, qwen3"),
+        (change_config(model_type="llama"), "'max_position_embeddings' is missing"),
         (change_config(activation_function="relu"), "activation_function is 'relu'"),
-        (change_config(layer_norm_epsilon=1e-6), "layer_norm_epsilon or n_inner differ"),
+        (change_config(n_inner=63), "has shape (64, 16), but config.json says (63, 16)"),
         (change_config(n_head=3), "n_embd=16 is not a multiple of n_head=3"),
-        (change_config(n_layer=3), "the weights do not fit config.json"),
+        (change_config(n_layer=3), "the weights lack transformer.h.2.ln_1.weight"),
+        (change_config(n_layer=1), "have no place in the model"),
     ],
 )
 def test_an_unusable_folder_is_one_message(folder: Path, damage: Callable[[Path], Any], message: str) -> None:
     damage(folder)
     with pytest.raises(CheckpointError) as caught:
-        load_gpt2(str(folder))
+        load_pretrained(str(folder))
     assert message in str(caught.value)
 
 
@@ -157,7 +161,7 @@ def test_the_four_sizes_have_their_known_parameters() -> None:
 def test_transformers_is_not_needed(folder: Path, tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['transformers'] = None\n"
-        f"from nanogpt.interop.huggingface import load_gpt2; load_gpt2({str(folder)!r})"
+        f"from nanogpt.interop.huggingface import load_pretrained; load_pretrained({str(folder)!r})"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

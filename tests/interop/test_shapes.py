@@ -1,0 +1,175 @@
+"""Llama and Qwen3 as transformers saves them, read, run and trained here."""
+
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanogpt import checkpoint, train
+from nanogpt.config import GPTConfig, SampleConfig, TrainConfig
+from nanogpt.data.batches import document_ids_of
+from nanogpt.data.tokenizer import train_bpe
+from nanogpt.errors import CheckpointError
+from nanogpt.infer.sample import sample
+from nanogpt.interop.huggingface import load_pretrained
+from nanogpt.model import GPT
+from tests.conftest import ROOT, random_ids, write_dataset
+
+Recipe = Callable[..., TrainConfig]
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
+TINY = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128}  # fmt: skip
+TOKENIZER = train_bpe(["the quick brown fox jumps over the lazy dog"] * 9, 300)
+
+
+def write_model(folder: Path, kind: str, max_shard_size: str = "1GB", **changes: Any) -> Any:
+    """A random model as transformers saves it, with a tokenizer; returns transformers' model."""
+    import transformers
+
+    config, model = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    }[kind]
+    torch.manual_seed(0)
+    theirs = model(config(**{**TINY, **changes}))
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    theirs.save_pretrained(folder, max_shard_size=max_shard_size)
+    (folder / "tokenizer.json").write_text(TOKENIZER.describe()["definition"])
+    return theirs.eval()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_word_embeddings": True}, {"attention_bias": True}, {"num_key_value_heads": 1},
+     {"num_key_value_heads": 4}, {"rope_parameters": LLAMA3}, {"rms_norm_eps": 1e-3}, {"head_dim": 8}],
+)  # fmt: skip
+def test_logits_and_gradients_equal_transformers(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    theirs = write_model(tmp_path / "m", kind, **changes)
+    ours = load_pretrained(str(tmp_path / "m")).model
+    x = random_ids(2, 100, vocab_size=300)
+    logits, loss = ours(x, x)
+    expected = theirs(x).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-5)
+    loss.backward()
+    torch.nn.functional.cross_entropy(expected.flatten(0, 1), x.flatten()).backward()
+    gradient = theirs.model.embed_tokens.weight.grad
+    torch.testing.assert_close(
+        ours.transformer.wte.weight.grad, gradient, atol=1e-4 * gradient.abs().max().item(), rtol=1e-3
+    )
+
+
+def test_mlp_biases_are_llamas_own(tmp_path: Path) -> None:
+    theirs = write_model(tmp_path / "m", "llama", mlp_bias=True)
+    ours = load_pretrained(str(tmp_path / "m")).model
+    x = random_ids(1, 20, vocab_size=300)
+    expected = theirs(x).logits
+    torch.testing.assert_close(ours(x, x)[0], expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-5)
+    assert (ours.config.bias, ours.config.mlp_bias) == (False, True)
+
+
+def test_weights_in_several_files_are_the_same(tmp_path: Path) -> None:
+    write_model(tmp_path / "one", "qwen3")
+    write_model(tmp_path / "many", "qwen3", max_shard_size="20KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    one, many = (load_pretrained(str(tmp_path / name)).model.state_dict() for name in ("one", "many"))
+    assert all(torch.equal(tensor, many[name]) for name, tensor in one.items())
+    next(iter(sorted((tmp_path / "many").glob("*.safetensors")))).unlink()
+    with pytest.raises(CheckpointError, match="the weights lack"):
+        load_pretrained(str(tmp_path / "many"))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_masked_documents_equal_each_document_alone(architecture: str) -> None:
+    model = GPT(GPTConfig(32, 61, 2, 4, 32, architecture=architecture, n_kv_head=2))  # type: ignore[arg-type]
+    idx = random_ids(1, 32)
+    idx[idx == 0] = 1
+    idx[0, [7, 20]] = 0
+    logits, _ = model(idx, idx, document_ids=document_ids_of(idx, 0))
+    alone = [model(idx[:, a:b], idx[:, a:b])[0] for a, b in itertools.pairwise([0, 7, 20, 32])]
+    torch.testing.assert_close(logits, torch.cat(alone, dim=1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_a_run_resumes_samples_and_is_refused_by_name(
+    architecture: str, recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"architecture": architecture, "n_kv_head": 1, "tied_head": False, "dropout": 0.1}
+    whole, parts = recipe(**settings), recipe(**settings, out_dir=str(tmp_path / "parts"))
+    train.train(whole)
+    train.train(recipe(**{**vars(parts), "max_iters": 4}))
+    train.train(recipe(**{**vars(parts), "init_from": "resume"}))
+    a, b = (checkpoint.load(Path(out_dir, "ckpt.pt")) for out_dir in (whole.out_dir, parts.out_dir))
+    assert all(torch.equal(tensor, b.weights[name]) for name, tensor in a.weights.items())
+    assert (a.model_config.architecture, a.model_config.n_kv_head) == (architecture, 1)
+    sample(SampleConfig(out_dir=whole.out_dir, num_samples=1, max_new_tokens=5, device="cpu"))
+    assert "the shape of the loaded model counts" not in capsys.readouterr().out
+
+
+def test_finetuning_a_folder(recipe: Recipe, data_dir: Path, tmp_path: Path) -> None:
+    write_model(tmp_path / "m", "llama")
+    ids = TOKENIZER.encode("the quick brown fox jumps over the lazy dog " * 60)
+    write_dataset(data_dir / "fox", TOKENIZER, ids[:500], ids[500:])
+    config = recipe(init_from=str(tmp_path / "m"), dataset="fox", max_iters=30, lr_decay_iters=30)
+    assert train.train(config) == 0
+    best = checkpoint.load(Path(config.out_dir, "best.pt"))
+    assert best.model_config.block_size == 16  # rotary positions: cropping forgets nothing
+    assert best.progress.best_val_loss < 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_parameters": None}, "rope_type is 'yarn'"),
+     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"), ({"use_sliding_window": True}, "use_sliding_window"),
+     ({"num_key_value_heads": 3}, "n_head=4 is not a multiple of n_kv_head=3"),
+     ({"head_dim": 7}, "must be even"), ({"num_key_value_heads": 4}, "config.json says"),
+     ({"vocab_size": 200}, "entries, but the model knows 200")],
+)  # fmt: skip
+def test_what_cannot_be_rebuilt_is_one_message(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write_model(tmp_path / "m", "qwen3")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(CheckpointError) as caught:
+        load_pretrained(str(tmp_path / "m"))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"n_kv_head": 2}, "GPT-2 has n_head=4"), ({"head_size": 4}, "GPT-2's heads have"),
+     ({"mlp_bias": False}, "biases everywhere or nowhere"),
+     ({"rope_scaling": [1.0, 1.0, 1.0, 1.0]}, "learned positions"),
+     ({"architecture": "llama", "n_kv_head": 3}, "n_head=4 is not a multiple"),
+     ({"architecture": "llama", "head_size": 5}, "must be even"),
+     ({"architecture": "llama", "rope_scaling": [1.0]}, "expected factor")],
+)  # fmt: skip
+def test_combinations_that_are_no_architecture_are_refused(settings: dict[str, Any], message: str) -> None:
+    [problem] = GPTConfig(16, 61, 2, 4, 32, **settings).problems()
+    assert message in problem
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
+def test_weights_are_copied_once(tmp_path: Path) -> None:
+    large = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 14, "vocab_size": 4000}
+    write_model(tmp_path / "m", "llama", **large)
+    code = (
+        "import re, sys\nfrom pathlib import Path\n"
+        "from nanogpt.interop.huggingface import load_pretrained\nimport safetensors.torch\n"
+        "def peak(): return int(re.findall(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[0]) * 1024\n"
+        "load_pretrained(sys.argv[2])\n"  # what is imported on the way does not count
+        "before = peak()\nmodel = load_pretrained(sys.argv[1]).model\n"
+        "size = sum(p.numel() * p.element_size() for p in model.parameters())\nprint((peak() - before) / size)"
+    )
+    write_model(tmp_path / "tiny", "llama")
+    command = [sys.executable, "-c", code, str(tmp_path / "m"), str(tmp_path / "tiny")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout.split()[-1]) < 1.2
