@@ -239,10 +239,8 @@ class TrainedModelConfig(_Machine):
     """Where a trained model comes from."""
 
     # --- model ---
-    init_from: str = (
-        "resume"  # resume: the run in out_dir; gpt2, gpt2-medium, gpt2-large, gpt2-xl; ORGANISATION/NAME on
-    )
-    # the Hugging Face hub, or a folder in its format (GPT-2, Llama, Qwen3)
+    init_from: str = "resume"  # resume: the run in out_dir; gpt2, gpt2-medium, gpt2-large, gpt2-xl; ORGANISATION/NAME
+    # on the Hugging Face hub, or a folder in its format (GPT-2, Llama, Qwen3)
     out_dir: str = "out"  # run folder to load from
     checkpoint: str = "auto"  # best (lowest validation loss), last, or a file; auto: best, else last
     compile: bool | Literal["auto"] = False  # torch.compile: starts later, and pays for long work only
