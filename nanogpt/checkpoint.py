@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from nanogpt.config import GPTConfig, TrainConfig
-from nanogpt.data.tokenizer import Tokenizer, from_description
+from nanogpt.data.tokenizer import Tokenizer
+from nanogpt.data.tokenizer_json import from_description
 from nanogpt.data.tokens import tokenizer_of_original
 from nanogpt.device import Device
 from nanogpt.errors import CheckpointError, ConfigError

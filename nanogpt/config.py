@@ -9,91 +9,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from nanogpt.settings import Settings, out_of_range
+from nanogpt.shape import GPT2_NAMES, PRESETS, GPTConfig
 
-# layers, heads, channels of the checkpoints that OpenAI has released: 124M, 350M, 774M, 1558M parameters
-GPT2_SIZES = {
-    "gpt2": (12, 12, 768),
-    "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280),
-    "gpt2-xl": (48, 25, 1600),
-}
-
-
-@dataclass
-class GPTConfig:
-    """The shape of a network: what its weights mean and nothing else. Defaults are GPT-2's, 124M parameters.
-
-    There are three architectures, those that other engines can run: GPT-2 (LayerNorm, learned positions, GELU, one head
-    of keys and values per head), Llama (RMSNorm, rotary positions, SwiGLU), and Qwen3 (the same, queries and keys
-    normalised).
-    """
-
-    block_size: int = 1024  # longest context, in tokens
-    vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64: matrix units like round numbers
-    n_layer: int = 12  # depth: number of blocks
-    n_head: int = 12  # attention heads per block
-    n_embd: int = 768  # channels; must be a multiple of n_head
-    dropout: float = 0.0  # probability of dropping a value while training
-    bias: bool = True  # in Linears and LayerNorms: True as in GPT-2, False is a bit better and faster
-    activation: Literal["gelu", "gelu_tanh"] = "gelu"  # GPT-2: exact, or the tanh form that OpenAI's weights expect
-    architecture: Literal["gpt2", "llama", "qwen3"] = "gpt2"  # whose blocks
-    n_kv_head: int = 0  # heads of keys and values, each shared by n_head / n_kv_head heads of queries; 0: n_head
-    head_size: int = 0  # channels of a head; 0: n_embd / n_head
-    n_hidden: int = 0  # channels within the MLP; 0: 4 n_embd, and with SwiGLU, which has a third matrix, 8/3 n_embd
-    mlp_bias: bool | Literal["auto"] = "auto"  # in the MLP's Linears; auto: as `bias` says
-    tied_head: bool = True  # the head is the token embedding: fewer parameters, better for small models
-    norm_eps: float = 1e-5  # added to the variance
-    rope_theta: float = 10_000.0  # the longest wavelength of rotary positions is 2 pi times this, about
-    rope_scaling: list[float] = dataclasses.field(default_factory=list)  # how Llama 3 stretches them for long contexts:
-    # factor, low_freq_factor, high_freq_factor, original context; empty: not
-
-    def __post_init__(self) -> None:
-        """Resolve what follows from other fields."""
-        self.n_kv_head = self.n_kv_head or self.n_head
-        if self.n_head > 0:
-            self.head_size = self.head_size or self.n_embd // self.n_head
-        if self.architecture == "gpt2":
-            self.n_hidden = self.n_hidden or 4 * self.n_embd
-        else:
-            self.n_hidden = self.n_hidden or -(-8 * self.n_embd // (3 * 64)) * 64
-        if self.mlp_bias == "auto":
-            self.mlp_bias = self.bias
-
-    @property
-    def is_gpt2(self) -> bool:
-        """Whether the blocks are GPT-2's."""
-        return self.architecture == "gpt2"
-
-    def problems(self) -> Iterator[str]:
-        """Everything that is inconsistent, one sentence each."""
-        yield from out_of_range(
-            self, ">= 1", "block_size vocab_size n_layer n_head n_embd n_kv_head head_size n_hidden"
-        )
-        yield from out_of_range(self, "in [0, 1)", "dropout")
-        if self.n_head < 1 or self.n_kv_head < 1:
-            return
-        if self.n_embd % self.n_head and self.head_size == self.n_embd // self.n_head:
-            below = self.n_embd - self.n_embd % self.n_head
-            nearest = f"{below} or {below + self.n_head}" if below else f"{self.n_head}"
-            yield f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; n_embd={nearest} would be"
-        if self.n_head % self.n_kv_head:
-            yield f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}, which share them in groups"
-        if self.is_gpt2:
-            if self.n_kv_head != self.n_head:
-                yield f"n_kv_head={self.n_kv_head}: GPT-2 has n_head={self.n_head} of them; use --architecture=llama"
-            if self.n_embd % self.n_head == 0 and self.head_size * self.n_head != self.n_embd:
-                yield f"head_size={self.head_size}: GPT-2's heads have n_embd / n_head = {self.n_embd // self.n_head}"
-            if self.mlp_bias != self.bias:
-                yield f"mlp_bias={self.mlp_bias}: GPT-2 has biases everywhere or nowhere; set --bias"
-            if self.rope_scaling:
-                yield "rope_scaling: GPT-2 has learned positions"
-        elif self.head_size % 2:
-            yield f"head_size={self.head_size}: rotary positions turn pairs of channels, so it must be even"
-        if len(self.rope_scaling) not in (0, 4):
-            yield f"rope_scaling={self.rope_scaling}: expected factor, low, high and original context"
+__all__ = ["PRESETS", "GPTConfig"]  # which people import from here
 
 
 @dataclass
@@ -115,9 +36,50 @@ class _Machine(Settings):
             yield f"seed={self.seed}: expected a value from 0 to 2**63 - 1"
 
 
+@dataclass
+class _Network(_Machine):
+    """The shape of a new network; shared by all programs that train one."""
+
+    # --- model ---
+    model: str = ""  # a shape by name, which sets what differs below: gpt2, gpt2-medium, gpt2-large, gpt2-xl,
+    # llama-3.2-1b, llama-3.2-3b, llama-2-7b, llama-3.1-8b, qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b
+    block_size: int = 1024  # context length in tokens
+    n_layer: int = 12  # depth: number of blocks
+    n_head: int = 12  # attention heads per block
+    n_embd: int = 768  # channels; must be a multiple of n_head
+    dropout: float = 0.0  # 0 is best for pretraining; for finetuning, or several passes over few data, try 0.1 and more
+    bias: bool = False  # in Linears and LayerNorms; GPT-2 has them, without is a bit better and faster
+    architecture: Literal["gpt2", "llama", "qwen3"] = "gpt2"  # llama: RMSNorm, rotary positions, SwiGLU; qwen3: also
+    # normalised queries and keys
+    n_kv_head: int = 0  # llama, qwen3: heads of keys and values, each shared by n_head / n_kv_head heads; 0: n_head
+    head_size: int = 0  # llama, qwen3: channels of a head; 0: n_embd / n_head
+    n_hidden: int = 0  # channels within the MLP; 0: 4 n_embd, llama and qwen3: 8/3 n_embd, in multiples of 64
+    tied_head: bool = True  # the head is the token embedding: fewer parameters, better for small models
+    rope_theta: float = 10_000.0  # llama, qwen3: slowest wavelength of rotary positions / 2 pi; more for long contexts
+    gradient_checkpointing: bool = False  # recompute blocks in the backward pass: far less memory, a third more time
+
+    @classmethod
+    def implied(cls, name: str, value: object) -> dict[str, Any]:
+        """What setting `name` to `value` sets as well: a model's name stands for its shape."""
+        return PRESETS.get(str(value), {}) if name == "model" else {}
+
+    def model_config(self, vocab_size: int) -> GPTConfig:
+        """The shape of a new network for a vocabulary of `vocab_size` entries."""
+        names = {each.name for each in dataclasses.fields(GPTConfig)}
+        settings = {name: value for name, value in vars(self).items() if name in names}
+        return GPTConfig(vocab_size=vocab_size, **settings)
+
+    def problems(self) -> Iterator[str]:
+        """Everything that is inconsistent, one sentence each."""
+        yield from super().problems()
+        if self.model and self.model not in PRESETS:
+            yield f"model={self.model!r}: expected one of {', '.join(PRESETS)}"
+        yield from self.model_config(vocab_size=1).problems()
+
+
 def init_from_problems(init_from: str, *others: str) -> Iterator[str]:
     """What is wrong with a setting `init_from`."""
-    words = [*others, "resume", *GPT2_SIZES]
+    words = [*others, "resume", *GPT2_NAMES]
     if init_from not in words and not Path(init_from).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", init_from):
         yield (
             f"init_from={init_from!r}: expected {', '.join(words)}, ORGANISATION/NAME of a model on the Hugging Face "
@@ -126,7 +88,7 @@ def init_from_problems(init_from: str, *others: str) -> Iterator[str]:
 
 
 @dataclass
-class TrainConfig(_Machine):
+class TrainConfig(_Network):
     """Train a GPT from scratch, continue a run, or finetune GPT-2.
 
     The defaults train GPT-2 (124M) on OpenWebText; config/ holds smaller recipes.
@@ -157,25 +119,9 @@ class TrainConfig(_Machine):
     dataset: str = "openwebtext"  # folder below data_dir that holds train.bin and val.bin
     gradient_accumulation_steps: int = 5 * 8  # micro-batches per update, over all processes together
     batch_size: int = 12  # rows of a micro-batch; as many as fit into memory
-    block_size: int = 1024  # context length in tokens
     sampling: Literal["random", "epoch"] = "random"  # of windows: drawn anew every time, or each once per epoch
     mask_documents: bool = False  # a token sees only its own document, and positions restart with it; on CUDA fast
     # where the model is compiled and has no dropout
-
-    # --- model ---
-    n_layer: int = 12  # depth: number of blocks
-    n_head: int = 12  # attention heads per block
-    n_embd: int = 768  # channels; must be a multiple of n_head
-    dropout: float = 0.0  # 0 is best for pretraining; for finetuning, or several passes over few data, try 0.1 and more
-    bias: bool = False  # in Linears and LayerNorms; GPT-2 has them, without is a bit better and faster
-    architecture: Literal["gpt2", "llama", "qwen3"] = "gpt2"  # llama: RMSNorm, rotary positions, SwiGLU; qwen3: also
-    # normalised queries and keys
-    n_kv_head: int = 0  # llama, qwen3: heads of keys and values, each shared by n_head / n_kv_head heads; 0: n_head
-    head_size: int = 0  # llama, qwen3: channels of a head; 0: n_embd / n_head
-    n_hidden: int = 0  # channels within the MLP; 0: 4 n_embd, llama and qwen3: 8/3 n_embd, in multiples of 64
-    tied_head: bool = True  # the head is the token embedding: fewer parameters, better for small models
-    rope_theta: float = 10_000.0  # llama, qwen3: slowest wavelength of rotary positions / 2 pi; more for long contexts
-    gradient_checkpointing: bool = False  # recompute blocks in the backward pass: far less memory, a third more time
 
     # --- AdamW ---
     learning_rate: float = 6e-4  # peak
@@ -190,24 +136,6 @@ class TrainConfig(_Machine):
     lr_decay_iters: int = 600_000  # updates until min_lr is reached; usually max_iters (Chinchilla)
     min_lr: float = 6e-5  # floor of the decay; usually learning_rate / 10 (Chinchilla)
 
-    def model_config(self, vocab_size: int) -> GPTConfig:
-        """The shape of a new network for a vocabulary of `vocab_size` entries."""
-        return GPTConfig(
-            block_size=self.block_size,
-            vocab_size=vocab_size,
-            n_layer=self.n_layer,
-            n_head=self.n_head,
-            n_embd=self.n_embd,
-            dropout=self.dropout,
-            bias=self.bias,
-            architecture=self.architecture,
-            n_kv_head=self.n_kv_head,
-            head_size=self.head_size,
-            n_hidden=self.n_hidden,
-            tied_head=self.tied_head,
-            rope_theta=self.rope_theta,
-        )
-
     @property
     def rows(self) -> int:
         """Rows of the global batch: one update sees this many windows of `block_size` tokens."""
@@ -218,7 +146,6 @@ class TrainConfig(_Machine):
         yield from super().problems()
         if not self.out_dir:
             yield "out_dir is empty: expected a folder"
-        yield from self.model_config(vocab_size=1).problems()
         yield from out_of_range(
             self, ">= 1", "eval_interval eval_iters log_interval gradient_accumulation_steps batch_size"
         )
@@ -288,7 +215,7 @@ class EvalConfig(TrainedModelConfig):
 
 
 @dataclass
-class BenchConfig(_Machine):
+class BenchConfig(_Network):
     """Time the training step: the very function that train.py calls."""
 
     # --- data ---
@@ -296,14 +223,6 @@ class BenchConfig(_Machine):
     data_dir: str = "data"  # folder of the data sets
     dataset: str = "openwebtext"  # folder below data_dir that holds train.bin and val.bin
     batch_size: int = 12  # rows of a step
-    block_size: int = 1024  # context length in tokens
-
-    # --- model ---
-    n_layer: int = 12  # depth: number of blocks
-    n_head: int = 12  # attention heads per block
-    n_embd: int = 768  # channels; must be a multiple of n_head
-    bias: bool = False  # in Linears and LayerNorms
-    gradient_checkpointing: bool = False  # recompute blocks in the backward pass
 
     # --- measurement ---
     warmup_steps: int = 10  # not timed: allocation, compilation, clocks

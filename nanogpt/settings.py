@@ -5,6 +5,7 @@ A config is a dataclass derived from `Settings`. Its fields' comments are their 
 so that `--help` answers at once.
 """
 
+import ast
 import dataclasses
 import difflib
 import inspect
@@ -27,6 +28,11 @@ from nanogpt.errors import ConfigError
 @dataclass
 class Settings:
     """What all configs share: they can say what is wrong with them."""
+
+    @classmethod
+    def implied(cls, name: str, value: object) -> dict[str, Any]:
+        """What setting `name` to `value` sets as well, before anything else that is said in the same place."""
+        return {}
 
     def problems(self) -> Iterator[str]:
         """Everything that is inconsistent, one sentence each."""
@@ -52,8 +58,7 @@ def parse(cls: type[Config], arguments: Sequence[str], usage: str, *, positional
     values = dataclasses.asdict(cls())
     for file in files:
         _run_config_file(cls, file, values, problems)
-    for name, value in _lists_joined(cls, settings):
-        _assign(cls, values, name, value, f"--{name}={value}", problems)
+    _assign(cls, values, {name: (value, f"--{name}={value}") for name, value in _lists_joined(cls, settings)}, problems)
     config = cls(**values)
     problems.extend(config.problems())
     if problems:
@@ -123,31 +128,37 @@ def _run_config_file(cls: type[Config], path: str, values: dict[str, Any], probl
     """Execute a config file with the values set so far, and take over what it assigned."""
     names = dict(values)
     try:
-        code = compile(Path(path).read_text(encoding="utf-8"), path, "exec")
-        exec(code, names)
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)
+        exec(compile(tree, path, "exec"), names)
     except (Exception, SystemExit) as error:  # a config file is a program: anything can go wrong in it
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         where = f", line {lines[-1]}" if lines else ""
         problems.append(f"config file {path}{where}: {type(error).__name__}: {error}")
         return
+    said = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    settings = {}
     for name, value in names.items():
         is_setting = not (name.startswith("_") or isinstance(value, types.ModuleType) or callable(value))
-        if is_setting and not (name in values and values[name] is value):
-            _assign(cls, values, name, value, f"{path}: {name} = {value!r}", problems)
+        if is_setting and not (name in values and values[name] is value and name not in said):
+            settings[name] = (value, f"{path}: {name} = {value!r}")
+    _assign(cls, values, settings, problems)
 
 
 def _assign(
-    cls: type[Config], values: dict[str, Any], name: str, value: object, where: str, problems: list[str]
+    cls: type[Config], values: dict[str, Any], settings: dict[str, tuple[object, str]], problems: list[str]
 ) -> None:
-    """Set one value, or say what is wrong with it."""
+    """Set values, each given with the place it stands at, or say what is wrong with them."""
     hints = get_type_hints(cls)
-    if name not in hints:
-        problems.append(_unknown(cls, name, where))
-        return
-    try:
-        values[name] = convert(value, hints[name])
-    except ValueError as error:
-        problems.append(f"{where}: {error}")
+    for name, (value, _) in settings.items():
+        values |= cls.implied(name, value)
+    for name, (value, where) in settings.items():
+        if name not in hints:
+            problems.append(_unknown(cls, name, where))
+            continue
+        try:
+            values[name] = convert(value, hints[name])
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
 
 
 def _unknown(cls: type[Config], name: str, where: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanogpt import checkpoint
 from nanogpt.checkpoint import Progress
-from nanogpt.config import GPT2_SIZES, GPTConfig, PrepareConfig, TrainConfig
+from nanogpt.config import PRESETS, GPTConfig, PrepareConfig, TrainConfig
 from nanogpt.data.batches import Ahead, check_length, epoch_window_starts, gather, window_starts
 from nanogpt.data.prepare import DATASETS, NEEDS_NO_NETWORK, prepare
 from nanogpt.data.tokens import Dataset, is_prepared, open_dataset
@@ -161,13 +161,13 @@ def dry_run(config: TrainConfig) -> int:
     dataset = open_dataset(folder) if is_prepared(folder) else None
     if config.init_from == "resume":
         shape = checkpoint.load(checkpoint.find(config.out_dir, "last"), config.data_dir).model_config
-    elif config.init_from in GPT2_SIZES:
-        n_layer, n_head, n_embd = GPT2_SIZES[config.init_from]
-        shape = GPTConfig(config.block_size, 50257, n_layer, n_head, n_embd)
+    elif config.init_from in PRESETS:
+        shape = GPTConfig.preset(config.init_from, block_size=config.block_size, vocab_size=50257)
     elif config.init_from != "scratch":
         shape = dataclasses.replace(shape_of(folder_of(config.init_from)), block_size=config.block_size)
     else:
-        shape = config.model_config(dataset.tokenizer.padded_vocab_size if dataset else GPTConfig.vocab_size)
+        vocab_size = dataset.tokenizer.padded_vocab_size if dataset else GPTConfig.vocab_size
+        shape = config.model_config(vocab_size)
     with torch.device("meta"):
         parameters = GPT(shape).get_num_params()
     print(derived_values(config, shape, parameters, len(dataset.train) if dataset else None))

@@ -7,10 +7,12 @@ import nanogpt
 
 PACKAGE = Path(nanogpt.__file__).parent
 LAYERS = [
-    "errors", "files", "settings", "config", "device", "data.pieces", "data.tokenizer", "data.tokens", "data.download",
-    "data.corpus", "data.documents", "data.workers", "data.batches", "data.plan", "data.build", "data.prepare", "model",
-    "optim", "distributed", "infer.engine", "interop.huggingface", "checkpoint", "trained", "report.metrics",
-    "report.progress", "report.plots", "evaluate", "infer.sample", "start", "train", "bench", "cli", "__main__",
+    "errors", "files", "settings", "shape", "config", "device", "data.pieces", "data.tokenizer",
+    "data.tokenizer_json", "data.tokens", "data.download", "data.corpus", "data.documents", "data.workers",
+    "data.batches", "data.plan", "data.build", "data.prepare", "model", "optim", "distributed", "infer.engine",
+    "interop.huggingface", "interop.gguf", "checkpoint", "trained", "report.metrics", "report.progress",
+    "report.plots", "benchmarks", "evaluate", "infer.sample", "export", "start", "train", "bench", "cli",
+    "__main__",
 ]  # fmt: skip
 
 

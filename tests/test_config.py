@@ -8,7 +8,8 @@ import pytest
 from nanogpt import cli
 from nanogpt.config import BenchConfig, GPTConfig, TrainConfig
 from nanogpt.errors import ConfigError
-from nanogpt.settings import _commented_fields, parse
+from nanogpt.settings import _commented_fields, help_text, parse
+from nanogpt.shape import PRESETS
 from tests.conftest import ROOT
 
 # every setting of the original's train.py under its name, with its default; None where ours follows the machine
@@ -82,3 +83,15 @@ def test_a_recipe_of_the_original_is_understood(tmp_path: Path) -> None:
     config = train(str(recipe))
     assert config.wandb_run_name.startswith("ft-")
     assert not config.always_save_checkpoint
+
+
+def test_a_models_name_stands_for_its_shape(tmp_path: Path) -> None:
+    parsed = parse(TrainConfig, ["--n_layer=3", "--model=qwen3-0.6b"], "")
+    assert (parsed.n_layer, parsed.n_embd, parsed.head_size, parsed.architecture) == (3, 1024, 128, "qwen3")
+    file = tmp_path / "recipe.py"
+    file.write_text('n_layer = 12\nmodel = "gpt2-xl"\n')  # 12 is the default, and said all the same
+    parsed = parse(TrainConfig, [str(file), "--n_head=20"], "")
+    assert (parsed.n_layer, parsed.n_head, parsed.n_embd) == (12, 20, 1600)
+    with pytest.raises(ConfigError, match="model='gpt3': expected one of gpt2, gpt2-medium"):
+        parse(TrainConfig, ["--model=gpt3"], "")
+    assert all(name in help_text(TrainConfig, "").replace("\n" + " " * 40, " ") for name in PRESETS)

@@ -29,7 +29,8 @@ from tqdm import tqdm
 from nanogpt.data.corpus import Source, Span
 from nanogpt.data.documents import Reading, documents, size_of
 from nanogpt.data.plan import Recipe, discard, make_plan, stamps
-from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, from_description
+from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from nanogpt.data.tokenizer_json import from_description
 from nanogpt.data.tokens import SPLITS, dtype_of, finish_dataset
 from nanogpt.data.workers import cores, parallel_map
 from nanogpt.errors import DataError

@@ -21,14 +21,8 @@ from tqdm import tqdm
 
 from nanogpt.data.corpus import Source, Span, cut, digests_of, find_sources, is_published
 from nanogpt.data.documents import Reading, documents, first_published_documents, is_text, size_of
-from nanogpt.data.tokenizer import (
-    ByteTokenizer,
-    CharTokenizer,
-    GPT2Tokenizer,
-    Tokenizer,
-    read_tokenizer,
-    train_bpe,
-)
+from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
+from nanogpt.data.tokenizer_json import read_tokenizer, train_bpe
 from nanogpt.data.workers import parallel_map
 from nanogpt.errors import DataError
 from nanogpt.files import atomic_write, read_json, write_json

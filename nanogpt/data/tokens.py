@@ -19,7 +19,8 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
 from nanogpt.data.pieces import Ids
-from nanogpt.data.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, from_description
+from nanogpt.data.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
+from nanogpt.data.tokenizer_json import from_description
 from nanogpt.errors import DataError
 from nanogpt.files import atomic_write, write_json
 

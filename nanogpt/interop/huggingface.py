@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from nanogpt.config import GPT2_SIZES, GPTConfig
-from nanogpt.data.tokenizer import GPT2Tokenizer, Tokenizer, read_tokenizer
+from nanogpt.data.tokenizer import GPT2Tokenizer, Tokenizer
+from nanogpt.data.tokenizer_json import read_tokenizer
 from nanogpt.errors import CheckpointError, DataError
 from nanogpt.model import GPT
+from nanogpt.shape import GPT2_NAMES, GPTConfig
 
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 _FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
@@ -54,9 +55,9 @@ def load_pretrained(name: str, device: str = "cpu", *, dropout: float = 0.0) -> 
 
 def folder_of(name: str) -> Path:
     """Where the files of `name` lie on this machine, downloaded if need be."""
-    if name not in GPT2_SIZES and (Path(name).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
+    if name not in GPT2_NAMES and (Path(name).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
         return Path(name)
-    repository = f"openai-community/{name}" if name in GPT2_SIZES else name
+    repository = f"openai-community/{name}" if name in GPT2_NAMES else name
     if (mirror := os.environ.get("NANOGPT_DOWNLOADS")) and (folder := Path(mirror, repository)).is_dir():
         return folder
     from huggingface_hub import snapshot_download
@@ -249,12 +250,4 @@ def tokenizer_of(folder: Path, shape: GPTConfig) -> Tokenizer:
         raise CheckpointError(
             f"{folder}: its tokenizer has {tokenizer.vocab_size} entries, but the model knows {shape.vocab_size}"
         )
-    return gpt2 if _is_gpt2(tokenizer, gpt2) else tokenizer
-
-
-def _is_gpt2(tokenizer: Tokenizer, gpt2: GPT2Tokenizer) -> bool:
-    """Whether this is GPT-2's tokenizer in another form: then it is taken for what it is."""
-    if (tokenizer.vocab_size, tokenizer.end_of_text) != (gpt2.vocab_size, gpt2.end_of_text):
-        return False
-    sample = "".join(chr(n) for n in range(32, 1200)) + " The quick brown fox don't jump 12345 times.\n\n"
-    return [*tokenizer.encode(sample)] == [*gpt2.encode(sample)]
+    return tokenizer

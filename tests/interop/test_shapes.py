@@ -14,7 +14,7 @@ import torch
 from nanogpt import checkpoint, train
 from nanogpt.config import GPTConfig, SampleConfig, TrainConfig
 from nanogpt.data.batches import document_ids_of
-from nanogpt.data.tokenizer import train_bpe
+from nanogpt.data.tokenizer_json import train_bpe
 from nanogpt.errors import CheckpointError
 from nanogpt.infer.sample import sample
 from nanogpt.interop.huggingface import load_pretrained
@@ -147,6 +147,7 @@ def test_what_cannot_be_rebuilt_is_one_message(changes: dict[str, Any], message:
     [({"n_kv_head": 2}, "GPT-2 has n_head=4"), ({"head_size": 4}, "GPT-2's heads have"),
      ({"mlp_bias": False}, "biases everywhere or nowhere"),
      ({"rope_scaling": [1.0, 1.0, 1.0, 1.0]}, "learned positions"),
+     ({"architecture": "qwen3", "mlp_bias": True}, "Qwen3 has none"),
      ({"architecture": "llama", "n_kv_head": 3}, "n_head=4 is not a multiple"),
      ({"architecture": "llama", "head_size": 5}, "must be even"),
      ({"architecture": "llama", "rope_scaling": [1.0]}, "expected factor")],
