@@ -21,12 +21,12 @@ from nanogpt.data.tokens import tokenizer_of_original
 from nanogpt.device import Device
 from nanogpt.errors import CheckpointError, ConfigError
 from nanogpt.files import atomic_write
+from nanogpt.interop.flat import model_args
 from nanogpt.model import GPT
 from nanogpt.settings import as_json
 
 FORMAT = 1
 RUN_FILES = ("ckpt.pt", "best.pt", "metrics.jsonl", "config.json", "loss.png")
-_ORIGINAL_MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 
 
 @dataclass
@@ -97,8 +97,7 @@ def save(
     content = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict() if optimizer else None,
-        # exactly these seven: the original's GPTConfig(**model_args) refuses others
-        "model_args": {name: shape[name] for name in _ORIGINAL_MODEL_ARGS} if model.config.is_gpt2 else shape,
+        "model_args": model_args(model.config) if model.config.is_gpt2 else shape,
         "iter_num": progress.step,
         "best_val_loss": progress.best_val_loss,
         "config": dataclasses.asdict(config),

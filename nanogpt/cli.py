@@ -13,6 +13,7 @@ from nanogpt import __version__
 from nanogpt.config import (
     BenchConfig,
     EvalConfig,
+    ExportConfig,
     PlotConfig,
     PrepareConfig,
     SampleConfig,
@@ -42,6 +43,12 @@ def _evaluate(config: Any) -> None:
     evaluate(config)
 
 
+def _export(config: Any) -> None:
+    from nanogpt.export import export
+
+    export(config)
+
+
 def _bench(config: Any) -> None:
     from nanogpt.bench import bench
 
@@ -66,6 +73,7 @@ VERBS: dict[str, tuple[type[Settings], Callable[[Any], int | None], str]] = {
     "train": (TrainConfig, _train, "out_dir"),
     "sample": (SampleConfig, _sample, "out_dir"),
     "eval": (EvalConfig, _evaluate, "out_dir"),
+    "export": (ExportConfig, _export, "out_dir"),
     "bench": (BenchConfig, _bench, "out_dir"),
     "plot": (PlotConfig, _plot, "out_dir"),
 }

@@ -162,7 +162,7 @@ class TrainConfig(_Network):
 
 
 @dataclass
-class TrainedModelConfig(_Machine):
+class SourceConfig(Settings):
     """Where a trained model comes from."""
 
     # --- model ---
@@ -170,12 +170,41 @@ class TrainedModelConfig(_Machine):
     # on the Hugging Face hub, or a folder in its format (GPT-2, Llama, Qwen3)
     out_dir: str = "out"  # run folder to load from
     checkpoint: str = "auto"  # best (lowest validation loss), last, or a file; auto: best, else last
-    compile: bool | Literal["auto"] = False  # torch.compile: starts later, and pays for long work only
 
     def problems(self) -> Iterator[str]:
         """Everything that is inconsistent, one sentence each."""
         yield from super().problems()
         yield from init_from_problems(self.init_from)
+
+
+@dataclass
+class TrainedModelConfig(SourceConfig, _Machine):
+    """A trained model at work."""
+
+    # --- machine ---
+    compile: bool | Literal["auto"] = False  # torch.compile: starts later, and pays for long work only
+
+
+@dataclass
+class ExportConfig(SourceConfig):
+    """Write a trained model as other programs read it: transformers and vLLM, llama.cpp, the original nanoGPT."""
+
+    # --- export ---
+    to: Literal["hf", "gguf", "flat"] = "hf"  # hf: a folder for transformers and what reads its format; gguf: a file
+    # for llama.cpp; flat: the original's ckpt.pt
+    output: str = ""  # folder or file to write
+    dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = "float32"  # of the matrices; q8_0, gguf only: 8 bits
+    force: bool = False  # replace what is there, where it is an earlier export
+
+    def problems(self) -> Iterator[str]:
+        """Everything that is inconsistent, one sentence each."""
+        yield from super().problems()
+        if not self.output:
+            yield "where to? name the folder or file to write: --output=PATH"
+        if self.dtype == "q8_0" and self.to != "gguf":
+            yield f"dtype=q8_0 is for --to=gguf; --to={self.to} takes float32, float16 and bfloat16"
+        if self.dtype != "float32" and self.to == "flat":
+            yield f"dtype={self.dtype}: the original's checkpoints hold float32"
 
 
 @dataclass
@@ -198,20 +227,31 @@ class SampleConfig(TrainedModelConfig):
 
 @dataclass
 class EvalConfig(TrainedModelConfig):
-    """The exact loss of a trained model over a whole split, in windows that do not overlap."""
+    """Measure a trained model: its exact loss over a whole split, and public benchmarks."""
+
+    # --- measures ---
+    tasks: list[str] = field(
+        default_factory=list
+    )  # of: loss, over all windows of a split that do not overlap; lambada,
+    # the last word of a passage; hellaswag, the likeliest of four endings; none named: loss
+    lambada: str = ""  # a file like lambada_test.jsonl; empty: OpenAI's, downloaded once
+    hellaswag: str = ""  # a file like hellaswag_val.jsonl; empty: the published one, downloaded once
+    limit: int = 0  # only the first so many examples of a benchmark; 0: all
 
     # --- data ---
     data_dir: str = ""  # folder of the data sets; empty: where the run had it
     dataset: str = ""  # empty: the one that the run was trained on
     split: Literal["train", "val"] = "val"  # which part of the data
-    batch_size: int = 32  # windows at a time; changes the speed, not the result
+    batch_size: int = 32  # windows or examples at a time; changes the speed, not the result
     block_size: int = 0  # window length; 0: the model's
 
     def problems(self) -> Iterator[str]:
         """Everything that is inconsistent, one sentence each."""
         yield from super().problems()
         yield from out_of_range(self, ">= 1", "batch_size")
-        yield from out_of_range(self, ">= 0", "block_size")
+        yield from out_of_range(self, ">= 0", "block_size limit")
+        for task in set(self.tasks) - {"loss", "lambada", "hellaswag"}:
+            yield f"tasks={task!r}: expected loss, lambada or hellaswag; for others see docs/models.md"
 
 
 @dataclass

@@ -1,8 +1,9 @@
-"""The loss of a trained model over a whole split: a number without noise, for comparisons."""
+"""How good a trained model is: its loss over a whole split, a number without noise, and benchmarks."""
 
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from nanogpt.data.tokens import Tokens, open_dataset
 from nanogpt.device import Device, choose
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.model import GPT
-from nanogpt.trained import load_trained
+from nanogpt.tasks import TASKS, Scorer, examples_of
+from nanogpt.trained import TrainedModel, load_trained
 
 
 @torch.no_grad()
@@ -51,14 +53,42 @@ def whole_split_loss(
     return total / n_targets, n_targets
 
 
-def evaluate(config: EvalConfig) -> float:
-    """The program behind `nanogpt eval`; prints loss and perplexity, then one line of JSON."""
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """The program behind `nanogpt eval`; prints a table, then one line of JSON, which it returns."""
     device = choose(config.device, config.dtype, config.compile)
     trained = load_trained(config, device)
-    model, name = trained.model, config.dataset or trained.dataset
+    result: dict[str, Any] = {"model": trained.name}
+    rows = []
+    for task in config.tasks or ["loss"]:
+        if task == "loss":
+            found = split_measures(config, trained, device)
+            result |= found
+            of = f"{found['tokens']:,} targets of {found['dataset']}/{found['split']}, {found['block_size']} at a time"
+            names = {"loss": "nats per token", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
+        else:
+            data_dir = config.data_dir or trained.config.get("data_dir", "data")
+            examples = examples_of(task, getattr(config, task), data_dir, config.limit)
+            scorer = Scorer(trained.model, trained.tokenizer, device, config.batch_size)
+            result[task] = found = TASKS[task](scorer, examples)
+            of = f"{len(examples):,} examples"
+            names = {name: name.replace("_", ", ") for name in found if name != "examples"}
+        for name, shown in names.items():
+            if found[name] is not None:
+                error = found[name] * (1 - found[name]) / found["examples"] if "accuracy" in name else 0
+                rows.append((task, shown, f"{found[name]:.4f}", f"± {math.sqrt(error):.4f}" if error else "", of))
+    print(trained.name)
+    for task, shown, value, error_bar, of in rows:
+        print(f"{task:10} {shown:21} {value:>12} {error_bar:9} {of}")
+    print(json.dumps(result))
+    return result
+
+
+def split_measures(config: EvalConfig, trained: TrainedModel, device: Device) -> dict[str, Any]:
+    """Loss, perplexity and bits per byte over a whole split of a data set."""
+    model, name = trained.model, config.dataset or str(trained.config.get("dataset", ""))
     if not name:
         raise ConfigError(f"on which data set? {trained.name} does not say; for example --dataset=shakespeare")
-    folder = Path(config.data_dir or trained.data_dir) / name
+    folder = Path(config.data_dir or trained.config.get("data_dir", "data")) / name
     dataset = open_dataset(folder)
     dataset.check_tokenizer(trained.tokenizer, trained.name)
     tokens = dataset.split(config.split)
@@ -66,14 +96,9 @@ def evaluate(config: EvalConfig) -> float:
     if block_size > model.config.block_size:
         raise ConfigError(f"block_size={block_size} exceeds the model's {model.config.block_size}")
     check_length(tokens, 1, f"the {config.split} split of {name}")
-    end_of_text = dataset.tokenizer.end_of_text if trained.mask_documents else None
+    end_of_text = dataset.tokenizer.end_of_text if trained.config.get("mask_documents") else None
     loss, n_tokens = whole_split_loss(model, tokens, block_size, config.batch_size, device, end_of_text)
     size = dataset.description.get("bytes", {}).get(config.split, 0)
+    result = {"dataset": name, "split": config.split, "block_size": block_size, "tokens": n_tokens, "loss": loss}
     bits_per_byte = loss * n_tokens / math.log(2) / size if size else None
-    print(f"{trained.name}, on all {n_tokens:,} targets of {folder} ({config.split})")
-    per_byte = f", {bits_per_byte:.4f} bits per byte" if bits_per_byte else ""
-    print(f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.3f}{per_byte} (windows of {block_size})")
-    result = {"model": trained.name, "dataset": name, "split": config.split, "block_size": block_size}
-    result |= {"tokens": n_tokens, "loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits_per_byte}
-    print(json.dumps(result))
-    return loss
+    return {**result, "perplexity": math.exp(loss), "bits_per_byte": bits_per_byte}

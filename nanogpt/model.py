@@ -41,19 +41,25 @@ def norm(config: GPTConfig, size: int) -> nn.Module:
     return LayerNorm(size, config.bias, config.norm_eps) if config.is_gpt2 else nn.RMSNorm(size, eps=config.norm_eps)
 
 
-def rotations(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines by which rotary positions turn pairs of channels: (T,) or (B, T) to (1 or B, 1, T, D / 2).
+def rotary_frequencies(config: GPTConfig, device: torch.device | None = None) -> Tensor:
+    """How fast each pair of channels turns, in radians per token: (D / 2,).
 
     Su et al. 2021; the scaling for long contexts is that of Llama 3.1.
     """
-    exponents = torch.arange(0, config.head_size, 2, device=positions.device).float() / config.head_size
-    frequencies = config.rope_theta**-exponents  # (D / 2,), in radians per token
+    exponents = torch.arange(0, config.head_size, 2, device=device).float() / config.head_size
+    frequencies = config.rope_theta**-exponents
     if config.rope_scaling:
         factor, low, high, context = config.rope_scaling
         turns = context * frequencies / (2 * math.pi)  # within the original context: few are stretched, many are not
         share = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = frequencies * (share + (1 - share) / factor)
-    angles = (positions[..., None].float() * frequencies).view(-1, 1, positions.shape[-1], config.head_size // 2)
+    return frequencies
+
+
+def rotations(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines by which rotary positions turn pairs of channels: (T,) or (B, T) to (1 or B, 1, T, D / 2)."""
+    angles = positions[..., None].float() * rotary_frequencies(config, positions.device)
+    angles = angles.view(-1, 1, positions.shape[-1], config.head_size // 2)
     return angles.cos(), angles.sin()
 
 

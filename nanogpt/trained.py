@@ -1,9 +1,11 @@
 """A trained model for use, wherever it comes from: a run folder, a checkpoint file, or Hugging Face's format."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from nanogpt import checkpoint
-from nanogpt.config import TrainedModelConfig
+from nanogpt.checkpoint import Progress
+from nanogpt.config import SourceConfig
 from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.device import Device
 from nanogpt.interop.huggingface import load_pretrained
@@ -17,12 +19,11 @@ class TrainedModel:
     model: GPT
     tokenizer: Tokenizer
     name: str  # for messages
-    dataset: str  # that it was trained on; empty if unknown
-    data_dir: str  # where that data set lay
-    mask_documents: bool  # whether it was trained to see one document at a time
+    config: dict[str, Any] = field(default_factory=dict)  # of its training run; empty if unknown
+    progress: Progress = field(default_factory=Progress)  # of its training run
 
 
-def load_trained(config: TrainedModelConfig, device: Device) -> TrainedModel:
+def load_trained(config: SourceConfig, device: Device) -> TrainedModel:
     """The model that `init_from`, `out_dir` and `checkpoint` name, on `device`, compiled if that was asked for.
 
     Raises `CheckpointError` if it can't be had.
@@ -30,12 +31,10 @@ def load_trained(config: TrainedModelConfig, device: Device) -> TrainedModel:
     if config.init_from == "resume":
         loaded = checkpoint.load(checkpoint.find(config.out_dir, config.checkpoint))
         name = f"{loaded.path}, {loaded.progress.step} updates"
-        dataset, data_dir = (str(loaded.config.get(key, "")) for key in ("dataset", "data_dir"))
-        masked = bool(loaded.config.get("mask_documents"))
-        trained = TrainedModel(loaded.model(device), loaded.tokenizer, name, dataset, data_dir or "data", masked)
+        trained = TrainedModel(loaded.model(device), loaded.tokenizer, name, loaded.config, loaded.progress)
     else:
         pretrained = load_pretrained(config.init_from, device.name)
-        trained = TrainedModel(pretrained.model, pretrained.tokenizer, config.init_from, "", "data", False)
+        trained = TrainedModel(pretrained.model, pretrained.tokenizer, config.init_from)
     if device.compile:
         trained.model.compile()
     return trained

@@ -39,12 +39,11 @@ def test_the_program_prints_a_line_of_json(
 ) -> None:
     config = recipe()
     train.train(config)
-    loss = evaluate(EvalConfig(out_dir=config.out_dir, data_dir=config.data_dir, device="cpu", dtype="float32"))
+    result = evaluate(EvalConfig(out_dir=config.out_dir, data_dir=config.data_dir, device="cpu", dtype="float32"))
     out = capsys.readouterr().out.splitlines()
-    result = json.loads(out[-1])
-    assert result["loss"] == loss
+    assert json.loads(out[-1]) == result
     assert (result["dataset"], result["split"], result["tokens"], result["block_size"]) == ("tiny", "val", 719, 16)
-    assert f"perplexity {math.exp(loss):.3f}" in out[-2]
+    assert out[-2].split()[:3] == ["loss", "perplexity", f"{math.exp(result['loss']):.4f}"]
 
 
 def test_mismatches_are_refused(recipe: Callable[..., TrainConfig]) -> None:

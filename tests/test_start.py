@@ -88,7 +88,7 @@ def test_documents_apart_train_evaluate_and_say_bits_per_byte(
     for masked in (False, True):
         config = recipe(dataset="documents", mask_documents=masked, max_iters=30, lr_decay_iters=30, block_size=64)
         assert train.train(config) == 0
-        losses[masked] = evaluate(EvalConfig(out_dir=config.out_dir, device="cpu", dtype="float32"))
+        losses[masked] = evaluate(EvalConfig(out_dir=config.out_dir, device="cpu", dtype="float32"))["loss"]
     assert losses[True] != losses[False]
     out = capsys.readouterr().out
     assert "bits per byte" in out

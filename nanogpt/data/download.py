@@ -15,14 +15,14 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-def fetch(name: str, url: str, sha256: str, attempts: int = 3) -> bytes:
+def fetch(name: str, url: str, sha256: str, attempts: int = 3, option: str = "input") -> bytes:
     """The bytes of a published file: from the folder `$NANOGPT_DOWNLOADS`, else from the network.
 
-    Network failures are tried again, with pauses. Raises `DataError`, with what to do instead, when the file
-    can't be had or isn't the one expected (an error page, say).
+    Network failures are tried again, with pauses. Raises `DataError`, with what to do instead, when the file can't be
+    had or isn't the one expected (an error page, say); `option` is the setting that takes such a file.
     """
     by_hand = (
-        f"download {url} by other means and pass it as --input=FILE, or put it as {name} into a folder that the "
+        f"download {url} by other means and pass it as --{option}=FILE, or put it as {name} into a folder that the "
         "environment variable NANOGPT_DOWNLOADS names"
     )
     mirror = os.environ.get("NANOGPT_DOWNLOADS")
@@ -50,11 +50,15 @@ def _download(url: str, attempts: int, by_hand: str) -> bytes:
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
+def kept(path: Path, name: str, url: str, sha256: str, option: str = "input") -> Path:
+    """`path`, which holds the file that `fetch` fetches, now or from earlier."""
+    if not (path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256):
+        content = fetch(name, url, sha256, option=option)
+        with atomic_write(path) as file:
+            file.write(content)
+    return path
+
+
 def shakespeare(folder: Path) -> Path:
     """Tiny Shakespeare, 1,115,394 characters, kept as input.txt in `folder`."""
-    kept = folder / "input.txt"
-    if not (kept.is_file() and hashlib.sha256(kept.read_bytes()).hexdigest() == SHAKESPEARE_SHA256):
-        content = fetch("tinyshakespeare.txt", SHAKESPEARE_URL, SHAKESPEARE_SHA256)
-        with atomic_write(kept) as file:
-            file.write(content)
-    return kept
+    return kept(folder / "input.txt", "tinyshakespeare.txt", SHAKESPEARE_URL, SHAKESPEARE_SHA256)

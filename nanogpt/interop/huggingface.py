@@ -1,6 +1,6 @@
-"""Models in Hugging Face's format: GPT-2, Llama and Qwen3, from the hub, a mirror folder or a folder of one's own.
+"""Models in Hugging Face's format: GPT-2, Llama and Qwen3, from the hub, a mirror folder or a folder, and into one.
 
-Reads `config.json` and safetensors directly; transformers is not needed.
+Reads and writes `config.json` and safetensors directly; transformers is not needed.
 """
 
 import json
@@ -14,12 +14,17 @@ from typing import Any
 import torch
 
 from nanogpt.data.tokenizer import GPT2Tokenizer, Tokenizer
-from nanogpt.data.tokenizer_json import read_tokenizer
+from nanogpt.data.tokenizer_json import definition_of, read_tokenizer
 from nanogpt.errors import CheckpointError, DataError
+from nanogpt.files import write_json
 from nanogpt.model import GPT
 from nanogpt.shape import GPT2_NAMES, GPTConfig
 
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+# what `save_pretrained` writes
+FOLDER = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+          "README.md"}  # fmt: skip
+_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
           "vocab.json", "merges.txt"]  # fmt: skip
 
@@ -119,7 +124,6 @@ def _llama_shape(config: dict[str, Any]) -> GPTConfig:
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if rope_type not in ("default", "llama3"):
         raise ValueError(f"rope_type is {rope_type!r}; known: default, llama3")
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     return GPTConfig(
         block_size=config["max_position_embeddings"],
         vocab_size=config["vocab_size"],
@@ -135,7 +139,7 @@ def _llama_shape(config: dict[str, Any]) -> GPTConfig:
         tied_head=config.get("tie_word_embeddings", False),
         norm_eps=config.get("rms_norm_eps", 1e-6),
         rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10_000.0,
-        rope_scaling=[float(rope[key]) for key in keys] if rope_type == "llama3" else [],
+        rope_scaling=[float(rope[key]) for key in _SCALING] if rope_type == "llama3" else [],
     )
 
 
@@ -232,6 +236,21 @@ def _copy_weights(model: GPT, folder: Path) -> None:
         raise ValueError(f"{len(unknown)} tensors of the weights have no place in the model, {unknown[0]} for one")
 
 
+def tensors_of(model: GPT, vocab_size: int) -> Iterator[tuple[Part, torch.Tensor]]:
+    """The tensors of `model` as others cut and name them, in our orientation: rows are outputs.
+
+    Embedding and head lose the rows that only pad the vocabulary. Where GPT-2 has biases and we have none, they are 0.
+    """
+    weights, shape = model.state_dict(), model.config
+    for part in layout(replace(shape, bias=True) if shape.is_gpt2 else shape):
+        if part.ours in weights:
+            tensor = weights[part.ours][slice(*part.rows) if part.rows else slice(None)]
+        else:
+            weight = weights[part.ours.removesuffix("bias") + "weight"]
+            tensor = weight.new_zeros(len(weight))
+        yield part, tensor[:vocab_size] if part.ours in ("transformer.wte.weight", "lm_head.weight") else tensor
+
+
 # ---------------------------------------------------------------------------------------------------
 # The tokenizer
 
@@ -251,3 +270,70 @@ def tokenizer_of(folder: Path, shape: GPTConfig) -> Tokenizer:
             f"{folder}: its tokenizer has {tokenizer.vocab_size} entries, but the model knows {shape.vocab_size}"
         )
     return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------
+# Out
+
+
+def save_pretrained(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype, card: str) -> None:
+    """Write what transformers' `AutoModelForCausalLM` and `AutoTokenizer` load. `card` is the text of README.md.
+
+    Raises `DataError` for a tokenizer that has no such form.
+    """
+    from safetensors.torch import save_file
+
+    shape = replace(model.config, vocab_size=tokenizer.vocab_size)
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text)
+    write_json(folder / "config.json", {**config_of(shape), **ends, "torch_dtype": str(dtype).removeprefix("torch.")})
+    write_json(folder / "generation_config.json", {**ends, "pad_token_id": tokenizer.end_of_text})
+    (folder / "tokenizer.json").write_text(definition_of(tokenizer), encoding="utf-8")
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": shape.block_size}
+    if tokenizer.end_of_text is not None:
+        settings |= dict.fromkeys(("bos_token", "eos_token"), tokenizer.decode([tokenizer.end_of_text]))
+    write_json(folder / "tokenizer_config.json", {**settings, "clean_up_tokenization_spaces": False})
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    tensors = {}
+    for part, tensor in tensors_of(model, tokenizer.vocab_size):
+        tensors[part.theirs] = (tensor.t() if part.transposed else tensor).to(dtype).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def config_of(shape: GPTConfig) -> dict[str, Any]:
+    """The `config.json` that describes `shape`."""
+    common = {"vocab_size": shape.vocab_size, "tie_word_embeddings": shape.tied_head}
+    if shape.is_gpt2:
+        return common | {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "n_positions": shape.block_size,
+            "n_embd": shape.n_embd,
+            "n_layer": shape.n_layer,
+            "n_head": shape.n_head,
+            "n_inner": shape.n_hidden,
+            "activation_function": "gelu" if shape.activation == "gelu" else "gelu_new",
+            "layer_norm_epsilon": shape.norm_eps,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), shape.dropout),
+        }
+    scaling: dict[str, Any] | None = None
+    if shape.rope_scaling:
+        *factors, context = shape.rope_scaling
+        scaling = {"rope_type": "llama3", **dict(zip(_SCALING, [*factors, int(context)], strict=True))}
+    config = common | {
+        "architectures": ["LlamaForCausalLM" if shape.architecture == "llama" else "Qwen3ForCausalLM"],
+        "model_type": shape.architecture,
+        "max_position_embeddings": shape.block_size,
+        "hidden_size": shape.n_embd,
+        "num_hidden_layers": shape.n_layer,
+        "num_attention_heads": shape.n_head,
+        "num_key_value_heads": shape.n_kv_head,
+        "head_dim": shape.head_size,
+        "intermediate_size": shape.n_hidden,
+        "hidden_act": "silu",
+        "rms_norm_eps": shape.norm_eps,
+        "rope_theta": shape.rope_theta,
+        "rope_scaling": scaling,
+        "attention_bias": shape.bias,
+        "attention_dropout": shape.dropout,
+    }
+    return config | ({"mlp_bias": shape.mlp_bias} if shape.architecture == "llama" else {"use_sliding_window": False})

@@ -130,11 +130,13 @@ def test_finetuning_evaluating_and_sampling(
     finetuning: Callable[..., TrainConfig], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = finetuning(max_iters=20, learning_rate=1e-2)
-    before = evaluate(EvalConfig(init_from=str(folder), data_dir=config.data_dir, dataset="bard", dtype="float32"))
+    before = evaluate(EvalConfig(init_from=str(folder), data_dir=config.data_dir, dataset="bard", dtype="float32"))[
+        "loss"
+    ]
     assert train.train(config) == 0
     trained = checkpoint.load(Path(config.out_dir, "best.pt"))
     assert trained.model_config == GPTConfig(16, 50257, 2, 2, 16, activation="gelu_tanh")  # cropped to the recipe's 16
-    after = evaluate(EvalConfig(out_dir=config.out_dir, data_dir=config.data_dir, dtype="float32"))
+    after = evaluate(EvalConfig(out_dir=config.out_dir, data_dir=config.data_dir, dtype="float32"))["loss"]
     assert after < before - 1
     capsys.readouterr()
     sample(SampleConfig(init_from=str(folder), start="What is", num_samples=2, max_new_tokens=5, device="cpu"))

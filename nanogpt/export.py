@@ -1,0 +1,113 @@
+"""The program behind `nanogpt export`: a trained model as other programs read it."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from nanogpt import __version__
+from nanogpt.config import ExportConfig
+from nanogpt.device import Device
+from nanogpt.errors import ConfigError, UserError
+from nanogpt.files import atomic_write
+from nanogpt.interop.flat import save_flat
+from nanogpt.interop.gguf import save_gguf
+from nanogpt.interop.huggingface import FOLDER, save_pretrained
+from nanogpt.trained import TrainedModel, load_trained
+
+
+def export(config: ExportConfig) -> None:
+    """Write `output`, whole or not at all. Raises `UserError` if it is there, or can't hold this model."""
+    output = Path(config.output).absolute()
+    _check_free(output, config)
+    trained = load_trained(config, Device("cpu", "cpu", torch.float32, compile=False))
+    model, tokenizer = trained.model, trained.tokenizer
+    if config.to == "hf":
+        with new_folder(output) as folder:
+            save_pretrained(folder, model, tokenizer, getattr(torch, config.dtype), model_card(trained, output.name))
+    elif config.to == "gguf":
+        with atomic_write(output) as file:
+            save_gguf(Path(file.name), output.stem, model, tokenizer, config.dtype)
+    else:
+        progress = trained.progress
+        save_flat(output, model, tokenizer, trained.config, progress.step, progress.best_val_loss)
+        if model.config.activation != "gelu":
+            print("the original computes the exact GELU in place of this model's tanh form: losses differ slightly")
+    print(f"wrote {output} from {trained.name}: {_use(config)}")
+
+
+def _check_free(output: Path, config: ExportConfig) -> None:
+    """Refuse to overwrite anything but an earlier export, and that without `force`."""
+    if not output.exists():
+        return
+    if output.is_dir() != (config.to == "hf"):
+        raise ConfigError(
+            f"output={output} is a {'folder' if output.is_dir() else 'file'}, --to={config.to} makes the other"
+        )
+    strangers = sorted({path.name for path in output.iterdir()} - FOLDER) if output.is_dir() else []
+    if strangers:
+        raise ConfigError(f"output={output} holds {strangers[0]}, which no export has written; choose another folder")
+    if not config.force and (output.is_file() or any(output.iterdir())):
+        raise ConfigError(f"output={output} is there already; --force replaces it")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder that takes its name, in place of what has it, when the block ends well, and is gone when it doesn't."""
+    work, old = (path.with_name(f"{path.name}.{ending}.tmp") for ending in ("new", "old"))
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        yield work
+        if path.exists():
+            path.rename(old)
+        work.rename(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _use(config: ExportConfig) -> str:
+    return {
+        "hf": f'AutoModelForCausalLM.from_pretrained("{config.output}")',
+        "gguf": f"llama-cli -m {config.output}",
+        "flat": "put it as ckpt.pt into the out_dir of the original; characters need data/NAME/meta.pkl there",
+    }[config.to]
+
+
+def model_card(trained: TrainedModel, name: str) -> str:
+    """The README.md of an exported model: what it is and how it was trained."""
+    shape, progress = trained.model.config, trained.progress
+    facts = {
+        "parameters": f"{trained.model.get_num_params(non_embedding=False):,}",
+        "architecture": f"{shape.architecture}, {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} channels",
+        "context": f"{shape.block_size:,} tokens",
+        "tokenizer": str(trained.tokenizer),
+    }
+    if trained.config:
+        facts |= {
+            "started from": trained.config.get("init_from", "scratch"),
+            "data set": trained.config.get("dataset", "unknown"),
+            "updates": f"{progress.step:,}",
+            "tokens seen": f"{progress.tokens:,}",
+            "training time": f"{progress.seconds / 3600:.2f} hours",
+            "best validation loss": f"{progress.best_val_loss:.4f} nats per token",
+        }
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    front = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [nanogpt]\n---\n\n"
+    code = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")\n'
+        'ids = tokenizer("Once", return_tensors="pt").input_ids\n'
+        "print(tokenizer.decode(model.generate(ids, max_new_tokens=100)[0]))\n"
+    )
+    settings = "".join(f"    {key} = {value!r}\n" for key, value in trained.config.items())
+    recipe = f"\nThe settings of the run:\n\n{settings}" if settings else ""
+    return (
+        f"{front}# {name}\n\nTrained with nanoGPT {__version__}, from {trained.name}.\n\n| | |\n|---|---|\n{rows}\n\n"
+        f"```python\n{code}```\n{recipe}"
+    )

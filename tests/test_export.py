@@ -1,0 +1,204 @@
+"""Exported models, as transformers, the original and we ourselves read them back."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanogpt import checkpoint, train
+from nanogpt import export as module
+from nanogpt.config import ExportConfig, GPTConfig, TrainConfig
+from nanogpt.data.tokens import open_dataset
+from nanogpt.device import Device
+from nanogpt.errors import ConfigError, UserError
+from nanogpt.export import export, new_folder
+from nanogpt.infer.engine import stream
+from nanogpt.interop.huggingface import load_pretrained
+from nanogpt.model import GPT
+from nanogpt.settings import parse
+from tests.conftest import random_ids, write_dataset
+from tests.interop.test_shapes import TOKENIZER, write_model
+
+Recipe = Callable[..., TrainConfig]
+CPU = Device("cpu", "cpu", torch.float32, False)
+SHAPES: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "gpt2 with biases": {"bias": True},
+    "llama": {"architecture": "llama", "n_kv_head": 1, "tied_head": False},
+    "qwen3": {"architecture": "qwen3", "n_kv_head": 1, "head_size": 8},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_transformers_goes_on_as_we_do(shape: str, recipe: Recipe, tmp_path: Path) -> None:
+    import transformers
+
+    config = recipe(**SHAPES[shape], max_iters=60, lr_decay_iters=60, eval_interval=60)
+    train.train(config)
+    export(ExportConfig(out_dir=config.out_dir, output=str(tmp_path / "m")))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    assert type(theirs).__name__.lower().startswith(shape.split()[0])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
+    ids = tokenizer("the quick", return_tensors="pt").input_ids
+    loaded = checkpoint.load(Path(config.out_dir, "best.pt"))
+    model = loaded.model(CPU)
+    assert ids.tolist() == [loaded.tokenizer.encode("the quick").tolist()]
+    torch.testing.assert_close(theirs(ids).logits, model(ids, ids)[0], atol=1e-5, rtol=1e-5)
+    ours = [token.item() for token in stream(model, ids, 7, temperature=0)]
+    generated = theirs.generate(ids, max_new_tokens=7, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert generated == ours
+    assert tokenizer.decode(generated) == loaded.tokenizer.decode(ours)
+    card = (tmp_path / "m" / "README.md").read_text()
+    facts = {"data set": "tiny", "updates": "60", "tokens seen": "3,840", "context": "16 tokens"}
+    assert all(f"| {key} | {value} |" in card for key, value in facts.items())
+    assert "learning_rate = 0.003" in card
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_in_and_out_and_in_again_changes_no_bit(kind: str, tied: bool, tmp_path: Path) -> None:
+    import transformers
+    from safetensors.torch import load_file
+
+    if kind == "gpt2":
+        torch.manual_seed(0)
+        settings = transformers.GPT2Config(
+            vocab_size=TOKENIZER.vocab_size, n_positions=32, n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=tied
+        )
+        transformers.GPT2LMHeadModel(settings).save_pretrained(tmp_path / "a")
+        (tmp_path / "a" / "tokenizer.json").write_text(TOKENIZER.describe()["definition"])
+    else:
+        write_model(
+            tmp_path / "a", kind, vocab_size=TOKENIZER.vocab_size, attention_bias=True, tie_word_embeddings=tied
+        )
+    for source, target in ("ab", "bc"):
+        export(ExportConfig(init_from=str(tmp_path / source), output=str(tmp_path / target)))
+    tensors = [load_file(tmp_path / name / "model.safetensors") for name in "abc"]
+    for others in tensors[1:]:
+        assert set(others) == set(tensors[0])
+        assert all(torch.equal(others[name], tensor) for name, tensor in tensors[0].items())
+    shapes = [load_pretrained(str(tmp_path / name)) for name in "abc"]
+    assert shapes[0].model.config == shapes[1].model.config == shapes[2].model.config
+    assert shapes[0].tokenizer.describe() == shapes[2].tokenizer.describe()
+    assert (tmp_path / "b" / "config.json").read_bytes() == (tmp_path / "c" / "config.json").read_bytes()
+
+
+def test_an_exported_run_goes_on_training(recipe: Recipe, tmp_path: Path) -> None:
+    config = recipe()
+    train.train(config)
+    export(ExportConfig(out_dir=config.out_dir, output=str(tmp_path / "m"), dtype="bfloat16"))
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert (tmp_path / "m" / "model.safetensors").stat().st_size < 80_000  # 27,000 parameters of two bytes
+    assert load_pretrained(str(tmp_path / "m")).tokenizer.name == "char"
+    # the data set's tokenizer and the model's are the same again
+    assert train.train(recipe(init_from=str(tmp_path / "m"), out_dir=str(tmp_path / "tuned"))) == 0
+
+
+def test_rows_that_only_pad_the_vocabulary_stay_behind(recipe: Recipe, data_dir: Path, tmp_path: Path) -> None:
+    ids = TOKENIZER.encode("the quick brown fox jumps over the lazy dog " * 60)
+    write_dataset(data_dir / "fox", TOKENIZER, ids[:500], ids[500:])
+    config = recipe(dataset="fox", architecture="llama", tied_head=False)
+    train.train(config)
+    export(ExportConfig(out_dir=config.out_dir, output=str(tmp_path / "m")))
+    model = load_pretrained(str(tmp_path / "m")).model
+    assert model.config.vocab_size == TOKENIZER.vocab_size < TOKENIZER.padded_vocab_size
+    x = random_ids(1, 16, vocab_size=TOKENIZER.vocab_size)
+    ours = checkpoint.load(Path(config.out_dir, "best.pt")).model(CPU)(x, x)[0]
+    torch.testing.assert_close(model(x, x)[0], ours[..., : TOKENIZER.vocab_size])
+
+
+def test_flat_is_the_originals_dictionary(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = recipe()
+    train.train(config)
+    export(ExportConfig(out_dir=config.out_dir, to="flat", output=str(tmp_path / "flat" / "ckpt.pt")))
+    content = torch.load(tmp_path / "flat" / "ckpt.pt", weights_only=True)
+    assert set(content) == {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"}
+    best = checkpoint.load(Path(config.out_dir, "best.pt"))
+    assert all(torch.equal(content["model"][name], tensor) for name, tensor in best.weights.items())
+    again = checkpoint.load(
+        tmp_path / "flat" / "ckpt.pt", str(open_dataset(Path(config.data_dir, "tiny")).folder.parent)
+    )
+    assert again.tokenizer.describe() == best.tokenizer.describe()
+    train.train(recipe(architecture="llama", out_dir="llama"))
+    with pytest.raises(ConfigError, match="the original nanoGPT knows GPT-2's shape only"):
+        export(ExportConfig(out_dir="llama", to="flat", output="x/ckpt.pt"))
+    assert not Path("x/ckpt.pt").exists()
+    assert "wrote" in capsys.readouterr().out
+
+
+def test_nothing_is_overwritten_or_left_behind(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = recipe()
+    train.train(config)
+    folder = tmp_path / "m"
+    settings = {"out_dir": config.out_dir, "output": str(folder)}
+    export(ExportConfig(**settings))  # type: ignore[arg-type]
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ConfigError, match="is there already; --force replaces it"):
+        export(ExportConfig(**settings))  # type: ignore[arg-type]
+    real = module.save_pretrained
+
+    def full(path: Path, *arguments: Any) -> None:
+        real(path, *arguments)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_pretrained", full)
+    with pytest.raises(UserError, match="No space left"):
+        export(ExportConfig(**settings, force=True))  # type: ignore[arg-type]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("m")] == ["m"]
+    monkeypatch.setattr(module, "save_pretrained", real)
+    export(ExportConfig(**settings, force=True, dtype="float16"))  # type: ignore[arg-type]
+    assert (folder / "model.safetensors").stat().st_size < len(before["model.safetensors"])
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"holds thesis\.tex, which no export has written"):
+        export(ExportConfig(**settings, force=True))  # type: ignore[arg-type]
+    for to in ("gguf", "flat"):
+        with pytest.raises(ConfigError, match=f"is a folder, --to={to} makes the other"):
+            export(ExportConfig(**settings, to=to, force=True))  # type: ignore[arg-type]
+        file = tmp_path / f"file.{to}"
+        export(ExportConfig(**{**settings, "output": str(file)}, to=to))  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="--force replaces it"):
+            export(ExportConfig(**{**settings, "output": str(file)}, to=to))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="is a file, --to=hf makes the other"):
+        export(ExportConfig(**{**settings, "output": str(tmp_path / "file.gguf")}))  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_exported_is_named(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="where to"):
+        parse(ExportConfig, [], "")
+    with pytest.raises(ConfigError, match="q8_0 is for --to=gguf"):
+        parse(ExportConfig, ["--output=x", "--dtype=q8_0"], "")
+    with pytest.raises(ConfigError, match="hold float32"):
+        parse(ExportConfig, ["--output=x", "--to=flat", "--dtype=float16"], "")
+    train.train(recipe(out_dir="whole"))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ConfigError, match="pip install gguf"):
+        export(ExportConfig(out_dir="whole", output="m.gguf", to="gguf"))
+    assert not Path("m.gguf").exists()
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    for content in ("old", "new"):
+        with new_folder(tmp_path / "a" / "b") as folder:
+            (folder / "file").write_text(content)
+    assert (tmp_path / "a" / "b" / "file").read_text() == "new"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+    shutil.rmtree(tmp_path / "a")
+    (tmp_path / "a").write_text("a file")
+    with pytest.raises(UserError, match="cannot write"), new_folder(tmp_path / "a" / "b"):
+        pass
+
+
+def test_gpt2_in_the_tanh_form_keeps_it(tmp_path: Path) -> None:
+    for activation in ("gelu", "gelu_tanh"):
+        shape = GPTConfig(8, TOKENIZER.vocab_size, 1, 2, 16, activation=activation)  # type: ignore[arg-type]
+        (tmp_path / activation).mkdir()
+        module.save_pretrained(tmp_path / activation, GPT(shape), TOKENIZER, torch.float32, "")
+        assert load_pretrained(str(tmp_path / activation)).model.config.activation == activation
