@@ -77,13 +77,18 @@ class _Network(_Machine):
         yield from self.model_config(vocab_size=1).problems()
 
 
+def is_hub_name(text: str) -> bool:
+    """Whether `text` reads like the name of a repository on the Hugging Face hub."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", text))
+
+
 def init_from_problems(init_from: str, *others: str) -> Iterator[str]:
     """What is wrong with a setting `init_from`."""
     words = [*others, "resume", *GPT2_NAMES]
-    if init_from not in words and not Path(init_from).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", init_from):
+    if init_from not in words and not Path(init_from).exists() and not is_hub_name(init_from):
         yield (
             f"init_from={init_from!r}: expected {', '.join(words)}, ORGANISATION/NAME of a model on the Hugging Face "
-            "hub, or an existing folder"
+            "hub, or an existing folder or checkpoint"
         )
 
 
@@ -97,7 +102,8 @@ class TrainConfig(_Network):
     # --- run ---
     out_dir: str = "out"  # run folder: config.json, metrics.jsonl, ckpt.pt (newest), best.pt (lowest validation loss)
     init_from: str = "scratch"  # scratch; resume: continue the run in out_dir; gpt2, gpt2-medium, gpt2-large, gpt2-xl,
-    # ORGANISATION/NAME on the Hugging Face hub or a folder in its format (GPT-2, Llama, Qwen3): finetune those
+    # ORGANISATION/NAME on the Hugging Face hub or a folder in its format (GPT-2, Llama, Qwen3), another run's folder or
+    # checkpoint: finetune those
     max_iters: int = 600_000  # number of updates
     eval_interval: int = 2000  # evaluate, and perhaps save, every so many updates; once more at the end in any case
     eval_iters: int = 200  # batches of each split per evaluation; the same ones every time
@@ -167,7 +173,7 @@ class SourceConfig(Settings):
 
     # --- model ---
     init_from: str = "resume"  # resume: the run in out_dir; gpt2, gpt2-medium, gpt2-large, gpt2-xl; ORGANISATION/NAME
-    # on the Hugging Face hub, or a folder in its format (GPT-2, Llama, Qwen3)
+    # on the Hugging Face hub, a folder in its format (GPT-2, Llama, Qwen3), or a checkpoint
     out_dir: str = "out"  # run folder to load from
     checkpoint: str = "auto"  # best (lowest validation loss), last, or a file; auto: best, else last
 
@@ -305,8 +311,8 @@ class PrepareConfig(Settings):
 
     # --- data set ---
     data_dir: str = "data"  # folder of the data sets
-    tokenizer: str = ""  # char, byte, gpt2, bpe:N (learned from this text), a tokenizer.json, or the folder of a model
-    # or of another data set; empty: the known data set's own, gpt2 for your text
+    tokenizer: str = ""  # char, byte, gpt2, bpe:N (learned from this text), a tokenizer.json, the folder of a model or
+    # data set, or ORGANISATION/NAME on the Hugging Face hub; empty: the known data set's own, gpt2 for your text
     val_fraction: float | Literal["auto"] = "auto"  # share of the text for validation, by documents if there are
     # enough; auto: the known data set's own, 0.05 for your text
     describe: bool = False  # show what the data set NAME is, and make nothing
@@ -333,10 +339,10 @@ class PrepareConfig(Settings):
         if match := re.fullmatch(r"bpe:(\d+)", self.tokenizer):
             if not 257 <= int(match[1]) <= 10**6:
                 yield f"tokenizer={self.tokenizer}: expected bpe:257, the 256 bytes and the end of text, to bpe:1000000"
-        elif self.tokenizer not in words and not Path(self.tokenizer).exists():
+        elif self.tokenizer not in words and not Path(self.tokenizer).exists() and not is_hub_name(self.tokenizer):
             yield (
-                f"tokenizer={self.tokenizer!r}: expected char, byte, gpt2, bpe:N, or the path of a tokenizer.json or "
-                "of a folder with one"
+                f"tokenizer={self.tokenizer!r}: expected char, byte, gpt2, bpe:N, the path of a tokenizer.json or of a "
+                "folder with one, or ORGANISATION/NAME of a model on the Hugging Face hub"
             )
 
 

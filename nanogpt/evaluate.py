@@ -94,7 +94,7 @@ def split_measures(config: EvalConfig, trained: TrainedModel, device: Device) ->
     tokens = dataset.split(config.split)
     block_size = config.block_size or model.config.block_size
     if block_size > model.config.block_size:
-        raise ConfigError(f"block_size={block_size} exceeds the model's {model.config.block_size}")
+        model.crop_block_size(block_size)  # rotary positions reach further, learned ones do not
     check_length(tokens, 1, f"the {config.split} split of {name}")
     end_of_text = dataset.tokenizer.end_of_text if trained.config.get("mask_documents") else None
     loss, n_tokens = whole_split_loss(model, tokens, block_size, config.batch_size, device, end_of_text)

@@ -284,14 +284,14 @@ class GPT(nn.Module):
         return model.requires_grad_()
 
     def crop_block_size(self, block_size: int) -> None:
-        """Forget the positions from `block_size` on, for work with shorter contexts."""
-        if block_size > self.config.block_size:
+        """Work with contexts of `block_size`: learned positions from there on are forgotten, rotary ones computed."""
+        if self.config.is_gpt2 and block_size > self.config.block_size:
             raise ConfigError(
                 f"block_size={block_size} exceeds the model's {self.config.block_size}: learned positions end there"
             )
         self.config.block_size = block_size
         if not self.config.is_gpt2:
-            return  # rotary positions are computed
+            return
         kept = self.transformer.wpe.weight[:block_size].detach().clone()
         self.transformer.wpe = nn.Embedding(block_size, self.config.n_embd, _weight=kept)
 

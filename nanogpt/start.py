@@ -18,9 +18,10 @@ from nanogpt.data.tokens import Dataset, is_prepared, open_dataset
 from nanogpt.device import Device
 from nanogpt.distributed import World, parallel
 from nanogpt.errors import ConfigError, DataError
-from nanogpt.interop.huggingface import folder_of, load_pretrained, shape_of
+from nanogpt.interop.huggingface import folder_of, shape_of
 from nanogpt.model import GPT
 from nanogpt.optim import adamw
+from nanogpt.trained import checkpoint_of, load_model
 
 
 @dataclass
@@ -61,7 +62,7 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
     elif config.init_from == "scratch":
         model = GPT(config.model_config(dataset.tokenizer.padded_vocab_size)).to(device.name)
     else:
-        pretrained = load_pretrained(config.init_from, device.name, dropout=config.dropout)
+        pretrained = load_model(config.init_from, device, dropout=config.dropout, data_dir=config.data_dir)
         dataset.check_tokenizer(pretrained.tokenizer, config.init_from)
         model = pretrained.model
         model.crop_block_size(config.block_size)
@@ -161,6 +162,8 @@ def dry_run(config: TrainConfig) -> int:
     dataset = open_dataset(folder) if is_prepared(folder) else None
     if config.init_from == "resume":
         shape = checkpoint.load(checkpoint.find(config.out_dir, "last"), config.data_dir).model_config
+    elif path := checkpoint_of(config.init_from):
+        shape = checkpoint.load(path, config.data_dir).model_config
     elif config.init_from in PRESETS:
         shape = GPTConfig.preset(config.init_from, block_size=config.block_size, vocab_size=50257)
     elif config.init_from != "scratch":

@@ -1,6 +1,7 @@
 """A trained model for use, wherever it comes from: a run folder, a checkpoint file, or Hugging Face's format."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from nanogpt import checkpoint
@@ -8,7 +9,7 @@ from nanogpt.checkpoint import Progress
 from nanogpt.config import SourceConfig
 from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.device import Device
-from nanogpt.interop.huggingface import load_pretrained
+from nanogpt.interop.huggingface import Pretrained, load_pretrained
 from nanogpt.model import GPT
 
 
@@ -23,6 +24,26 @@ class TrainedModel:
     progress: Progress = field(default_factory=Progress)  # of its training run
 
 
+def load_model(init_from: str, device: Device, *, dropout: float = 0.0, data_dir: str = "data") -> Pretrained:
+    """A model to start from: of a run folder, of a checkpoint file (ours or the original's), or Hugging Face's.
+
+    `data_dir` is where the original's character vocabularies lie. Raises `CheckpointError` if it can't be had.
+    """
+    if (path := checkpoint_of(init_from)) is None:
+        return load_pretrained(init_from, device.name, dropout=dropout)
+    print(f"loading {path}")
+    loaded = checkpoint.load(path, data_dir)
+    return Pretrained(loaded.model(device, dropout=dropout), loaded.tokenizer)
+
+
+def checkpoint_of(init_from: str) -> Path | None:
+    """The checkpoint that `init_from` names, as a file or as a run's folder; None if it names something else."""
+    path = Path(init_from)
+    if path.is_dir() and not list(path.glob("*.safetensors")) and list(path.glob("*.pt")):
+        return checkpoint.find(init_from, "auto")
+    return path if path.is_file() else None
+
+
 def load_trained(config: SourceConfig, device: Device) -> TrainedModel:
     """The model that `init_from`, `out_dir` and `checkpoint` name, on `device`, compiled if that was asked for.
 
@@ -33,7 +54,7 @@ def load_trained(config: SourceConfig, device: Device) -> TrainedModel:
         name = f"{loaded.path}, {loaded.progress.step} updates"
         trained = TrainedModel(loaded.model(device), loaded.tokenizer, name, loaded.config, loaded.progress)
     else:
-        pretrained = load_pretrained(config.init_from, device.name)
+        pretrained = load_model(config.init_from, device)
         trained = TrainedModel(pretrained.model, pretrained.tokenizer, config.init_from)
     if device.compile:
         trained.model.compile()

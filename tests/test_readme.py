@@ -32,6 +32,7 @@ SHRUNK = {
     "python train.py config/finetune_shakespeare.py": f"{SHORT} --block_size=16",
     "torchrun --standalone --nproc_per_node=8": f"{SHORT} {SMALL} --dataset=pystdlib --device=cpu --wandb_log=False",
     "python sample.py": "--num_samples=2 --max_new_tokens=10",
+    "nanogpt eval --init_from=shakespeare-hf": "--batch_size=256",
     "python bench.py": f"{SMALL} --steps=2 --warmup_steps=1",
 }
 # what sets up the environment that this test already runs in, or is this test

@@ -62,3 +62,22 @@ def kept(path: Path, name: str, url: str, sha256: str, option: str = "input") ->
 def shakespeare(folder: Path) -> Path:
     """Tiny Shakespeare, 1,115,394 characters, kept as input.txt in `folder`."""
     return kept(folder / "input.txt", "tinyshakespeare.txt", SHAKESPEARE_URL, SHAKESPEARE_SHA256)
+
+
+def hub_folder(repository: str, patterns: list[str], option: str = "init_from") -> Path:
+    """A folder with the files of a Hugging Face repository: from `$NANOGPT_DOWNLOADS`, the cache, or the network.
+
+    `option` is the setting that takes such a folder. Raises `DataError` with what to do instead.
+    """
+    if (mirror := os.environ.get("NANOGPT_DOWNLOADS")) and (folder := Path(mirror, repository)).is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+    except Exception as error:  # offline, no such repository, disk full, …: the library has many ways
+        raise DataError(
+            f"{repository} could not be downloaded ({type(error).__name__}: {error}); bring its files "
+            f"({', '.join(patterns)}) by other means and name their folder, --{option}=FOLDER, or put them into "
+            f"$NANOGPT_DOWNLOADS/{repository}/"
+        ) from error

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from nanogpt.data.corpus import Source, Span, cut, digests_of, find_sources, is_published
 from nanogpt.data.documents import Reading, documents, first_published_documents, is_text, size_of
+from nanogpt.data.download import hub_folder
 from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
-from nanogpt.data.tokenizer_json import read_tokenizer, train_bpe
+from nanogpt.data.tokenizer_json import TOKENIZER_FILES, read_tokenizer, train_bpe
 from nanogpt.data.workers import parallel_map
 from nanogpt.errors import DataError
 from nanogpt.files import atomic_write, read_json, write_json
@@ -117,7 +118,7 @@ def _request(recipe: Recipe, num_proc: int) -> tuple[dict[str, Any], list[Source
     sources += find_sources(wanted, num_proc) if wanted else []
     tokenizer = recipe.tokenizer
     if not re.fullmatch(r"char|byte|gpt2|bpe:\d+", tokenizer):
-        tokenizer = json.dumps(read_tokenizer(Path(tokenizer)).describe())
+        tokenizer = json.dumps(_named_tokenizer(tokenizer).describe())
     request = {
         **dataclasses.asdict(recipe),
         "version": VERSION,
@@ -215,4 +216,10 @@ def _make_tokenizer(setting: str, units: list[list[Span]], reading: Reading, cha
         tokenizer = train_bpe(_at_most(BPE_TEXT, pieces), int(setting.removeprefix("bpe:")))
         print(f"vocabulary of {tokenizer.vocab_size} entries")
         return tokenizer
-    return read_tokenizer(Path(setting))
+    return _named_tokenizer(setting)
+
+
+def _named_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a file, a folder, or a model on the Hugging Face hub."""
+    path = Path(name)
+    return read_tokenizer(path if path.exists() else hub_folder(name, TOKENIZER_FILES, option="tokenizer"))

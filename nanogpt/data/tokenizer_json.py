@@ -22,6 +22,8 @@ from nanogpt.data.tokenizer import (
 from nanogpt.errors import DataError
 from nanogpt.files import read_json
 
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
+
 
 class LibraryTokenizer(Tokenizer):
     """Any tokenizer that the `tokenizers` library reads: one trained here (`bpe:N`), or a model's tokenizer.json.

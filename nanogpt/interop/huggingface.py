@@ -4,8 +4,6 @@ Reads and writes `config.json` and safetensors directly; transformers is not nee
 """
 
 import json
-import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +11,10 @@ from typing import Any
 
 import torch
 
+from nanogpt.config import is_hub_name
+from nanogpt.data.download import hub_folder
 from nanogpt.data.tokenizer import GPT2Tokenizer, Tokenizer
-from nanogpt.data.tokenizer_json import definition_of, read_tokenizer
+from nanogpt.data.tokenizer_json import TOKENIZER_FILES, definition_of, read_tokenizer
 from nanogpt.errors import CheckpointError, DataError
 from nanogpt.files import write_json
 from nanogpt.model import GPT
@@ -25,8 +25,6 @@ _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu
 FOLDER = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
           "README.md"}  # fmt: skip
 _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
-          "vocab.json", "merges.txt"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,21 +58,10 @@ def load_pretrained(name: str, device: str = "cpu", *, dropout: float = 0.0) -> 
 
 def folder_of(name: str) -> Path:
     """Where the files of `name` lie on this machine, downloaded if need be."""
-    if name not in GPT2_NAMES and (Path(name).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
+    if name not in GPT2_NAMES and (Path(name).is_dir() or not is_hub_name(name)):
         return Path(name)
     repository = f"openai-community/{name}" if name in GPT2_NAMES else name
-    if (mirror := os.environ.get("NANOGPT_DOWNLOADS")) and (folder := Path(mirror, repository)).is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=_FILES))
-    except Exception as error:  # offline, no such repository, disk full, …: the library has many ways
-        raise CheckpointError(
-            f"{repository} could not be downloaded ({type(error).__name__}: {error}); bring its config.json, "
-            f"*.safetensors and tokenizer.json by other means and name their folder, --init_from=FOLDER, or put them "
-            f"into $NANOGPT_DOWNLOADS/{repository}/"
-        ) from error
+    return hub_folder(repository, [*TOKENIZER_FILES, "config.json", "*.safetensors", "*.safetensors.index.json"])
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """GPT-2 folders written by transformers itself, read without it."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -79,7 +80,7 @@ def test_without_a_network_it_says_what_to_bring(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.delenv("NANOGPT_DOWNLOADS", raising=False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(DataError) as caught:
         load_pretrained("gpt2-xl")
     for piece in ("openai-community/gpt2-xl could not be downloaded", "--init_from=FOLDER", "$NANOGPT_DOWNLOADS/"):
         assert piece in str(caught.value)
@@ -102,6 +103,8 @@ def change_config(**changes: Any) -> Callable[[Path], None]:
         (lambda f: (f / "model.safetensors").unlink(), "no *.safetensors there"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "a pickle can run any code"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "model.safetensors is damaged"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 7 + b"\x00{}"), "model.safetensors is damaged"),
+        (lambda f: os.truncate(f / "model.safetensors", 5000), "model.safetensors is damaged"),
         (change_config(model_type="bert"), "model_type is 'bert'; known: gpt2, llama, qwen3"),
         (change_config(model_type="llama"), "'max_position_embeddings' is missing"),
         (change_config(activation_function="relu"), "activation_function is 'relu'"),

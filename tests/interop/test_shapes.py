@@ -12,10 +12,13 @@ import pytest
 import torch
 
 from nanogpt import checkpoint, train
-from nanogpt.config import GPTConfig, SampleConfig, TrainConfig
+from nanogpt.config import EvalConfig, GPTConfig, PrepareConfig, SampleConfig, TrainConfig
 from nanogpt.data.batches import document_ids_of
+from nanogpt.data.prepare import prepare
 from nanogpt.data.tokenizer_json import train_bpe
+from nanogpt.data.tokens import open_dataset
 from nanogpt.errors import CheckpointError
+from nanogpt.evaluate import evaluate
 from nanogpt.infer.sample import sample
 from nanogpt.interop.huggingface import load_pretrained
 from nanogpt.model import GPT
@@ -174,3 +177,33 @@ def test_weights_are_copied_once(tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout.split()[-1]) < 1.2
+
+
+@pytest.mark.parametrize("name", ["out", "out/ckpt.pt"])
+def test_another_runs_folder_or_checkpoint_is_finetuned(name: str, recipe: Recipe, tmp_path: Path) -> None:
+    train.train(recipe(max_iters=30, lr_decay_iters=30, eval_interval=30))
+    config = recipe(init_from=str(tmp_path / name), out_dir=str(tmp_path / "tuned"), learning_rate=0.0, min_lr=0.0)
+    assert train.train(config) == 0
+    before, after = (checkpoint.load(tmp_path / folder / "ckpt.pt") for folder in ("out", "tuned"))
+    assert all(torch.equal(tensor, after.weights[name]) for name, tensor in before.weights.items())
+    assert train.train(recipe(**{**vars(config), "dry_run": True})) == 0
+    sample(SampleConfig(init_from=str(tmp_path / name), num_samples=1, max_new_tokens=5, device="cpu"))
+
+
+def test_rotary_positions_reach_further(recipe: Recipe, tmp_path: Path) -> None:
+    train.train(recipe(architecture="llama", max_iters=1))
+    longer = recipe(init_from=str(tmp_path / "out"), out_dir=str(tmp_path / "longer"), block_size=32, max_iters=1)
+    train.train(longer)
+    assert checkpoint.load(tmp_path / "longer" / "ckpt.pt").model_config.block_size == 32
+    result = evaluate(EvalConfig(out_dir=longer.out_dir, data_dir=longer.data_dir, block_size=64, device="cpu"))
+    assert result["block_size"] == 64
+
+
+def test_a_corpus_in_the_ids_of_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mirror" / "some" / "model").mkdir(parents=True)
+    definition = TOKENIZER.describe()["definition"]
+    (tmp_path / "mirror" / "some" / "model" / "tokenizer.json").write_text(definition)
+    (tmp_path / "text.txt").write_text("the quick brown fox " * 100)
+    monkeypatch.setenv("NANOGPT_DOWNLOADS", str(tmp_path / "mirror"))
+    prepare(PrepareConfig(name="fox", input=["text.txt"], tokenizer="some/model", num_proc=1))
+    assert open_dataset(Path("data", "fox")).tokenizer.describe() == TOKENIZER.describe()
