@@ -49,5 +49,5 @@ def test_no_import_points_upwards() -> None:
 
 def test_the_sum_of_the_package_stays_small() -> None:
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
-    assert sum(lines.values()) < 6000
+    assert sum(lines.values()) < 7000
     assert max(lines.values()) <= 400
