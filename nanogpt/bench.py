@@ -51,7 +51,7 @@ def bench(config: BenchConfig) -> None:
 
     def step(n: int) -> Tensor:
         x, y = fixed or next_batch(run, n)
-        loss, _ = update(run, x, y, learning_rate=1e-4)
+        loss, _, _ = update(run, x, y, learning_rate=1e-4)
         return loss
 
     for n in range(config.warmup_steps):

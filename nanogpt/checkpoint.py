@@ -26,7 +26,7 @@ from nanogpt.model import GPT
 from nanogpt.settings import as_json
 
 FORMAT = 1
-RUN_FILES = ("ckpt.pt", "best.pt", "metrics.jsonl", "config.json", "loss.png")
+RUN_FILES = ("best.pt", "metrics.jsonl", "config.json", "loss.png", "diverged.json", "wandb_id")  # beside ckpt*.pt
 
 
 @dataclass
@@ -38,6 +38,11 @@ class Progress:
     tokens: int = 0  # trained on so far
     seconds: float = 0.0  # spent training so far, without evaluating and saving
     evaluated: int = -1  # step of the last evaluation
+    skipped: int = 0  # updates left out because loss or gradient was not finite
+    clipped: int = 0  # updates whose gradient was clipped, since that was last recorded
+    losses: int = 0  # recorded so far
+    loss_average: float = 0.0  # of the recorded losses, the latest ones counting most
+    loss_deviation: float = 0.0  # how far they usually are from it
 
 
 @dataclass
@@ -52,7 +57,6 @@ class Checkpoint:
     tokenizer: Tokenizer
     optimizer: dict[str, Any] | None
     scaler: dict[str, Any]
-    random_state: dict[str, torch.Tensor]
 
     def model(self, device: Device, *, dropout: float = 0.0) -> GPT:
         """The network, in evaluation mode, on `device`."""
@@ -62,14 +66,14 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: the weights do not fit the model they came with: {error}") from error
         return model.to(device.name).eval()
 
-    def restore(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, device: Device) -> None:
-        """Bring back what a run needs beside its weights: moments, loss scale, random streams.
+    def restore(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+        """Bring back what a run needs beside its weights: moments and loss scale.
 
-        Learning rate, betas and weight decay stay those that `optimizer` was made with.
+        Betas and weight decay stay those that `optimizer` was made with; every step sets the learning rate.
         """
         if self.optimizer is None:
             raise CheckpointError(f"{self.path} has no optimizer state: it can be sampled, but not resumed")
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
         try:
             optimizer.load_state_dict(self.optimizer)
         except (ValueError, KeyError) as error:
@@ -78,25 +82,22 @@ class Checkpoint:
             group.update(setting)
         if self.scaler and scaler.is_enabled():
             scaler.load_state_dict(self.scaler)
-        _set_random_state(self.random_state, device)
 
 
-def save(
-    path: Path,
+def snapshot(
     *,
     model: GPT,
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     config: TrainConfig,
     progress: Progress,
     tokenizer: Tokenizer,
-    device: Device,
-) -> None:
-    """Write a checkpoint atomically; without optimizer it can be sampled and finetuned but not resumed."""
+) -> dict[str, Any]:
+    """A run as it is now, the content of a checkpoint: copied, so that training may go on while it is written."""
     shape = dataclasses.asdict(model.config)
     content = {
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict() if optimizer else None,
+        "optimizer": optimizer.state_dict(),
         "model_args": model_args(model.config) if model.config.is_gpt2 else shape,
         "iter_num": progress.step,
         "best_val_loss": progress.best_val_loss,
@@ -106,12 +107,29 @@ def save(
             "model_config": shape,
             "tokenizer": tokenizer.describe(),
             "scaler": scaler.state_dict(),
-            "random_state": _random_state(device),
-            "tokens": progress.tokens,
-            "seconds": progress.seconds,
-            "evaluated": progress.evaluated,
+            **dataclasses.asdict(progress),
         },
     }
+    copied: dict[str, Any] = _copied(content, {})
+    return copied
+
+
+def _copied(value: Any, done: dict[Any, torch.Tensor]) -> Any:
+    """`value` with all tensors in fresh memory of the CPU; those that share theirs (a tied head) still do."""
+    if isinstance(value, torch.Tensor):
+        place = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if place not in done:
+            done[place] = value.detach().to("cpu", copy=True)
+        return done[place]
+    if isinstance(value, dict):
+        return {key: _copied(item, done) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(item, done) for item in value)
+    return value
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint atomically. Raises `UserError` when the operating system refuses."""
     with atomic_write(path) as file:
         try:
             torch.save(content, file)
@@ -141,6 +159,8 @@ def load(path: Path, data_dir: str = "data") -> Checkpoint:
             for name, tensor in content["model"].items()
             if not name.endswith(".attn.bias")
         }
+        if (layers := len({name.split(".")[2] for name in weights if ".h." in name})) != shape.n_layer:
+            raise CheckpointError(f"{path} holds the weights of {layers} layers, but describes {shape.n_layer}")
         if ours:
             tokenizer = from_description(ours["tokenizer"])
         else:
@@ -151,19 +171,24 @@ def load(path: Path, data_dir: str = "data") -> Checkpoint:
             model_config=shape,
             config=content["config"],
             progress=Progress(
-                content["iter_num"],
-                float(content["best_val_loss"]),
-                ours.get("tokens", 0),
-                ours.get("seconds", 0.0),
-                ours.get("evaluated", -1),
+                **{field.name: ours[field.name] for field in dataclasses.fields(Progress) if field.name in ours}
+                | {"step": content["iter_num"], "best_val_loss": float(content["best_val_loss"])}
             ),
             tokenizer=tokenizer,
             optimizer=content["optimizer"],
             scaler=ours.get("scaler", {}),
-            random_state=ours.get("random_state", {}),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path} is no checkpoint of a GPT: {type(error).__name__}: {error}") from error
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether the file is not what was once written: cut off, overwritten, bits flipped."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is not None
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, EOFError):
+        return True
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -198,7 +223,8 @@ def _tokenizer_of_original(path: Path, data: Path, shape: GPTConfig) -> Tokenize
 def find(out_dir: str, which: str) -> Path:
     """The checkpoint `which` (auto, best, last or a file) of the run in `out_dir`."""
     folder = Path(out_dir)
-    names = {"best": ["best.pt"], "last": ["ckpt.pt"], "auto": ["best.pt", "ckpt.pt"]}.get(which)
+    last = [path.name for path in kept(out_dir)] or ["ckpt.pt"]
+    names = {"best": ["best.pt"], "last": last, "auto": ["best.pt", *last]}.get(which)
     if names is None:
         return Path(which)
     if found := next((folder / name for name in names if (folder / name).exists()), None):
@@ -207,17 +233,49 @@ def find(out_dir: str, which: str) -> Path:
     raise CheckpointError(f"{there}; train a model first, or name its folder with --out_dir=…")
 
 
+def best_val_loss(path: Path) -> float:
+    """The validation loss of a checkpoint; infinite if there is none, or it is damaged."""
+    return load(path).progress.best_val_loss if path.exists() and not is_damaged(path) else float("inf")
+
+
+def kept(out_dir: str | Path) -> list[Path]:
+    """The checkpoints that a run can go on from, the newest first: ckpt.pt, ckpt.prev.pt, ckpt.prev2.pt, …"""
+    return [path for n in range(100) if (path := kept_name(Path(out_dir), n)).exists()]
+
+
+def kept_name(folder: Path, n: int) -> Path:
+    """The name of the checkpoint that is n checkpoints old."""
+    return folder / ("ckpt.pt" if n == 0 else f"ckpt.prev{n if n > 1 else ''}.pt")
+
+
+def load_last(out_dir: str, data_dir: str) -> Checkpoint:
+    """The newest checkpoint of the run in `out_dir` that is whole. Damaged ones are moved out of the way, and named.
+
+    Raises `CheckpointError` if there is none.
+    """
+    paths = kept(out_dir)
+    for path, older in itertools.zip_longest(paths, paths[1:]):
+        try:
+            return load(path, data_dir)
+        except CheckpointError as error:
+            if older is None or not is_damaged(path):
+                raise
+            print(f"warning: {error}; going on from {older.name}, the one before it")
+            os.replace(path, path.with_name(f"{path.name}.damaged"))
+    return load(find(out_dir, "last"), data_dir)  # which says what is missing
+
+
 def set_previous_run_aside(out_dir: str) -> None:
     """Move the files of an earlier run to out_dir/previous-N: a new run neither mixes with it nor destroys it."""
     folder = Path(out_dir)
-    if not any((folder / name).exists() for name in ("ckpt.pt", "best.pt")):
+    if not kept(out_dir) and not (folder / "best.pt").exists():
         return
     aside = next(path for n in itertools.count(1) if not (path := folder / f"previous-{n}").exists())
     try:
         aside.mkdir()
-        for name in RUN_FILES:
-            if (folder / name).exists():
-                os.replace(folder / name, aside / name)
+        for path in [*folder.glob("ckpt*.pt*"), *(folder / name for name in RUN_FILES)]:
+            if path.exists():
+                os.replace(path, aside / path.name)
     except OSError as error:
         raise ConfigError(f"cannot move the earlier run in {out_dir} aside: {error.strerror}") from error
     print(f"{out_dir} held an earlier run: moved to {aside}")
@@ -227,23 +285,3 @@ def save_config(config: TrainConfig) -> None:
     """Write the resolved config beside the checkpoints."""
     with atomic_write(Path(config.out_dir) / "config.json") as file:
         file.write((as_json(config) + "\n").encode())
-
-
-def _random_state(device: Device) -> dict[str, torch.Tensor]:
-    """The state of every random generator that training draws from (dropout; batches are counter-based)."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device.name)
-    elif device.type == "mps":
-        state["mps"] = torch.mps.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, torch.Tensor], device: Device) -> None:
-    """Continue the random streams of `_random_state`, as far as this device and the checkpoint have them."""
-    if "cpu" in state:
-        torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device.name)
-    elif device.type == "mps" and "mps" in state:
-        torch.mps.set_rng_state(state["mps"])

@@ -104,12 +104,19 @@ class TrainConfig(_Network):
     init_from: str = "scratch"  # scratch; resume: continue the run in out_dir; gpt2, gpt2-medium, gpt2-large, gpt2-xl,
     # ORGANISATION/NAME on the Hugging Face hub or a folder in its format (GPT-2, Llama, Qwen3), another run's folder or
     # checkpoint: finetune those
+    resume: Literal["never", "auto"] = "never"  # auto: go on with the run in out_dir if there is one, else start as
+    # init_from says; one command for restart loops and job arrays
     max_iters: int = 600_000  # number of updates
     eval_interval: int = 2000  # evaluate, and perhaps save, every so many updates; once more at the end in any case
     eval_iters: int = 200  # batches of each split per evaluation; the same ones every time
     eval_only: bool = False  # evaluate once, write nothing, exit
     log_interval: int = 1  # print and record every so many updates; reading the loss makes a GPU wait
     always_save_checkpoint: bool = True  # write ckpt.pt at every evaluation; False: when it improved, and at the end
+    checkpoint_interval: str = "30m"  # also write ckpt.pt every so many updates (500), or minutes (30m); 0: do not
+    keep_checkpoints: int = 2  # ckpt.pt and those before it, ckpt.prev.pt, ckpt.prev2.pt, …: if one is damaged, the
+    # one before it counts
+    max_bad_steps: int = 20  # updates in a row that may be skipped because loss or gradient is not finite
+    health_interval: int = 200  # record clipping, relative size of updates, largest activations every so many; 0: never
     dry_run: bool = False  # print the resolved config and what follows from it, then exit
 
     # --- Weights & Biases ---
@@ -152,12 +159,12 @@ class TrainConfig(_Network):
         yield from super().problems()
         if not self.out_dir:
             yield "out_dir is empty: expected a folder"
-        yield from out_of_range(
-            self, ">= 1", "eval_interval eval_iters log_interval gradient_accumulation_steps batch_size"
-        )
-        yield from out_of_range(
-            self, ">= 0", "max_iters warmup_iters lr_decay_iters learning_rate min_lr weight_decay grad_clip"
-        )
+        counts = "eval_interval eval_iters log_interval gradient_accumulation_steps batch_size"
+        yield from out_of_range(self, ">= 1", f"{counts} keep_checkpoints max_bad_steps")
+        rates = "learning_rate min_lr weight_decay grad_clip"
+        yield from out_of_range(self, ">= 0", f"max_iters warmup_iters lr_decay_iters {rates} health_interval")
+        if not re.fullmatch(r"\d+|\d+(\.\d+)?m", self.checkpoint_interval):
+            yield f"checkpoint_interval={self.checkpoint_interval!r}: expected updates, as 500, or minutes, as 30m"
         yield from out_of_range(self, "in [0, 1)", "beta1 beta2")
         yield from init_from_problems(self.init_from, "scratch")
         if self.decay_lr and self.min_lr > self.learning_rate:

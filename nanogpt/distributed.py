@@ -57,6 +57,14 @@ class World:
         dist.all_reduce(flags)
         return bool(flags > 0)
 
+    def any_tensor(self, flag: Tensor) -> Tensor:
+        """The same for a flag () on the device, which nobody waits for."""
+        if self.size == 1:
+            return flag
+        flags = flag.float()
+        dist.all_reduce(flags)
+        return flags > 0
+
     def wait(self) -> None:
         """Go on when every process has come here."""
         if self.size > 1:

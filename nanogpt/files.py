@@ -2,9 +2,10 @@
 
 import json
 import os
+import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,18 +48,27 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(path: str | Path, what: str) -> Iterator[None]:
-    """Keep other processes out of `what` while the block runs; a process that dies lets go. Raises `UserError`."""
+    """Keep other processes out of `what` while the block runs; a process that dies lets go.
+
+    Raises `UserError`, which names the owner's process and host, if it is taken.
+    """
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab") as file:
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(path, "a+b"))
             try:
                 _lock(file)
             except OSError:
-                raise UserError(f"another process is at work on {what}; wait for it, or stop it") from None
-            yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+                file.seek(0)
+                owner = file.read(200).decode("utf-8", "replace").strip() or "another process"
+                raise UserError(f"{owner} is at work on {what}; wait for it, or stop it") from None
+            file.truncate(0)  # what a process left that died
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        yield
 
 
 def _lock(file: IO[bytes]) -> None:
@@ -72,10 +82,18 @@ def _lock(file: IO[bytes]) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value that JSON stands for. Raises `ValueError`, also for what is nested too deeply to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is none, or it is damaged."""
     try:
-        value = json.loads(Path(path).read_bytes())
+        value = parse_json(Path(path).read_bytes())
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

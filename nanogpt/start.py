@@ -49,15 +49,13 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
     torch.manual_seed(config.seed)
     loaded = None
     if config.init_from == "resume":
-        loaded = checkpoint.load(checkpoint.find(config.out_dir, "last"), config.data_dir)
+        loaded = checkpoint.load_last(config.out_dir, config.data_dir)
         dataset.check_tokenizer(loaded.tokenizer, str(loaded.path))
         model = loaded.model(device, dropout=config.dropout)
-        if config.block_size < model.config.block_size and not config.eval_only:
-            raise ConfigError(  # the optimizer's state would not fit a shorter context
-                f"block_size={config.block_size}, but {loaded.path} has {model.config.block_size}, and a run is "
-                f"resumed with its own context length; set --block_size={model.config.block_size}"
-            )
-        model.crop_block_size(min(config.block_size, model.config.block_size))
+        if config.eval_only:
+            model.crop_block_size(min(config.block_size, model.config.block_size))
+        else:
+            check_agreement(config, loaded)
         print(f"resuming {loaded.path} after {loaded.progress.step} updates")
     elif config.init_from == "scratch":
         model = GPT(config.model_config(dataset.tokenizer.padded_vocab_size)).to(device.name)
@@ -79,10 +77,8 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
     optimizer = adamw(model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
     if loaded and not config.eval_only:
-        loaded.restore(optimizer, scaler, device)
+        loaded.restore(optimizer, scaler)
     progress = loaded.progress if loaded else Progress()
-    if world.rank:  # every process drops out other values; a checkpoint has the main one's random state
-        torch.manual_seed(config.seed + world.rank + world.size * progress.step)
     if device.compile:
         print("compiling the model: takes a minute or so (--compile=False starts at once)")
         model.compile()
@@ -121,11 +117,35 @@ def with_shape_of(model: GPT, config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, **shape)
 
 
+def check_agreement(config: TrainConfig, loaded: checkpoint.Checkpoint) -> None:
+    """Raise `ConfigError` if `config` asks for another run than the one that `loaded` is of.
+
+    Of a model's shape, a setting at its default asks for nothing.
+    """
+    before = {**loaded.config, **vars(loaded.model_config)}
+    shape = {field.name for field in dataclasses.fields(GPTConfig)} - {"dropout"}
+    defaults = vars(TrainConfig())
+    names = ["dataset", "seed", "sampling", "mask_documents"] + (["rows"] if config.sampling == "epoch" else [])
+    if "batch_size" in before:
+        before["rows"] = before["batch_size"] * before.get("gradient_accumulation_steps", 1)
+    names += [name for name in defaults if name in shape and getattr(config, name) != defaults[name]]
+    differing = [
+        f"{name} is {getattr(config, name)!r}, but was {before[name]!r}"
+        for name in names
+        if getattr(config, name) != before.get(name, getattr(config, name))
+    ]
+    if differing:
+        raise ConfigError(
+            f"{loaded.path} is of another run: {'; '.join(differing)}. To go on with it, give the settings that it was "
+            "started with; for a new run take another out_dir"
+        )
+
+
 def print_changes(config: TrainConfig, loaded: checkpoint.Checkpoint) -> None:
     """Name the settings that differ from those that the resumed run had."""
     for name, value in dataclasses.asdict(config).items():
         before = loaded.config.get(name, value)
-        if before != value and name not in ("init_from", "out_dir", "eval_only"):
+        if before != value and name not in ("init_from", "resume", "out_dir", "eval_only"):
             print(f"changed since the checkpoint: {name} = {value!r}, was {before!r}")
     if loaded.progress.step >= config.max_iters:
         print(f"nothing to train: max_iters={config.max_iters} is reached; a larger one goes on")

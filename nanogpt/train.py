@@ -1,5 +1,6 @@
 """The training program. Reads from top to bottom: `train` is the story, the functions below it are its steps."""
 
+import dataclasses
 import math
 import os
 import signal
@@ -8,19 +9,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanogpt import checkpoint
 from nanogpt.config import TrainConfig
-from nanogpt.data.batches import EVALUATION, document_ids_of, gather, window_starts
+from nanogpt.data.batches import EVALUATION, document_ids_of, dropout_seed, gather, window_starts
 from nanogpt.device import Device, choose
 from nanogpt.distributed import World, joined, no_gradient_exchange, this_process
 from nanogpt.errors import DivergedError
+from nanogpt.files import locked
+from nanogpt.guards import Guard, health, is_spike
 from nanogpt.optim import learning_rate_at
 from nanogpt.report.metrics import Metrics
 from nanogpt.report.progress import Console
+from nanogpt.saver import Saver
 from nanogpt.start import Run, derived_values, dry_run, start
 
 STOPPED = 75  # exit code of a run that a signal has stopped and that can be resumed
@@ -28,6 +33,8 @@ STOPPED = 75  # exit code of a run that a signal has stopped and that can be res
 
 def train(config: TrainConfig) -> int:
     """Train as `config` says. Returns the exit code: 0 done, 75 stopped by a signal and resumable."""
+    if config.resume == "auto" and checkpoint.kept(config.out_dir):
+        config = dataclasses.replace(config, init_from="resume")
     world = this_process()
     device = choose(config.device, config.dtype, config.compile, world.local_rank if world.size > 1 else None)
     world.share(config.gradient_accumulation_steps, "gradient_accumulation_steps")  # each takes whole micro-batches
@@ -52,30 +59,31 @@ def start_and_train(config: TrainConfig, device: Device, world: World) -> int:
 def train_until_done(run: Run) -> int:
     """The loop: batch, update, now and then an evaluation and a checkpoint. Returns the exit code."""
     config, device, world, model, progress = run.config, run.device, run.world, run.model, run.progress
-    if world.is_main:
-        if config.init_from != "resume":
-            checkpoint.set_previous_run_aside(config.out_dir)
-        checkpoint.save_config(config)
-    model.train()
     with (
+        owned(run),
         stop_signals(run) as stopping,
-        Metrics(config, progress.step if config.init_from == "resume" else None, is_main=world.is_main) as metrics,
+        Metrics(config, progress if config.init_from == "resume" else None, is_main=world.is_main) as metrics,
         Console(total=config.max_iters, done=progress.step, is_main=world.is_main) as console,
+        saving(run) as saver,
     ):
+        model.train()
+        guard = Guard(run)
         seconds, updates = 0.0, 0  # since the last line
         stopped = False
         while not stopped:
             step = progress.step
             is_last = step >= config.max_iters
             if (step % config.eval_interval == 0 or is_last) and progress.evaluated != step:
-                stopped = not evaluate_and_save(run, metrics, console, stopping)
+                guard.store()
+                stopped = not evaluate_and_save(run, metrics, console, saver, stopping)
             if is_last or stopped:
                 break
 
             began = time.perf_counter()
             learning_rate = learning_rate_at(step, config)
             x, y = next_batch(run, step)
-            loss, grad_norm = update(run, x, y, learning_rate)
+            loss, grad_norm, is_bad = update(run, x, y, learning_rate)
+            guard.note(grad_norm, is_bad)
             stopped = stopping()
             is_due = step % config.log_interval == 0 or step + 1 == config.max_iters
             if is_due or (step + 1) % config.eval_interval == 0:
@@ -98,34 +106,79 @@ def train_until_done(run: Run) -> int:
                     values["mfu"] = model.flops_per_token() * values["tokens_per_second"] / (peak * world.size)
                     line += f", mfu {values['mfu'] * 100:.2f}%"
                 console.line(f"{line}, {values['tokens_per_second']:,.0f} tokens/s")
+                if is_spike(progress, values["train/loss"]):
+                    console.line(f"iter {step}: the loss stands out: its average was {progress.loss_average:.4f}")
+                    values["spike"] = True
                 metrics.write(progress, values)
+                guard.check(x, y, document_ids(run, x), learning_rate)
                 seconds, updates = 0.0, 0
+            if config.health_interval and progress.step % config.health_interval == 0:
+                inputs = x[: config.batch_size]
+                values = health(run, inputs, document_ids(run, inputs))
+                metrics.write(progress, {**values, "health/clip_fraction": guard.clip_fraction()})
+            if world.is_main and saver.is_due(progress.step):
+                guard.store()
+                metrics.sync()
+                saver.save(snapshot(run))
             console.advance()
 
+        guard.store()
+        if world.is_main:
+            saver.finish(snapshot(run), is_saved=not stopped)
+        world.wait()  # a process that leaves early makes torchrun end the others
         if stopped:
-            save(run, "ckpt.pt")
-            world.wait()  # a process that leaves early makes torchrun end the others
             console.line(
                 f"stopped after {progress.step} updates and saved; the same command with --init_from=resume goes on"
             )
             return STOPPED
-    print(
-        f"done: {progress.step} updates, {progress.seconds:.1f} s of training, best validation loss "
-        f"{progress.best_val_loss:.4f}; to see text: python sample.py --out_dir={config.out_dir}"
-    )
-    return 0
+        skipped = f"{progress.skipped} updates skipped, " if progress.skipped else ""
+        console.line(
+            f"done: {progress.step} updates, {progress.seconds:.1f} s of training, {skipped}best validation loss "
+            f"{progress.best_val_loss:.4f}; to see text: python sample.py --out_dir={config.out_dir}"
+        )
+        return 0
+
+
+@contextmanager
+def owned(run: Run) -> Iterator[None]:
+    """Within the block, no other run can use `out_dir`; an earlier one there is set aside."""
+    if not run.world.is_main:
+        yield
+        return
+    with locked(Path(run.config.out_dir) / "lock", f"a run in {run.config.out_dir}"):
+        for path in Path(run.config.out_dir).glob("*.tmp"):  # what a killed run was writing
+            path.unlink(missing_ok=True)
+        if run.config.init_from != "resume":
+            checkpoint.set_previous_run_aside(run.config.out_dir)
+        checkpoint.save_config(run.config)
+        yield
+
+
+@contextmanager
+def saving(run: Run) -> Iterator[Saver]:
+    """Within the block, checkpoints are written in the background; what is being written is awaited at its end."""
+    saver = Saver(Path(run.config.out_dir), run.config.checkpoint_interval, run.config.keep_checkpoints)
+    try:
+        yield saver
+    except KeyboardInterrupt:
+        raise  # a second signal does not wait
+    except BaseException:
+        saver.wait()
+        raise
 
 
 @contextmanager
 def stop_signals(run: Run) -> Iterator[Callable[[], bool]]:
-    """Within the block, Ctrl-C, SIGTERM and SIGHUP only ask to stop; a second one interrupts at once.
+    """Within the block, Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP only ask to stop; a second one interrupts at once.
 
     Yields a function that tells whether one has come to any process.
     """
     received: list[int] = []
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)  # the terminal has gone; nohup ignores it
+    # clusters announce the end with SIGUSR1; the terminal that goes, with SIGHUP, which nohup ignores
+    names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        numbers.remove(signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
 
     def restore() -> None:
@@ -161,12 +214,15 @@ def document_ids(run: Run, x: Tensor) -> Tensor | None:
     return document_ids_of(x, end_of_text) if run.config.mask_documents and end_of_text is not None else None
 
 
-def update(run: Run, x: Tensor, y: Tensor, learning_rate: float) -> tuple[Tensor, Tensor]:
+def update(run: Run, x: Tensor, y: Tensor, learning_rate: float) -> tuple[Tensor, Tensor, Tensor]:
     """One update of the weights from this process's rows x, y (micro-batches * B, T) of the global batch.
 
-    Returns the mean loss over these rows and the gradient norm (of all rows) before clipping, on the device.
+    Returns, on the device: the mean loss over these rows; the gradient norm (of all rows) before clipping; whether the
+    update was skipped, in all processes, because one of them is not finite.
     """
     config, model, optimizer, scaler = run.config, run.model, run.optimizer, run.scaler
+    if config.dropout:  # what is dropped out is a function of (seed, step), too
+        torch.manual_seed(dropout_seed(config.seed, run.progress.step, run.world.rank))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     total = torch.zeros((), device=x.device)
@@ -181,10 +237,15 @@ def update(run: Run, x: Tensor, y: Tensor, learning_rate: float) -> tuple[Tensor
             scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    is_bad = run.world.any_tensor(~torch.isfinite(total + grad_norm))
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]  # its kernels then change nothing
+    elif is_bad:
+        optimizer.zero_grad()  # and what has no gradient stays
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return total, grad_norm
+    return total, grad_norm, is_bad
 
 
 @torch.no_grad()
@@ -215,7 +276,7 @@ def estimate_losses(run: Run, stopping: Callable[[], bool]) -> dict[str, float] 
     return losses
 
 
-def evaluate_and_save(run: Run, metrics: Metrics, console: Console, stopping: Callable[[], bool]) -> bool:
+def evaluate_and_save(run: Run, metrics: Metrics, console: Console, saver: Saver, stopping: Callable[[], bool]) -> bool:
     """Evaluate, report, and write the checkpoints that are due; False if a signal has broken it off."""
     config, progress = run.config, run.progress
     losses = estimate_losses(run, stopping)
@@ -235,25 +296,20 @@ def evaluate_and_save(run: Run, metrics: Metrics, console: Console, stopping: Ca
     progress.evaluated = progress.step
     if progress.step == 0 and not is_last:
         return True  # nothing learned yet, nothing to lose
-    if is_best:
-        save(run, "best.pt")
-    if is_best or is_last or config.always_save_checkpoint:
+    if run.world.is_main and (is_best or is_last or config.always_save_checkpoint):
         console.line(f"saving checkpoint to {config.out_dir}")
-        save(run, "ckpt.pt")
+        metrics.sync()
+        saver.save(snapshot(run), best=is_best)
     return True
 
 
-def save(run: Run, name: str) -> None:
-    """Write `ckpt.pt`, or `best.pt`, which goes without the optimizer's state: two thirds of the bytes."""
-    if not run.world.is_main:
-        return
-    checkpoint.save(
-        Path(run.config.out_dir) / name,
+def snapshot(run: Run) -> dict[str, Any]:
+    """The run as it is now, as the content of a checkpoint."""
+    return checkpoint.snapshot(
         model=run.model,
-        optimizer=None if name == "best.pt" else run.optimizer,
+        optimizer=run.optimizer,
         scaler=run.scaler,
         config=run.config,
         progress=run.progress,
         tokenizer=run.dataset.tokenizer,
-        device=run.device,
     )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from nanogpt import saver
 from nanogpt.config import TrainConfig
 from nanogpt.data.pieces import Ids
 from nanogpt.data.tokenizer import CharTokenizer, Tokenizer
@@ -27,6 +28,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setattr(saver, "PAUSES", (0.01, 0.01))
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ LAYERS = [
     "errors", "files", "settings", "shape", "config", "device", "data.pieces", "data.tokenizer",
     "data.tokenizer_json", "data.tokens", "data.download", "data.corpus", "data.documents", "data.workers",
     "data.batches", "data.plan", "data.build", "data.prepare", "model", "optim", "distributed", "infer.engine",
-    "interop.huggingface", "interop.gguf", "interop.flat", "checkpoint", "trained", "report.metrics", "report.progress",
-    "report.plots", "tasks", "evaluate", "infer.sample", "export", "start", "train", "bench", "cli",
+    "interop.huggingface", "interop.gguf", "interop.flat", "checkpoint", "trained", "report.progress", "report.metrics",
+    "report.plots", "tasks", "evaluate", "infer.sample", "export", "start", "saver", "guards", "train", "bench", "cli",
     "__main__",
 ]  # fmt: skip
 

@@ -116,7 +116,8 @@ def test_a_run_of_the_original_is_resumed(tmp_path: Path, recipe: Recipe, data_d
     write_meta(folder / "meta.pkl", CharTokenizer("abcd"))
     for name in ("train.bin", "val.bin"):
         random_ids(100, vocab_size=4).numpy().astype("uint16").tofile(folder / name)
-    config = recipe(out_dir=str(tmp_path), dataset="letters", init_from="resume", max_iters=7)
+    shape = {"n_layer": 1, "n_embd": 8, "block_size": 8}
+    config = recipe(out_dir=str(tmp_path), dataset="letters", init_from="resume", max_iters=7, **shape)
     assert train.train(config) == 0
     assert checkpoint.load(tmp_path / "ckpt.pt").progress.step == 7
 

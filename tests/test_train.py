@@ -1,5 +1,6 @@
 """The training program, run in this process on a model that takes a second."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -8,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanogpt import checkpoint, train
+from nanogpt.checkpoint import Progress
 from nanogpt.config import EvalConfig, PrepareConfig, TrainConfig
 from nanogpt.data.corpus import Source
 from nanogpt.data.prepare import prepare
@@ -21,7 +24,11 @@ from nanogpt.device import Device
 from nanogpt.distributed import World
 from nanogpt.errors import CheckpointError, ConfigError, DataError, DivergedError, UserError
 from nanogpt.evaluate import evaluate
+from nanogpt.files import locked
+from nanogpt.guards import is_spike
+from nanogpt.model import GPT
 from nanogpt.report.metrics import read_metrics
+from nanogpt.saver import Saver
 from nanogpt.settings import parse
 from tests.conftest import ROOT
 
@@ -46,7 +53,14 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_it_learns_and_leaves_a_whole_run(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     config = recipe(max_iters=60, lr_decay_iters=60, eval_interval=20, learning_rate=1e-2, min_lr=1e-3)
     assert train.train(config) == 0
-    assert sorted(os.listdir(config.out_dir)) == ["best.pt", "ckpt.pt", "config.json", "metrics.jsonl"]
+    assert sorted(os.listdir(config.out_dir)) == [
+        "best.pt",
+        "ckpt.prev.pt",
+        "ckpt.pt",
+        "config.json",
+        "lock",
+        "metrics.jsonl",
+    ]
     assert json.loads(Path(config.out_dir, "config.json").read_text())["max_iters"] == 60
     validation = rows(config, "val/loss")
     assert sorted(validation) == [0, 20, 40, 60]
@@ -126,9 +140,10 @@ def test_without_always_save_only_better_models_are_kept(recipe: Recipe, monkeyp
     losses = iter([3.0, 2.0, 2.5, 2.4])
     saved = []
     monkeypatch.setattr(train, "estimate_losses", lambda *_: {"train": 1.0, "val": next(losses)})
-    monkeypatch.setattr(train, "save", lambda run, name: saved.append((run.progress.step, name)))
+    monkeypatch.setattr(checkpoint, "write", lambda path, content: saved.append((content["iter_num"], path.name)))
+    monkeypatch.setattr(Saver, "_rotate", lambda _: None)
     train.train(recipe(max_iters=6, eval_interval=2, always_save_checkpoint=False))
-    assert saved == [(2, "best.pt"), (2, "ckpt.pt"), (6, "ckpt.pt")]
+    assert saved == [(2, "best.pt"), (2, "ckpt.new.pt"), (6, "ckpt.new.pt")]
 
 
 @pytest.mark.parametrize("moment", ["step", "evaluation"])
@@ -181,16 +196,162 @@ def test_a_new_run_moves_earlier_ones_aside_and_destroys_none(
     assert "held an earlier run: moved to" in capsys.readouterr().out
 
 
-def test_the_shape_of_a_resumed_model_counts_and_is_recorded(
-    recipe: Recipe, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_run_is_not_resumed_and_a_default_asks_for_nothing(recipe: Recipe) -> None:
     train.train(recipe(max_iters=2))
-    train.train(recipe(max_iters=3, init_from="resume", n_layer=7, bias=True, block_size=64))
-    out = capsys.readouterr().out
-    assert out.count("the shape of the loaded model counts: block_size=16, n_layer=2, bias=False") == 1
+    other = {"n_layer": 7, "bias": True, "seed": 1, "sampling": "epoch", "batch_size": 8}
+    with pytest.raises(ConfigError) as caught:
+        train.train(recipe(max_iters=3, init_from="resume", **other))
+    for words in ("n_layer is 7, but was 2", "bias is True, but was False", "seed is 1, but was 1337",
+                  "sampling is 'epoch', but was 'random'", "rows is 8, but was 4"):  # fmt: skip
+        assert words in str(caught.value)
+    defaults = TrainConfig()
+    shape = {name: getattr(defaults, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    train.train(recipe(max_iters=3, init_from="resume", **shape))
     config = json.loads(Path(recipe().out_dir, "config.json").read_text())
-    assert (config["n_layer"], config["block_size"], config["bias"]) == (2, 16, False)
+    assert (config["n_layer"], config["block_size"]) == (2, 16)
     assert checkpoint.load(Path(recipe().out_dir, "ckpt.pt")).config["n_layer"] == 2
+
+
+def test_one_command_starts_resumes_and_ends(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, config = recipe(out_dir="whole", max_iters=9), recipe(resume="auto", max_iters=9, checkpoint_interval="1")
+    train.train(whole)
+    train.train(dataclasses.replace(config, max_iters=4))
+    assert "resuming" not in capsys.readouterr().out
+    train.train(config)
+    assert "after 4 updates" in capsys.readouterr().out
+    assert same(weights(whole), weights(config))
+    train.train(config)
+    assert "nothing to train" in capsys.readouterr().out
+    assert same(weights(whole), weights(config))
+    assert not Path(config.out_dir, "previous-1").exists()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(recipe: Recipe) -> None:
+    train.train(recipe())
+    before = {path.name: path.read_bytes() for path in Path(recipe().out_dir).iterdir()}
+    with (
+        locked(Path(recipe().out_dir, "lock"), "it"),
+        pytest.raises(UserError, match=rf"process {os.getpid()} on .* is at work on a run in .*out; wait for it"),
+    ):
+        train.train(recipe())
+    assert {path.name for path in Path(recipe().out_dir).iterdir()} == set(before)
+    assert Path(recipe().out_dir, "ckpt.pt").read_bytes() == before["ckpt.pt"]
+
+
+def test_checkpoints_by_steps_and_minutes_are_kept_in_order(recipe: Recipe) -> None:
+    train.train(recipe(max_iters=9, eval_interval=100, checkpoint_interval="2", keep_checkpoints=3))
+    steps = [checkpoint.load(path).progress.step for path in checkpoint.kept(recipe().out_dir)]
+    assert steps == [9, 8, 6]
+    config = recipe(max_iters=3, eval_interval=100, checkpoint_interval="0.0001m", out_dir="often", keep_checkpoints=1)
+    train.train(config)
+    assert [path.name for path in checkpoint.kept("often")] == ["ckpt.pt"]
+    with pytest.raises(ConfigError, match="checkpoint_interval='x': expected updates, as 500, or minutes, as 30m"):
+        parse(TrainConfig, ["--checkpoint_interval=x"], "")
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, config = recipe(out_dir="whole"), recipe(resume="auto", checkpoint_interval="1")
+    train.train(whole)
+    train.train(dataclasses.replace(config, max_iters=5))
+    for path in checkpoint.kept(config.out_dir):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        if path.name == "ckpt.pt":
+            before = Path(config.out_dir, "ckpt.prev.pt").read_bytes()
+            capsys.readouterr()
+            train.train(config)
+            assert "going on from ckpt.prev.pt, the one before it" in capsys.readouterr().out
+            assert same(weights(whole), weights(config))
+            assert len(before) > 0
+            train.train(dataclasses.replace(config, max_iters=7))
+    for path in checkpoint.kept(config.out_dir):
+        path.write_bytes(b"gone")
+    with pytest.raises(CheckpointError, match=r"ckpt\.prev\.pt cannot be read as a checkpoint"):
+        train.train(config)
+
+
+def test_the_best_model_is_never_replaced_by_a_worse_one(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    train.train(recipe(max_iters=12, checkpoint_interval="4"))
+    best = Path(recipe().out_dir, "best.pt").read_bytes()
+    Path(recipe().out_dir, "ckpt.pt").unlink()  # back to a time when every model was the best so far
+    monkeypatch.setattr(train, "estimate_losses", lambda *_: {"train": 3.0, "val": 3.0})
+    monkeypatch.setattr(checkpoint, "best_val_loss", lambda path: 2.0)
+    train.train(recipe(max_iters=12, init_from="resume"))
+    assert Path(recipe().out_dir, "best.pt").read_bytes() == best
+
+
+def test_updates_that_are_not_finite_are_skipped_and_counted(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, poisoned = train.next_batch, {2, 3}
+
+    def update(run: Any, x: torch.Tensor, y: torch.Tensor, learning_rate: float) -> Any:
+        before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+        moments = [state["exp_avg"].clone() for state in run.optimizer.state.values()]
+        if run.progress.step in poisoned:
+            handle = run.model.lm_head.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+        result = real_update(run, x, y, learning_rate)
+        if run.progress.step in poisoned:
+            handle.remove()
+            assert result[2]
+            assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
+            found = [state["exp_avg"] for state in run.optimizer.state.values()]
+            assert all(torch.equal(a, b) for a, b in zip(found, moments, strict=True))
+        return result
+
+    real_update = train.update
+    monkeypatch.setattr(train, "update", update)
+    monkeypatch.setattr(train, "next_batch", real)
+    assert train.train(recipe()) == 0
+    last = checkpoint.load(Path(recipe().out_dir, "ckpt.pt"))
+    assert (last.progress.skipped, last.progress.step) == (2, 6)
+    assert all(tensor.isfinite().all() for tensor in last.weights.values())
+    records = [row for row in read_metrics(Path(recipe().out_dir, "metrics.jsonl")) if "lr" in row]
+    assert [row["step"] for row in records if row["train/loss"] is None] == [3, 4]
+    poisoned |= set(range(6, 100))
+    before = Path(recipe().out_dir, "ckpt.pt").read_bytes()
+    with pytest.raises(DivergedError, match=r"not finite in 3 updates in a row, up to update 8: .*diverged\.json"):
+        train.train(recipe(init_from="resume", max_iters=50, max_bad_steps=3, eval_interval=100))
+    assert Path(recipe().out_dir, "ckpt.pt").read_bytes() == before
+    report = json.loads(Path(recipe().out_dir, "diverged.json").read_text())
+    assert (report["step"], report["batch"]["seed"], report["batch"]["step"]) == (8, 1337, 8)
+    assert set(report["gradient_norms"]) == set(dict(GPT(last.model_config).named_parameters()))
+
+
+def test_the_networks_health_is_recorded(recipe: Recipe) -> None:
+    config = recipe(max_iters=20, health_interval=10, grad_clip=1e-6)
+    train.train(config)
+    assert set(rows(config, "health/clip_fraction").items()) == {(10, 1.0), (20, 1.0)}
+    assert all(0 < value < 100 for value in rows(config, "health/activation_max").values())
+    ratios = rows(config, "health/update_ratio"), rows(config, "health/update_ratio_max")
+    assert all(1e-4 < ratios[0][step] <= ratios[1][step] < 1 for step in (10, 20))
+    quiet = recipe(max_iters=20, health_interval=0, grad_clip=1e-6, out_dir="quiet")
+    train.train(quiet)
+    assert same(weights(config), weights(quiet))
+
+
+def test_the_relative_update_is_the_real_one(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = train.update, []
+
+    def update(run: Any, *arguments: Any) -> Any:
+        before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+        result = real(run, *arguments)
+        seen.append(
+            [((p - before[n]).norm() / before[n].norm()).item() for n, p in run.model.named_parameters() if p.dim() > 1]
+        )
+        return result
+
+    monkeypatch.setattr(train, "update", update)
+    train.train(recipe(max_iters=5, health_interval=5, learning_rate=3e-4))
+    assert rows(recipe(), "health/update_ratio_max")[5] == pytest.approx(max(seen[-1]), rel=0.01)
+
+
+def test_a_loss_that_stands_out_is_flagged(recipe: Recipe) -> None:
+    progress = Progress()
+    noise = np.random.default_rng(0).normal(0, 0.05, 300).tolist()
+    assert not any(is_spike(progress, 4 - n / 200 + noise[n]) for n in range(300))
+    assert is_spike(progress, 4.0)
+    assert not is_spike(progress, float("nan"))
+    assert not is_spike(progress, 2.5)
 
 
 def test_a_run_stopped_before_its_first_update_goes_on(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +361,7 @@ def test_a_run_stopped_before_its_first_update_goes_on(recipe: Recipe, monkeypat
 
     def stop_after_evaluation(*arguments: Any) -> bool:
         os.kill(os.getpid(), signal.SIGINT)
-        arguments = (*arguments[:3], lambda: False)
+        arguments = (*arguments[:4], lambda: False)
         assert real(*arguments)
         return False
 
@@ -281,7 +442,7 @@ def test_what_only_the_data_can_show_is_one_message(
 
 def test_resuming_with_another_vocabulary_or_context_is_refused(recipe: Recipe, data_dir: Path) -> None:
     train.train(recipe())
-    with pytest.raises(ConfigError, match="set --block_size=16"):
+    with pytest.raises(ConfigError, match="block_size is 8, but was 16"):
         train.train(recipe(init_from="resume", block_size=8))
     other = data_dir / "other"
     characters_of("abc" * 500, other)
@@ -325,7 +486,7 @@ def test_wandb_without_the_package_is_a_warning(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     assert train.train(recipe(wandb_log=True, max_iters=1)) == 0
-    assert "warning: --wandb_log=True needs the package wandb" in capsys.readouterr().out
+    assert "warning: --wandb_log=True needs the package wandb" in capsys.readouterr().err
 
 
 def test_wandb_gets_the_metrics(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,13 +502,20 @@ def test_wandb_gets_the_metrics(recipe: Recipe, monkeypatch: pytest.MonkeyPatch)
     class FakeWandb:
         @staticmethod
         def init(**settings: object) -> FakeRun:
-            assert settings["project"] == "p"
+            assert (settings["project"], settings["resume"]) == ("p", "allow")
+            ids.append(settings["id"])
             return FakeRun()
+
+    ids: list[object] = []
 
     monkeypatch.setitem(__import__("sys").modules, "wandb", FakeWandb)
     train.train(recipe(wandb_log=True, wandb_project="p", max_iters=2))
     assert [row["step"] for row in logged if "val/loss" in row] == [0, 2]
     assert logged[-1] == {"exit_code": 0}
+    train.train(recipe(wandb_log=True, wandb_project="p", max_iters=4, init_from="resume"))
+    assert [row["step"] for row in logged if "val/loss" in row] == [0, 2, 4]
+    train.train(recipe(wandb_log=True, wandb_project="p", max_iters=1))
+    assert ids[0] == ids[1] != ids[2]  # a resumed run is the same one
 
 
 def test_on_mps_nothing_needs_float64_pinned_memory_or_cuda(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from nanogpt.errors import DataError
 
 TRAINING, EVALUATION = 0, 1  # streams of random numbers that never meet
 _PERMUTATION, _OFFSET = 2, 3  # two more: the keys of an epoch's order, and where its windows begin
+_DROPOUT = 4
 _CHUNK = 4096  # windows of an epoch whose places are computed together
 
 Starts = npt.NDArray[np.int64]
@@ -62,6 +63,11 @@ def _generator(seed: int, step: int, stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, step, stream]))
 
 
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """What the random stream of process `rank` begins with at `step`."""
+    return int(_generator(seed, step, _DROPOUT).integers(2**63, size=rank + 1)[-1])
+
+
 def permute(numbers: Starts, n: int, *, seed: int, epoch: int) -> Starts:
     """Where a permutation of range(n) that belongs to (seed, epoch) sends `numbers`; same shape, constant memory.
 
@@ -95,6 +101,7 @@ def gather(tokens: Tokens, starts: Starts, block_size: int, vocab_size: int) -> 
     Inputs are the first block_size ids, targets the last. Raises `DataError` for an id outside the vocabulary:
     on a GPU it would surface as an unreadable crash.
     """
+    tokens.check()
     windows = tokens.windows(starts, block_size + 1)
     if (largest := int(windows.max())) >= vocab_size:
         raise DataError(f"the data holds token {largest}, but the model's vocabulary ends at {vocab_size - 1}")

@@ -20,7 +20,7 @@ from nanogpt.data.tokenizer import (
     well_formed,
 )
 from nanogpt.errors import DataError
-from nanogpt.files import read_json
+from nanogpt.files import parse_json, read_json
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
 
@@ -233,7 +233,7 @@ def _byte_level_bpe(vocabulary: Path, merges: Path) -> str:
 def _eos_token(path: Path) -> str | None:
     """The `eos_token` of a tokenizer_config.json: a string, or an object with the string as `content`."""
     try:
-        token = json.loads(path.read_bytes()).get("eos_token")
+        token = parse_json(path.read_bytes()).get("eos_token")
     except (OSError, ValueError, AttributeError):
         return None
     return token.get("content") if isinstance(token, dict) else token

@@ -6,7 +6,6 @@ data/NAME/meta.pkl             character sets only: the original's vocabulary fi
 """
 
 import io
-import json
 import os
 import pickle
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from nanogpt.data.pieces import Ids
 from nanogpt.data.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
 from nanogpt.data.tokenizer_json import from_description
 from nanogpt.errors import DataError
-from nanogpt.files import atomic_write, write_json
+from nanogpt.files import atomic_write, parse_json, write_json
 
 SPLITS = ("train", "val")
 MOST_SOURCES = 1000  # that a description lists by name
@@ -31,7 +30,8 @@ MOST_SOURCES = 1000  # that a description lists by name
 class Tokens:
     """The ids of a split, in one file or several, as one sequence of length `len(tokens)`."""
 
-    def __init__(self, shards: Sequence[Ids]) -> None:
+    def __init__(self, shards: Sequence[Ids], paths: Sequence[Path] = ()) -> None:
+        self._paths = paths
         self.shards = [np.asarray(shard) for shard in shards]  # without memmap's class, whose slices are slow
         self._ends = np.cumsum([len(shard) for shard in self.shards])
 
@@ -48,6 +48,13 @@ class Tokens:
             if begin < stop and start < begin + len(shard)
         ]
         return parts[0] if len(parts) == 1 else np.concatenate([self.shards[0][:0], *parts])
+
+    def check(self) -> None:
+        """Raise `DataError` if a file has been cut off meanwhile: reading beyond its end would end the process."""
+        for shard, path in zip(self.shards, self._paths, strict=False):
+            size = path.stat().st_size if path.exists() else 0
+            if size < shard.nbytes:
+                raise DataError(f"{path} has been cut off to {size:,} of {shard.nbytes:,} bytes: prepare it again")
 
     def windows(self, starts: npt.NDArray[np.int64], length: int) -> Ids:
         """The windows of `length` ids at `starts` (rows,), shape (rows, length)."""
@@ -171,7 +178,7 @@ def open_dataset(folder: Path) -> Dataset:
 def _read_description(folder: Path) -> dict[str, Any] | None:
     path = folder / "dataset.json"
     try:
-        description = json.loads(path.read_bytes())
+        description = parse_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -182,7 +189,8 @@ def _read_description(folder: Path) -> dict[str, Any] | None:
 
 
 def _open_split(folder: Path, split: str, dtype: np.dtype[Any]) -> Tokens:
-    return Tokens([_map(path, dtype) for path in shards_of(folder, split) or [folder / f"{split}.bin"]])
+    paths = shards_of(folder, split) or [folder / f"{split}.bin"]
+    return Tokens([_map(path, dtype) for path in paths], paths)
 
 
 def _map(path: Path, dtype: np.dtype[Any]) -> Ids:

@@ -3,7 +3,6 @@
 Reads and writes `config.json` and safetensors directly; transformers is not needed.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from nanogpt.data.download import hub_folder
 from nanogpt.data.tokenizer import GPT2Tokenizer, Tokenizer
 from nanogpt.data.tokenizer_json import TOKENIZER_FILES, definition_of, read_tokenizer
 from nanogpt.errors import CheckpointError, DataError
-from nanogpt.files import write_json
+from nanogpt.files import parse_json, write_json
 from nanogpt.model import GPT
 from nanogpt.shape import GPT2_NAMES, GPTConfig
 
@@ -45,13 +44,15 @@ def load_pretrained(name: str, device: str = "cpu", *, dropout: float = 0.0) -> 
     print(f"loading {name} from {folder}")
     shape = replace(shape_of(folder), dropout=dropout)
     tokenizer = tokenizer_of(folder, shape)
-    with torch.device("meta"):
-        model = GPT(shape)
-    model.to_empty(device=device)
-    model.tie_weights()
     try:
-        _copy_weights(model, folder)
-    except (OSError, ValueError, KeyError) as error:
+        places = _find_weights(folder, shape)
+        with torch.device("meta"):
+            model = GPT(shape)
+        _check_shapes(model, places)  # before anything is allocated
+        model.to_empty(device=device)
+        model.tie_weights()
+        _copy_weights(model, places)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     return Pretrained(model.requires_grad_().eval(), tokenizer)
 
@@ -71,7 +72,7 @@ def folder_of(name: str) -> Path:
 def shape_of(folder: Path) -> GPTConfig:
     """The shape that `config.json` in `folder` describes. Raises `CheckpointError` for what can't be rebuilt here."""
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = parse_json((folder / "config.json").read_bytes())
         shape = _gpt2_shape(config) if config.get("model_type") == "gpt2" else _llama_shape(config)
         if problems := list(shape.problems()):
             raise ValueError("; ".join(problems))
@@ -189,38 +190,64 @@ def _llama_layout(shape: GPTConfig) -> Iterator[Part]:
             yield Part(f"{theirs}.mlp.down_proj.{kind}", f"{ours}.mlp.c_proj.{kind}")
 
 
-@torch.no_grad()
-def _copy_weights(model: GPT, folder: Path) -> None:
-    """Fill the model from the safetensors in `folder`. Raises `ValueError` unless each tensor finds its place."""
+@dataclass(frozen=True)
+class Place:
+    """Where a part of a model lies on disk."""
+
+    part: Part
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+
+    def target(self, model: GPT) -> torch.Tensor:
+        """The rows of the model's parameter that it fills."""
+        return model.get_parameter(self.part.ours)[slice(*self.part.rows) if self.part.rows else slice(None)]
+
+
+def _find_weights(folder: Path, shape: GPTConfig) -> list[Place]:
+    """Where the parts of a model lie in the safetensors of `folder`. Raises `ValueError` unless just these do."""
     from safetensors import SafetensorError, safe_open
 
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         pickled = ": its weights are pickled, and a pickle can run any code" if list(folder.glob("*.bin")) else ""
         raise ValueError(f"no *.safetensors there{pickled}; safetensors are what transformers' save_pretrained writes")
-    try:
-        where: dict[str, Path] = {}
-        for path in paths:
+    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    for path in paths:
+        try:
             with safe_open(path, "pt") as file:
-                where |= dict.fromkeys(file.keys(), path)
-        parameters = dict(model.named_parameters())
-        for part in layout(model.config):
-            # the oldest files of GPT-2 have no prefix
-            name = next((n for n in (part.theirs, part.theirs.partition(".")[2]) if n in where), None)
-            if name is None:
-                raise ValueError(f"the weights lack {part.theirs}")
-            with safe_open(where.pop(name), "pt") as file:  # opened anew: what was mapped for the last one is let go
-                tensor = file.get_tensor(name)
-            tensor = tensor.t() if part.transposed else tensor
-            target = parameters[part.ours][slice(*part.rows) if part.rows else slice(None)]
-            if tensor.shape != target.shape:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but config.json says {tuple(target.shape)}")
-            target.copy_(tensor)
-    except SafetensorError as error:
-        raise ValueError(f"{path.name} is damaged: {error}") from error
+                found |= {name: (path, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path.name} is damaged: {error}") from error
+    places = []
+    for part in layout(shape):
+        # the oldest files of GPT-2 have no prefix
+        name = next((n for n in (part.theirs, part.theirs.partition(".")[2]) if n in found), None)
+        if name is None:
+            raise ValueError(f"the weights lack {part.theirs}")
+        places.append(Place(part, found[name][0], name, found.pop(name)[1]))
     ignored = (".attn.bias", ".attn.masked_bias", "lm_head.weight", "rotary_emb.inv_freq")  # computed, or tied
-    if unknown := [name for name in where if not name.endswith(ignored)]:
+    if unknown := [name for name in found if not name.endswith(ignored)]:
         raise ValueError(f"{len(unknown)} tensors of the weights have no place in the model, {unknown[0]} for one")
+    return places
+
+
+def _check_shapes(model: GPT, places: list[Place]) -> None:
+    for place in places:
+        shape = place.shape[::-1] if place.part.transposed else place.shape
+        if shape != (expected := tuple(place.target(model).shape)):
+            raise ValueError(f"{place.name} has shape {shape}, but config.json says {expected}")
+
+
+@torch.no_grad()
+def _copy_weights(model: GPT, places: list[Place]) -> None:
+    """Fill the model, one tensor at a time."""
+    from safetensors import safe_open
+
+    for place in places:
+        with safe_open(place.path, "pt") as file:  # opened anew: what was mapped for the last one is let go
+            tensor = file.get_tensor(place.name)
+        place.target(model).copy_(tensor.t() if place.part.transposed else tensor)
 
 
 def tensors_of(model: GPT, vocab_size: int) -> Iterator[tuple[Part, torch.Tensor]]:

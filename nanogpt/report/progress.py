@@ -2,9 +2,16 @@
 
 import os
 import sys
+from contextlib import suppress
 from types import TracebackType
 
 from tqdm import tqdm
+
+
+def warn(text: str) -> None:
+    """Say on standard error what went wrong beside the training; a full disk behind that must not end it."""
+    with suppress(OSError, ValueError):
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 class Console:
@@ -24,6 +31,8 @@ class Console:
         except BrokenPipeError:  # `| head` has read enough, a terminal has gone
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
             os.write(2, b"standard output has been closed; the run goes on, see metrics.jsonl\n")
+        except OSError as error:  # a full disk behind it
+            warn(f"standard output: {error}")
 
     def advance(self) -> None:
         """One update is done."""

@@ -1,0 +1,143 @@
+"""What watches over a run: updates that must not be made, losses that stand out, the health of the network."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt.checkpoint import Progress
+from nanogpt.distributed import no_gradient_exchange
+from nanogpt.errors import DivergedError, UserError
+from nanogpt.files import write_json
+from nanogpt.report.progress import warn
+from nanogpt.start import Run
+
+_FEW = 50  # recorded losses, before which none stands out
+_MEMORY = 0.05  # weight of the newest loss in the averages
+_FAR = 6.0  # usual deviations from the average
+
+
+class Guard:
+    """Counts what happens to updates, on the device: reading a number at every step would make a GPU wait."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        counts = [0, run.progress.skipped, run.progress.clipped]
+        self._in_a_row, self._skipped, self._clipped = (torch.tensor(n, device=run.device.name) for n in counts)
+
+    def note(self, grad_norm: Tensor, is_bad: Tensor) -> None:
+        """After an update with this gradient norm; `is_bad` if it was skipped."""
+        self._in_a_row = (self._in_a_row + 1) * is_bad
+        self._skipped = self._skipped + is_bad
+        if clip := self._run.config.grad_clip:
+            self._clipped = self._clipped + (grad_norm > clip)
+
+    def store(self) -> None:
+        """Bring the counts into the run's progress, where checkpoints find them."""
+        self._run.progress.skipped, self._run.progress.clipped = int(self._skipped), int(self._clipped)
+
+    def check(self, x: Tensor, y: Tensor, document_ids: Tensor | None, learning_rate: float) -> None:
+        """Raise `DivergedError` if too many updates in a row had to be skipped, the last one with this batch."""
+        if int(self._in_a_row) >= self._run.config.max_bad_steps:
+            raise DivergedError(_diagnosis(self._run, x, y, document_ids, learning_rate, int(self._in_a_row)))
+
+    def clip_fraction(self) -> float:
+        """The share of the last `health_interval` updates whose gradient was clipped; counts anew from here."""
+        fraction = int(self._clipped) / self._run.config.health_interval
+        self._clipped = torch.zeros_like(self._clipped)
+        return fraction
+
+
+def is_spike(progress: Progress, loss: float) -> bool:
+    """Whether a recorded loss stands out from those before it; remembers it."""
+    if not math.isfinite(loss):
+        return False  # the guard's business
+    difference = loss - progress.loss_average
+    found = progress.losses >= _FEW and difference > _FAR * progress.loss_deviation
+    progress.losses += 1
+    weight = max(1 / progress.losses, _MEMORY)
+    progress.loss_average += weight * difference
+    if progress.losses > 1:
+        progress.loss_deviation += weight * (abs(difference) - progress.loss_deviation)
+    return found
+
+
+def _diagnosis(run: Run, x: Tensor, y: Tensor, document_ids: Tensor | None, learning_rate: float, in_a_row: int) -> str:
+    """Compute the gradient of the last batch again, write what is known to diverged.json, and say it in a sentence."""
+    config, step = run.config, run.progress.step - 1
+    loss = torch.zeros((), device=x.device)
+    run.optimizer.zero_grad()
+    for first in range(0, len(x), config.batch_size):
+        rows = slice(first, first + config.batch_size)
+        ids = None if document_ids is None else document_ids[rows]
+        with no_gradient_exchange(run.network, is_last=False), run.device.autocast():
+            part = run.model(x[rows], y[rows], document_ids=ids)[1] * config.batch_size / len(x)
+        part.backward()
+        loss += part.detach()
+    norms = {name: p.grad.norm().item() for name, p in run.model.named_parameters() if p.grad is not None}
+    run.optimizer.zero_grad()
+    report: dict[str, Any] = {
+        "step": step,
+        "skipped_in_a_row": in_a_row,
+        "learning_rate": learning_rate,
+        "loss": str(loss.item()),
+        "batch": {"dataset": config.dataset, "seed": config.seed, "step": step, "rows": config.rows},
+        "gradient_norms": {name: norm if math.isfinite(norm) else str(norm) for name, norm in norms.items()},
+        "not_finite": [name for name, p in run.model.named_parameters() if not math.isfinite(norms.get(name, 0.0))],
+        "weights_not_finite": [name for name, p in run.model.named_parameters() if not p.isfinite().all()],
+    }
+    path = Path(config.out_dir) / "diverged.json"
+    if run.world.is_main:
+        try:
+            write_json(path, report)
+        except UserError as error:
+            warn(str(error))
+    return (
+        f"loss or gradient was not finite in {in_a_row} updates in a row, up to update {step}: loss {loss.item()}, "
+        f"learning rate {learning_rate:g}, {len(report['not_finite'])} of {len(norms)} gradients not finite. They were "
+        f"skipped, and the checkpoints in {config.out_dir} are from before; {path} has the norms of all layers and "
+        f"says which batch it was. Try a lower learning_rate, grad_clip=1 (now {config.grad_clip:g}), or dtype=float32"
+    )
+
+
+@torch.no_grad()
+def health(run: Run, x: Tensor, document_ids: Tensor | None) -> dict[str, float]:
+    """How large updates are relative to the weights, and how large activations get, for inputs x (B, T).
+
+    A healthy update changes a matrix by about a thousandth of its norm. It is computed from AdamW's averages, which are
+    those that the last update was made from.
+    """
+    largest: list[Tensor] = []
+
+    def note(module: Any, inputs: Any, output: Tensor) -> None:
+        largest.append(output.abs().max().float())
+
+    hooks = [block.register_forward_hook(note) for block in run.model.transformer.h]
+    run.model.eval()
+    with run.device.autocast():
+        run.model.transformer(x, document_ids)
+    run.model.train()
+    for hook in hooks:
+        hook.remove()
+    ratios = [
+        _adamw_update(run.optimizer.state[weight], weight, group).norm() / weight.norm()
+        for group in run.optimizer.param_groups
+        for weight in group["params"]
+        if weight.dim() >= 2 and "exp_avg" in run.optimizer.state[weight]
+    ]
+    values = {"health/activation_max": torch.stack(largest).max().item()}
+    if ratios:
+        values["health/update_ratio"] = torch.stack(ratios).median().item()
+        values["health/update_ratio_max"] = torch.stack(ratios).max().item()
+    return values
+
+
+def _adamw_update(state: dict[str, Any], weight: Tensor, group: dict[str, Any]) -> Tensor:
+    """What the last step of AdamW has taken from `weight`."""
+    (beta1, beta2), step = group["betas"], float(state["step"])
+    mean = state["exp_avg"] / (1 - beta1**step)
+    deviation = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt() + group["eps"]
+    update: Tensor = group["lr"] * (mean / deviation + group["weight_decay"] * weight)
+    return update

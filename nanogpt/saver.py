@@ -1,0 +1,90 @@
+"""Checkpoints are written beside the training, one at a time, and never over the last good one."""
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from nanogpt import checkpoint
+from nanogpt.errors import UserError
+from nanogpt.report.progress import warn
+
+RETRY = 60.0  # seconds until a checkpoint that could not be written is tried again
+PAUSES = (1.0, 4.0)  # seconds between the attempts at one
+
+
+class Saver:
+    """Writes the checkpoints of one run.
+
+    `interval` is "500" (updates) or "30m" (minutes), `keep` the number of checkpoints to have at a time.
+    """
+
+    def __init__(self, folder: Path, interval: str, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+        self._steps = 0 if interval.endswith("m") else int(interval)
+        self._seconds = float(interval.removesuffix("m")) * 60 if interval.endswith("m") else 0.0
+        self._last = time.monotonic()
+        self._thread: threading.Thread | None = None
+        self._failure: UserError | None = None
+        self._best_on_disk = checkpoint.best_val_loss(folder / "best.pt")
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is to be written after `step` updates, evaluation or not."""
+        waited = time.monotonic() - self._last
+        if self._failure and not self._is_writing():
+            return waited >= RETRY
+        return bool(step % self._steps == 0 if self._steps else self._seconds and waited >= self._seconds)
+
+    def save(self, content: dict[str, Any], *, best: bool = False) -> None:
+        """Write `content` as ckpt.pt, and if it is the best as best.pt (without the optimizer), in the background.
+
+        Waits for the checkpoint before it. A failure is a warning, and tried again.
+        """
+        self.wait()
+        self._last = time.monotonic()
+        best = best and content["best_val_loss"] <= self._best_on_disk
+        self._thread = threading.Thread(target=self._write, args=(content, best), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being written."""
+        if self._thread:
+            self._thread.join()
+
+    def finish(self, content: dict[str, Any], is_saved: bool) -> None:
+        """Write the last checkpoint, unless the one before is of the same state. Raises `UserError` if it can't be."""
+        self.wait()
+        if self._failure or not is_saved:
+            self.save(content)
+            self.wait()
+        if self._failure:
+            raise self._failure
+
+    def _is_writing(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _write(self, content: dict[str, Any], best: bool) -> None:
+        for pause in (*PAUSES, None):
+            try:
+                if best:
+                    checkpoint.write(self._folder / "best.pt", {**content, "optimizer": None})
+                    self._best_on_disk = content["best_val_loss"]
+                checkpoint.write(self._folder / "ckpt.new.pt", content)
+                self._rotate()
+                self._failure = None
+                return
+            except (UserError, OSError) as error:
+                self._failure = error if isinstance(error, UserError) else UserError(f"cannot save: {error}")
+                if pause is None:
+                    warn(f"{self._failure}; training goes on, what is there stays, and it is tried again")
+                else:
+                    time.sleep(pause)
+
+    def _rotate(self) -> None:
+        """Give the finished ckpt.new.pt its name; the ones before it move on by one."""
+        names = [checkpoint.kept_name(self._folder, n) for n in range(self._keep)]
+        for older, newer in reversed(list(zip(names[1:], names, strict=False))):
+            if newer.exists():
+                os.replace(newer, older)
+        os.replace(self._folder / "ckpt.new.pt", names[0])

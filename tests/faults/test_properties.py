@@ -1,0 +1,106 @@
+"""What must hold for every input: settings, tokenizers, the order of the data."""
+
+import dataclasses
+import string
+from contextlib import suppress
+from typing import Any, get_type_hints
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanogpt.config import BenchConfig, EvalConfig, ExportConfig, PrepareConfig, SampleConfig, TrainConfig
+from nanogpt.data.batches import dropout_seed, epoch_window_starts, permute, window_starts
+from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, well_formed
+from nanogpt.data.tokenizer_json import from_description, train_bpe
+from nanogpt.errors import ConfigError
+from nanogpt.settings import Settings, parse
+
+CONFIGS = [TrainConfig, SampleConfig, EvalConfig, ExportConfig, BenchConfig, PrepareConfig]
+NAMES = sorted({field.name for config in CONFIGS for field in dataclasses.fields(config)})
+VALUES = st.one_of(
+    st.text(max_size=12),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.sampled_from(["True", "auto", "1e400", "-0", "nan"]),
+)
+WORDS = st.one_of(
+    st.tuples(st.sampled_from(NAMES), VALUES).map(lambda pair: f"--{pair[0]}={pair[1]}"),
+    st.sampled_from(NAMES).map(lambda name: f"--{name}"),
+    st.text(alphabet=string.printable, max_size=15).filter(
+        lambda word: word not in ("-h", "--help") and "/" not in word
+    ),
+)
+GPT2, BPE = GPT2Tokenizer(), train_bpe(["the quick brown fox " * 9], 280)
+each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
+
+
+@each_config
+@settings(max_examples=150, deadline=None)
+@given(words=st.lists(WORDS, max_size=6))
+def test_any_command_line_is_a_config_or_one_message(config: type[Settings], words: list[str]) -> None:
+    with suppress(ConfigError):
+        parsed = parse(config, words, "usage", positional="out_dir")
+        assert list(parsed.problems()) == []
+
+
+@each_config
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_what_is_said_is_what_is_meant(config: type[Settings], data: st.DataObject) -> None:
+    strategies: dict[Any, Any] = {
+        int: st.integers(1, 10**12), float: st.floats(1e-9, 0.5), bool: st.booleans(),
+        str: st.text(string.ascii_letters, min_size=1, max_size=9),
+    }  # fmt: skip
+    hints = {name: hint for name, hint in get_type_hints(config).items() if hint in strategies}
+    name = data.draw(st.sampled_from(sorted(hints)))
+    value = data.draw(strategies[hints[name]])
+    base = {"name": "x", "output": "x"}
+    words = [f"--{key}={word}" for key, word in base.items() if key in get_type_hints(config)]
+    try:
+        parsed = parse(config, [*words, f"--{name}={value}"], "usage")
+    except ConfigError:
+        return  # out of range, or no device
+    assert getattr(parsed, name) == value
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text())
+def test_every_text_survives_its_tokens(text: str) -> None:
+    for tokenizer in (GPT2, ByteTokenizer(), BPE):
+        ids = tokenizer.encode(text)
+        assert all(0 <= i < tokenizer.vocab_size for i in ids.tolist())
+        assert tokenizer.decode(ids.tolist()) == well_formed(text)
+        assert "".join(tokenizer.decode_stream(ids.tolist())) == well_formed(text)
+        assert [batch.tolist() for batch in tokenizer.encode_batch([text, text])] == [ids.tolist()] * 2
+    if text:
+        characters = CharTokenizer.from_text(text)
+        assert characters.decode(characters.encode(text).tolist()) == text
+        assert from_description(characters.describe()).encode(text).tolist() == characters.encode(text).tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(n=st.integers(1, 5000), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 2**40))
+def test_a_permutation_is_one(n: int, seed: int, epoch: int) -> None:
+    assert np.array_equal(np.sort(permute(np.arange(n), n, seed=seed, epoch=epoch)), np.arange(n))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    block_size=st.integers(1, 64), spare=st.integers(640, 3000), seed=st.integers(0, 2**63 - 1),
+    step=st.integers(0, 2**32), rows=st.integers(1, 40), parts=st.integers(1, 8),
+)  # fmt: skip
+def test_windows_fit_and_do_not_depend_on_who_asks(
+    block_size: int, spare: int, seed: int, step: int, rows: int, parts: int
+) -> None:
+    n_tokens = block_size + spare
+    for draw in (window_starts, epoch_window_starts):
+        starts = draw(n_tokens, block_size, seed=seed, step=step, rows=rows * parts)
+        assert starts.shape == (rows * parts,)
+        assert starts.min() >= 0
+        assert starts.max() + block_size < n_tokens
+    fewer = window_starts(n_tokens, block_size, seed=seed, step=step, rows=rows)
+    assert np.array_equal(window_starts(n_tokens, block_size, seed=seed, step=step, rows=rows * parts)[:rows], fewer)
+    seeds = [dropout_seed(seed, step, rank) for rank in range(parts)]
+    assert len(set(seeds)) == parts
