@@ -5,7 +5,7 @@ PIP_ARGS ?=
 PY := .venv/bin/python
 INSTALLED := .venv/installed
 
-.PHONY: help install demo test lint test-slow clean
+.PHONY: help install demo test lint test-slow test-faults clean
 
 help:
 	@grep '^# make' Makefile | cut -c3-
@@ -46,7 +46,11 @@ test: lint
 
 # make test-slow: the tests that take minutes
 test-slow: install
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -m "slow and not faults"
+
+# make test-faults: break hundreds of training runs, and see that none is lost
+test-faults: install
+	OMP_NUM_THREADS=1 $(PY) -m tests.faults.harness --kills=300 --others=20
 
 # make clean: remove .venv and caches; data and runs stay
 clean:

@@ -1,0 +1,98 @@
+"""What saving costs: training with a checkpoint every 20 updates against none, beyond the copy that can't be avoided.
+
+    python benchmarks/checkpoint.py --runs=3
+
+One process, GPT-2 124M on this machine's device, random tokens; the two sides alternate. The last line is JSON:
+`overhead` is the median of (with - without - copy) / without.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanogpt.checkpoint import Progress
+from nanogpt.config import PRESETS, TrainConfig
+from nanogpt.data.tokenizer import GPT2Tokenizer
+from nanogpt.data.tokens import Dataset, Tokens
+from nanogpt.device import choose
+from nanogpt.distributed import World
+from nanogpt.model import GPT
+from nanogpt.optim import adamw
+from nanogpt.saver import Saver
+from nanogpt.start import Run, loader
+from nanogpt.train import next_batch, snapshot, update
+
+
+def make_run(arguments: argparse.Namespace) -> Run:
+    shape = {**PRESETS[arguments.model], "block_size": arguments.block_size}
+    config = TrainConfig(batch_size=arguments.batch_size, gradient_accumulation_steps=1, **shape)
+    device = choose("auto", arguments.dtype, False)
+    tokens = Tokens([np.random.default_rng(0).integers(50257, size=100_000).astype("uint16")])
+    dataset = Dataset(Path(), tokens, tokens, GPT2Tokenizer(), {})
+    torch.manual_seed(0)
+    model = GPT(config.model_config(50304)).to(device.name)
+    optimizer = adamw(model, 1e-4, (0.9, 0.95), 0.1)
+    scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
+    rows_of = loader(config, dataset, model.config, device, World())
+    return Run(config, device, World(), dataset, model, rows_of, model, optimizer, scaler, Progress())
+
+
+def seconds_of(run: Run, steps: int, saver: Saver | None) -> tuple[float, float]:
+    """How long `steps` updates take, with a checkpoint written meanwhile if there is a saver; and how long its copy."""
+    run.device.synchronize()
+    began, copying = time.perf_counter(), 0.0
+    for step in range(steps):
+        x, y = next_batch(run, run.progress.step)
+        update(run, x, y, 1e-4)
+        run.progress.step += 1
+        if saver and step == 0:
+            run.device.synchronize()
+            start = time.perf_counter()
+            content = snapshot(run)
+            copying = time.perf_counter() - start
+            saver.save(content)
+            del content
+    run.device.synchronize()
+    return time.perf_counter() - began, copying
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="gpt2", choices=PRESETS)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=20, help="updates between checkpoints")
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--block_size", type=int, default=256)
+    parser.add_argument("--dtype", default="auto")
+    arguments = parser.parse_args()
+    run = make_run(arguments)
+    seconds_of(run, 2, None)  # warm-up: the optimizer's state, the allocator
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        saver = Saver(Path(folder), "0", 2)
+        for n in range(arguments.runs):
+            without, _ = seconds_of(run, arguments.steps, None)
+            with_saving, copying = seconds_of(run, arguments.steps, saver)
+            began = time.perf_counter()
+            saver.wait()
+            waited = time.perf_counter() - began
+            rows.append((without, with_saving, copying, (with_saving + waited - without - copying) / without))
+            print(f"run {n + 1}: {without:.2f} s without, {with_saving:.2f} s with, copy {copying:.2f} s, "
+                  f"still writing for {waited:.2f} s: {rows[-1][3]:+.2%}", flush=True)  # fmt: skip
+        size = (Path(folder) / "ckpt.pt").stat().st_size
+    without, with_saving, copying, overhead = (statistics.median(column) for column in zip(*rows, strict=True))
+    spread = [min(row[3] for row in rows), max(row[3] for row in rows)]
+    result = {"model": arguments.model, "steps": arguments.steps, "n": arguments.runs, "checkpoint_gb": size / 1e9,
+              "seconds_without": without, "seconds_with": with_saving, "seconds_copy": copying,
+              "overhead": overhead, "overhead_spread": spread}  # fmt: skip
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
