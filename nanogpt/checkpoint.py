@@ -21,9 +21,10 @@ from nanogpt.data.tokens import tokenizer_of_original
 from nanogpt.device import Device
 from nanogpt.errors import CheckpointError, ConfigError
 from nanogpt.files import atomic_write
-from nanogpt.interop.flat import model_args
+from nanogpt.interop.flat import model_args, save_tensors
 from nanogpt.model import GPT
 from nanogpt.settings import as_json
+from nanogpt.shape import wrong_types
 
 FORMAT = 1
 RUN_FILES = ("best.pt", "metrics.jsonl", "config.json", "loss.png", "diverged.json", "wandb_id")  # beside ckpt*.pt
@@ -130,13 +131,7 @@ def _copied(value: Any, done: dict[Any, torch.Tensor]) -> Any:
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint atomically. Raises `UserError` when the operating system refuses."""
-    with atomic_write(path) as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:  # what torch makes of a full disk, and of Ctrl-C
-            if isinstance(error.__context__, KeyboardInterrupt):
-                raise error.__context__ from None
-            raise OSError(str(error).splitlines()[0]) from error
+    save_tensors(path, content)
 
 
 def load(path: Path, data_dir: str = "data") -> Checkpoint:
@@ -151,7 +146,7 @@ def load(path: Path, data_dir: str = "data") -> Checkpoint:
         if ours.get("format", FORMAT) > FORMAT:
             raise CheckpointError(f"{path} was written by a newer version of nanoGPT (format {ours['format']})")
         shape = GPTConfig(**(ours.get("model_config") or content["model_args"]))
-        if problems := list(shape.problems()):
+        if problems := list(wrong_types(shape)) or list(shape.problems()):
             raise CheckpointError(f"{path} holds an impossible model: {'; '.join(problems)}")
         # the original's compiled models carry a prefix, its oldest ones attention masks
         weights = {

@@ -18,6 +18,8 @@ from nanogpt.model import GPT
 from nanogpt.tasks import TASKS, Scorer, examples_of
 from nanogpt.trained import TrainedModel, load_trained
 
+LONGEST = 2048  # windows of models that come from elsewhere, unless asked for longer: their contexts may be huge
+
 
 @torch.no_grad()
 def whole_split_loss(
@@ -56,9 +58,13 @@ def whole_split_loss(
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """The program behind `nanogpt eval`; prints a table, then one line of JSON, which it returns."""
     device = choose(config.device, config.dtype, config.compile)
+    data_dir = config.data_dir or "data"
+    files = {
+        name: examples_of(name, getattr(config, name), data_dir, config.limit) for name in TASKS if name in config.tasks
+    }
     trained = load_trained(config, device)
+    print(trained.name)
     result: dict[str, Any] = {"model": trained.name}
-    rows = []
     for task in config.tasks or ["loss"]:
         if task == "loss":
             found = split_measures(config, trained, device)
@@ -66,19 +72,15 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             of = f"{found['tokens']:,} targets of {found['dataset']}/{found['split']}, {found['block_size']} at a time"
             names = {"loss": "nats per token", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
         else:
-            data_dir = config.data_dir or trained.config.get("data_dir", "data")
-            examples = examples_of(task, getattr(config, task), data_dir, config.limit)
             scorer = Scorer(trained.model, trained.tokenizer, device, config.batch_size)
-            result[task] = found = TASKS[task](scorer, examples)
-            of = f"{len(examples):,} examples"
+            result[task] = found = TASKS[task](scorer, files[task])
+            of = f"{len(files[task]):,} examples"
             names = {name: name.replace("_", ", ") for name in found if name != "examples"}
         for name, shown in names.items():
             if found[name] is not None:
-                error = found[name] * (1 - found[name]) / found["examples"] if "accuracy" in name else 0
-                rows.append((task, shown, f"{found[name]:.4f}", f"± {math.sqrt(error):.4f}" if error else "", of))
-    print(trained.name)
-    for task, shown, value, error_bar, of in rows:
-        print(f"{task:10} {shown:21} {value:>12} {error_bar:9} {of}")
+                variance = found[name] * (1 - found[name]) / found["examples"] if "accuracy" in name else 0
+                error = f"± {math.sqrt(variance):.4f}" if variance else ""
+                print(f"{task:10} {shown:21} {found[name]:>12.4f} {error:9} {of}", flush=True)
     print(json.dumps(result))
     return result
 
@@ -92,10 +94,11 @@ def split_measures(config: EvalConfig, trained: TrainedModel, device: Device) ->
     dataset = open_dataset(folder)
     dataset.check_tokenizer(trained.tokenizer, trained.name)
     tokens = dataset.split(config.split)
-    block_size = config.block_size or model.config.block_size
+    check_length(tokens, 1, f"the {config.split} split of {name}")
+    own = model.config.block_size if trained.config else min(model.config.block_size, LONGEST)
+    block_size = min(config.block_size or own, len(tokens) - 1)
     if block_size > model.config.block_size:
         model.crop_block_size(block_size)  # rotary positions reach further, learned ones do not
-    check_length(tokens, 1, f"the {config.split} split of {name}")
     end_of_text = dataset.tokenizer.end_of_text if trained.config.get("mask_documents") else None
     loss, n_tokens = whole_split_loss(model, tokens, block_size, config.batch_size, device, end_of_text)
     size = dataset.description.get("bytes", {}).get(config.split, 0)

@@ -20,7 +20,7 @@ from nanogpt.trained import TrainedModel, load_trained
 
 def export(config: ExportConfig) -> None:
     """Write `output`, whole or not at all. Raises `UserError` if it is there, or can't hold this model."""
-    output = Path(config.output).absolute()
+    output = Path(config.output).resolve()
     _check_free(output, config)
     trained = load_trained(config, Device("cpu", "cpu", torch.float32, compile=False))
     model, tokenizer = trained.model, trained.tokenizer
@@ -46,11 +46,27 @@ def _check_free(output: Path, config: ExportConfig) -> None:
         raise ConfigError(
             f"output={output} is a {'folder' if output.is_dir() else 'file'}, --to={config.to} makes the other"
         )
-    strangers = sorted({path.name for path in output.iterdir()} - FOLDER) if output.is_dir() else []
-    if strangers:
-        raise ConfigError(f"output={output} holds {strangers[0]}, which no export has written; choose another folder")
-    if not config.force and (output.is_file() or any(output.iterdir())):
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if not _is_export(output):
+        raise ConfigError(f"output={output} is there already, and not an earlier export; choose another name")
+    if not config.force:
         raise ConfigError(f"output={output} is there already; --force replaces it")
+
+
+def _is_export(output: Path) -> bool:
+    """Whether what is there was written by an export, so that it can be written again."""
+    if output.is_dir():
+        names = {path.name for path in output.iterdir()}
+        return "model.safetensors" in names and names <= FOLDER
+    with open(output, "rb") as file:
+        if file.read(4) == b"GGUF":
+            return True
+    try:
+        content = torch.load(output, weights_only=True, mmap=True)
+    except Exception:  # a file of another kind: torch has many ways to say so
+        return False
+    return isinstance(content, dict) and "model_args" in content and "nanogpt" not in content
 
 
 @contextmanager
@@ -63,19 +79,24 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield work
         if path.exists():
             path.rename(old)
-        work.rename(path)
+        try:
+            work.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _use(config: ExportConfig) -> str:
     return {
         "hf": f'AutoModelForCausalLM.from_pretrained("{config.output}")',
         "gguf": f"llama-cli -m {config.output}",
-        "flat": "put it as ckpt.pt into the out_dir of the original; characters need data/NAME/meta.pkl there",
+        "flat": "the original's sample.py reads it as out_dir/ckpt.pt; characters need data/NAME/meta.pkl there",
     }[config.to]
 
 
@@ -105,9 +126,10 @@ def model_card(trained: TrainedModel, name: str) -> str:
         'ids = tokenizer("Once", return_tensors="pt").input_ids\n'
         "print(tokenizer.decode(model.generate(ids, max_new_tokens=100)[0]))\n"
     )
-    settings = "".join(f"    {key} = {value!r}\n" for key, value in trained.config.items())
+    private = ("out_dir", "data_dir", "wandb_project", "wandb_run_name")
+    settings = "".join(f"    {key} = {value!r}\n" for key, value in trained.config.items() if key not in private)
     recipe = f"\nThe settings of the run:\n\n{settings}" if settings else ""
     return (
-        f"{front}# {name}\n\nTrained with nanoGPT {__version__}, from {trained.name}.\n\n| | |\n|---|---|\n{rows}\n\n"
-        f"```python\n{code}```\n{recipe}"
+        f"{front}# {name}\n\nTrained with nanoGPT {__version__}, from {Path(trained.name).name}.\n\n"
+        f"| | |\n|---|---|\n{rows}\n\n```python\n{code}```\n{recipe}"
     )

@@ -8,18 +8,20 @@ from nanogpt.settings import out_of_range
 
 
 def _size(n_layer: int, n_head: int, n_embd: int, **others: Any) -> dict[str, Any]:
-    return {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, **others}
+    rest = {"architecture": "gpt2", "n_kv_head": 0, "head_size": 0, "n_hidden": 0, "tied_head": True, "rope_theta": 1e4}
+    return {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, **rest, "bias": True, **others}
 
 
 def _llama(*size: int, **others: Any) -> dict[str, Any]:
-    return _size(*size, architecture="llama", **others)
+    return _size(*size, architecture="llama", bias=False, **others)
 
 
 def _qwen3(*size: int, **others: Any) -> dict[str, Any]:
-    return _size(*size, architecture="qwen3", n_kv_head=8, head_size=128, rope_theta=1e6, **others)
+    return _size(*size, architecture="qwen3", bias=False, n_kv_head=8, head_size=128, rope_theta=1e6, **others)
 
 
-# the published models of the three architectures that are retrained most; vocabulary and context are yours to choose
+# the published models of the three architectures that are retrained most: all of their shape that can be chosen when
+# training, except vocabulary and context
 PRESETS = {
     "gpt2": _size(12, 12, 768),  # 124M parameters with GPT-2's vocabulary
     "gpt2-medium": _size(24, 16, 1024),  # 355M
@@ -89,6 +91,9 @@ class GPTConfig:
 
     def problems(self) -> Iterator[str]:
         """Everything that is inconsistent, one sentence each."""
+        for name in ("norm_eps", "rope_theta"):
+            if not getattr(self, name) > 0:
+                yield f"{name}={getattr(self, name)}: expected a value above 0"
         yield from out_of_range(
             self, ">= 1", "block_size vocab_size n_layer n_head n_embd n_kv_head head_size n_hidden"
         )
@@ -114,5 +119,17 @@ class GPTConfig:
             yield "mlp_bias=True: Qwen3 has none there; use --architecture=llama"
         if not self.is_gpt2 and self.head_size % 2:
             yield f"head_size={self.head_size}: rotary positions turn pairs of channels, so it must be even"
-        if len(self.rope_scaling) not in (0, 4):
-            yield f"rope_scaling={self.rope_scaling}: expected factor, low, high and original context"
+        if self.rope_scaling and (len(self.rope_scaling) != 4 or not self._is_scaling(*self.rope_scaling)):
+            yield f"rope_scaling={self.rope_scaling}: expected factor, low, high and original context, low below high"
+
+    @staticmethod
+    def _is_scaling(factor: float, low: float, high: float, context: float) -> bool:
+        return factor > 0 and 0 <= low < high and context > 0
+
+
+def wrong_types(shape: GPTConfig) -> Iterator[str]:
+    """The fields whose values are of another type than declared, for shapes that come from files."""
+    for name, value in vars(shape).items():
+        expected = type(getattr(GPTConfig(), name))
+        if type(value) is not expected and not (expected is float and type(value) is int):
+            yield f"{name} is {value!r}, expected {expected.__name__}"

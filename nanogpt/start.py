@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanogpt import checkpoint
 from nanogpt.checkpoint import Progress
-from nanogpt.config import PRESETS, GPTConfig, PrepareConfig, TrainConfig
+from nanogpt.config import GPTConfig, PrepareConfig, TrainConfig
 from nanogpt.data.batches import Ahead, check_length, epoch_window_starts, gather, window_starts
 from nanogpt.data.prepare import DATASETS, NEEDS_NO_NETWORK, prepare
 from nanogpt.data.tokens import Dataset, is_prepared, open_dataset
@@ -21,6 +21,7 @@ from nanogpt.errors import ConfigError, DataError
 from nanogpt.interop.huggingface import folder_of, shape_of
 from nanogpt.model import GPT
 from nanogpt.optim import adamw
+from nanogpt.shape import GPT2_NAMES
 from nanogpt.trained import checkpoint_of, load_model
 
 
@@ -184,7 +185,7 @@ def dry_run(config: TrainConfig) -> int:
         shape = checkpoint.load(checkpoint.find(config.out_dir, "last"), config.data_dir).model_config
     elif path := checkpoint_of(config.init_from):
         shape = checkpoint.load(path, config.data_dir).model_config
-    elif config.init_from in PRESETS:
+    elif config.init_from in GPT2_NAMES:
         shape = GPTConfig.preset(config.init_from, block_size=config.block_size, vocab_size=50257)
     elif config.init_from != "scratch":
         shape = dataclasses.replace(shape_of(folder_of(config.init_from)), block_size=config.block_size)

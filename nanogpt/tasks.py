@@ -4,7 +4,6 @@ Prompts and scores are those of EleutherAI's lm-evaluation-harness (tasks lambad
 compare with published ones.
 """
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from nanogpt.data.download import kept
 from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.device import Device
 from nanogpt.errors import DataError
+from nanogpt.files import parse_json
 from nanogpt.model import GPT
 
 # where the files are published, and their SHA-256
@@ -79,7 +79,7 @@ class Scorer:
         if not start:
             start = [self.tokenizer.end_of_text or 0]
             ids = start + ids
-        count = len(ids) - len(start)
+        count = max(len(ids) - len(start), 1)  # a token may reach back into the context
         ids = ids[-(self.model.config.block_size + 1) :]
         return torch.tensor(ids), min(count, len(ids) - 1)
 
@@ -117,7 +117,22 @@ def _cleaned(text: str) -> str:
 
 
 TASKS = {"lambada": lambada, "hellaswag": hellaswag}
-_FIELDS = {"lambada": {"text"}, "hellaswag": {"activity_label", "ctx_a", "ctx_b", "endings", "label"}}
+_EXPECTED = {
+    "lambada": "a JSON object with a text of several words",
+    "hellaswag": "a JSON object with activity_label, ctx_a, ctx_b, four endings and a label from 0 to 3",
+}
+
+
+def _is_passage(example: Any) -> bool:
+    return isinstance(example["text"], str) and len(example["text"].split()) > 1
+
+
+def _is_question(example: Any) -> bool:
+    texts = [example[name] for name in ("activity_label", "ctx_a", "ctx_b")]
+    endings = example["endings"]
+    has_four = isinstance(endings, list) and len(endings) == 4 and all(isinstance(text, str) for text in endings)
+    is_labelled = str(example["label"]) in ("0", "1", "2", "3")
+    return has_four and is_labelled and all(isinstance(text, str) for text in texts) and all(map(_cleaned, endings))
 
 
 def examples_of(benchmark: str, file: str, data_dir: str, limit: int) -> list[dict[str, Any]]:
@@ -127,19 +142,22 @@ def examples_of(benchmark: str, file: str, data_dir: str, limit: int) -> list[di
     path = Path(file) if file else kept(Path(data_dir, benchmark, name), name, url, sha256, option=benchmark)
     examples = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--{benchmark}={path}: {error}") from error
-    for number, line in enumerate(lines[: limit or None], start=1):
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
-            example = json.loads(line)
-            valid = _FIELDS[benchmark] <= set(example) and len(example.get("endings", "four")) == 4
-        except (ValueError, TypeError, AttributeError):
-            valid = False
-        if not valid:
-            wanted = ", ".join(sorted(_FIELDS[benchmark]))
-            raise DataError(f"{path}, line {number}: expected a JSON object with {wanted}, found {line[:80]!r}")
+            example = parse_json(line)
+            is_valid = _is_passage(example) if benchmark == "lambada" else _is_question(example)
+        except (ValueError, TypeError, KeyError):
+            is_valid = False
+        if not is_valid:
+            raise DataError(f"{path}, line {number}: expected {_EXPECTED[benchmark]}, found {line[:80]!r}")
         examples.append(example)
+        if len(examples) == limit:
+            break
     if not examples:
         raise DataError(f"{path} is empty")
     return examples

@@ -11,6 +11,7 @@ from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.device import Device
 from nanogpt.interop.huggingface import Pretrained, load_pretrained
 from nanogpt.model import GPT
+from nanogpt.shape import GPT2_NAMES
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ def load_model(init_from: str, device: Device, *, dropout: float = 0.0, data_dir
 def checkpoint_of(init_from: str) -> Path | None:
     """The checkpoint that `init_from` names, as a file or as a run's folder; None if it names something else."""
     path = Path(init_from)
+    if init_from in GPT2_NAMES or path.name.endswith((".safetensors", ".gguf")):
+        return None
     if path.is_dir() and not list(path.glob("*.safetensors")) and list(path.glob("*.pt")):
         return checkpoint.find(init_from, "auto")
     return path if path.is_file() else None

@@ -94,4 +94,13 @@ def test_a_models_name_stands_for_its_shape(tmp_path: Path) -> None:
     assert (parsed.n_layer, parsed.n_head, parsed.n_embd) == (12, 20, 1600)
     with pytest.raises(ConfigError, match="model='gpt3': expected one of gpt2, gpt2-medium"):
         parse(TrainConfig, ["--model=gpt3"], "")
+    for name in PRESETS:  # nothing of the earlier shape is left
+        both, alone = (
+            parse(TrainConfig, [str(file), f"--model={name}"], ""),
+            parse(TrainConfig, [f"--model={name}"], ""),
+        )
+        assert both == alone
+        assert not list(both.problems())
+    file.write_text('model = "qwen3-0.6b"\n')
+    assert parse(TrainConfig, [str(file), "--model=llama-2-7b"], "") == parse(TrainConfig, ["--model=llama-2-7b"], "")
     assert all(name in help_text(TrainConfig, "").replace("\n" + " " * 40, " ") for name in PRESETS)

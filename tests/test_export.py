@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -127,8 +128,13 @@ def test_flat_is_the_originals_dictionary(
     )
     assert again.tokenizer.describe() == best.tokenizer.describe()
     train.train(recipe(architecture="llama", out_dir="llama"))
-    with pytest.raises(ConfigError, match="the original nanoGPT knows GPT-2's shape only"):
+    with pytest.raises(ConfigError, match=r"the original nanoGPT has no n_hidden=.*architecture=llama|architecture"):
         export(ExportConfig(out_dir="llama", to="flat", output="x/ckpt.pt"))
+    ids = TOKENIZER.encode("the quick brown fox jumps over the lazy dog " * 60)
+    write_dataset(Path(config.data_dir, "fox"), TOKENIZER, ids[:500], ids[500:])
+    train.train(recipe(dataset="fox", out_dir="fox"))
+    with pytest.raises(ConfigError, match="knows characters and GPT-2's tokens, not the BPE"):
+        export(ExportConfig(out_dir="fox", to="flat", output="x/ckpt.pt"))
     assert not Path("x/ckpt.pt").exists()
     assert "wrote" in capsys.readouterr().out
 
@@ -157,7 +163,7 @@ def test_nothing_is_overwritten_or_left_behind(recipe: Recipe, tmp_path: Path, m
     export(ExportConfig(**settings, force=True, dtype="float16"))  # type: ignore[arg-type]
     assert (folder / "model.safetensors").stat().st_size < len(before["model.safetensors"])
     (folder / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match=r"holds thesis\.tex, which no export has written"):
+    with pytest.raises(ConfigError, match="is there already, and not an earlier export"):
         export(ExportConfig(**settings, force=True))  # type: ignore[arg-type]
     for to in ("gguf", "flat"):
         with pytest.raises(ConfigError, match=f"is a folder, --to={to} makes the other"):
@@ -166,6 +172,14 @@ def test_nothing_is_overwritten_or_left_behind(recipe: Recipe, tmp_path: Path, m
         export(ExportConfig(**{**settings, "output": str(file)}, to=to))  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match="--force replaces it"):
             export(ExportConfig(**{**settings, "output": str(file)}, to=to))  # type: ignore[arg-type]
+        export(ExportConfig(**{**settings, "output": str(file)}, to=to, force=True))  # type: ignore[arg-type]
+    for precious in ("notes.txt", f"{config.out_dir}/ckpt.pt"):
+        Path("notes.txt").write_text("years of work")
+        content = Path(precious).read_bytes()
+        for to in ("gguf", "flat"):
+            with pytest.raises(ConfigError, match="not an earlier export"):
+                export(ExportConfig(**{**settings, "output": precious}, to=to, force=True))  # type: ignore[arg-type]
+        assert Path(precious).read_bytes() == content
     with pytest.raises(ConfigError, match="is a file, --to=hf makes the other"):
         export(ExportConfig(**{**settings, "output": str(tmp_path / "file.gguf")}))  # type: ignore[arg-type]
 
@@ -184,16 +198,43 @@ def test_what_cannot_be_exported_is_named(recipe: Recipe, monkeypatch: pytest.Mo
     assert not Path("m.gguf").exists()
 
 
-def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+def test_a_folder_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for content in ("old", "new"):
         with new_folder(tmp_path / "a" / "b") as folder:
             (folder / "file").write_text(content)
     assert (tmp_path / "a" / "b" / "file").read_text() == "new"
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+    real = Path.rename
+
+    def fails(self: Path, target: Path) -> Path:
+        if self.name == "b.new.tmp":
+            raise OSError(28, "No space left on device")
+        return real(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fails)
+        with pytest.raises(UserError, match="No space left"), new_folder(tmp_path / "a" / "b") as folder:
+            (folder / "file").write_text("newest")
+    assert (tmp_path / "a" / "b" / "file").read_text() == "new"
     shutil.rmtree(tmp_path / "a")
     (tmp_path / "a").write_text("a file")
     with pytest.raises(UserError, match="cannot write"), new_folder(tmp_path / "a" / "b"):
         pass
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf", "flat"])
+def test_a_full_disk_is_one_message_and_leaves_nothing(to: str, recipe: Recipe, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="no limits on file sizes here")
+    train.train(recipe())
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*target"):
+            export(ExportConfig(out_dir=recipe().out_dir, to=to, output=str(tmp_path / "target")))  # type: ignore[arg-type]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.glob("target*"))
 
 
 def test_gpt2_in_the_tanh_form_keeps_it(tmp_path: Path) -> None:

@@ -151,7 +151,8 @@ def test_scores_equal_lm_evaluation_harness(trained: tuple[str, Path]) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [('{"text": "a b"}\n{"text"', r"line 2: expected a JSON object with text, found '{\"text\"'"),
+    [('{"text": "a b"}\n\n{"text"', r"line 3: expected a JSON object with a text of several words, found '{\"text\"'"),
+     ('{"text": 5}', "line 1: expected"), ('{"text": "word"}', "line 1: expected"),
      ("[]", "line 1: expected"), ("", "is empty"), ('{"txt": ""}', "line 1: expected"), (None, "No such file")],
 )  # fmt: skip
 def test_files_of_another_kind_are_refused(content: str | None, message: str) -> None:
@@ -159,9 +160,13 @@ def test_files_of_another_kind_are_refused(content: str | None, message: str) ->
         Path("file.jsonl").write_text(content)
     with pytest.raises(DataError, match=message):
         examples_of("lambada", "file.jsonl", "data", 0)
-    Path("file.jsonl").write_text(json.dumps({**HELLASWAG[0], "endings": ["one"]}))
-    with pytest.raises(DataError, match="expected a JSON object with activity_label, ctx_a, ctx_b, endings, label"):
-        examples_of("hellaswag", "file.jsonl", "data", 0)
+    changes = [{"endings": endings} for endings in (["one"], "abcd", ["a", "b", "c", 4], ["a", "b", "c", "[x]"])]
+    for change in [*changes, {"label": ""}, {"label": 7}, {"ctx_a": None}]:
+        Path("file.jsonl").write_text(json.dumps({**HELLASWAG[0], **change}))
+        with pytest.raises(DataError, match="expected a JSON object with activity_label, ctx_a, ctx_b, four endings"):
+            examples_of("hellaswag", "file.jsonl", "data", 0)
+    Path("file.jsonl").write_text('{"text": "one\u2028line only"}\n\n', encoding="utf-8")
+    assert examples_of("lambada", "file.jsonl", "data", 0) == [{"text": "one\u2028line only"}]
 
 
 def test_published_files_are_checked_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

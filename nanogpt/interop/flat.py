@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from nanogpt.data.tokenizer import Tokenizer
+from nanogpt.data.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
 from nanogpt.errors import ConfigError
 from nanogpt.files import atomic_write
 from nanogpt.model import GPT
@@ -20,16 +20,31 @@ def model_args(shape: GPTConfig) -> dict[str, Any]:
 
 
 def save_flat(path: Path, model: GPT, tokenizer: Tokenizer, config: dict[str, Any], step: int, loss: float) -> None:
-    """Write what the original's sample.py and train.py load. config: the training run's; loss: its best.
+    """Write what the original's sample.py loads. config: the training run's; loss: its best.
 
-    Raises `ConfigError` for a model that the original can't rebuild.
+    All rows of the embedding stay: the original, too, has such that only pad. Raises `ConfigError` for a model or a
+    tokenizer that the original doesn't know.
     """
     shape = model.config
-    if shape != GPTConfig(**model_args(shape), activation=shape.activation):
+    known = GPTConfig(**model_args(shape), activation=shape.activation, rope_theta=shape.rope_theta)
+    differing = [f"{name}={value}" for name, value in vars(shape).items() if value != getattr(known, name)]
+    if differing:
         raise ConfigError(
-            "the original nanoGPT knows GPT-2's shape only: LayerNorm, learned positions, a hidden layer of 4 n_embd, "
-            "a tied head; --to=hf and --to=gguf carry this model"
+            f"the original nanoGPT has no {', '.join(differing)}; it knows GPT-2's shape only (--to=hf and --to=gguf "
+            "carry this model)"
         )
+    if not isinstance(tokenizer, (CharTokenizer, GPT2Tokenizer)):
+        raise ConfigError(f"the original nanoGPT knows characters and GPT-2's tokens, not the {tokenizer}")
     content = {"model": model.state_dict(), "model_args": model_args(shape), "iter_num": step}
+    save_tensors(path, {**content, "optimizer": None, "best_val_loss": loss, "config": config})
+
+
+def save_tensors(path: Path, content: dict[str, Any]) -> None:
+    """`torch.save`, atomically. Raises `UserError` when the operating system refuses."""
     with atomic_write(path) as file:
-        torch.save({**content, "optimizer": None, "best_val_loss": loss, "config": config}, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # what torch makes of a full disk, and of Ctrl-C
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None
+            raise OSError(str(error).splitlines()[0]) from error

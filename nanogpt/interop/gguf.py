@@ -138,7 +138,11 @@ def _cut_of(definition: dict[str, Any]) -> str | None:
     expressions = [part["pattern"].get("Regex") for part in parts if part.get("type") == "Split"]
     if model.get("type") != "BPE" or len(levels) != 1 or len(levels) + len(expressions) != len(parts):
         return None
+    normalizer, cuts_itself = (definition.get("normalizer") or {}).get("type"), levels[0].get("use_regex", True)
     if not expressions:
-        normalized = definition.get("normalizer") or not levels[0].get("use_regex", True)
-        return None if normalized else "gpt-2"
-    return _CUTS.get(expressions[0]) if len(expressions) == 1 else None
+        return "gpt-2" if cuts_itself and not normalizer and not model.get("ignore_merges") else None
+    name = _CUTS.get(expressions[0]) if len(expressions) == 1 else None
+    usual = {"llama-bpe": (None, True), "qwen2": ("NFC", False)}.get(name or "")
+    found = (normalizer, bool(model.get("ignore_merges")))
+    is_usual = usual is not None and (found == usual or found == (None, usual[1]))
+    return name if is_usual and not cuts_itself and parts[0].get("behavior") == "Isolated" else None

@@ -17,7 +17,7 @@ from nanogpt.data.tokenizer_json import TOKENIZER_FILES, definition_of, read_tok
 from nanogpt.errors import CheckpointError, DataError
 from nanogpt.files import parse_json, write_json
 from nanogpt.model import GPT
-from nanogpt.shape import GPT2_NAMES, GPTConfig
+from nanogpt.shape import GPT2_NAMES, GPTConfig, wrong_types
 
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 # what `save_pretrained` writes
@@ -71,10 +71,12 @@ def folder_of(name: str) -> Path:
 
 def shape_of(folder: Path) -> GPTConfig:
     """The shape that `config.json` in `folder` describes. Raises `CheckpointError` for what can't be rebuilt here."""
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file; name the folder that has it beside its config.json")
     try:
         config = parse_json((folder / "config.json").read_bytes())
         shape = _gpt2_shape(config) if config.get("model_type") == "gpt2" else _llama_shape(config)
-        if problems := list(shape.problems()):
+        if problems := list(wrong_types(shape)) or list(shape.problems()):
             raise ValueError("; ".join(problems))
         return shape
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -83,6 +85,10 @@ def shape_of(folder: Path) -> GPTConfig:
 
 
 def _gpt2_shape(config: dict[str, Any]) -> GPTConfig:
+    usual = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+    for name, value in usual.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{name} is {config[name]!r}, not {value!r}")
     activation = config.get("activation_function", "gelu_new")
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation_function is {activation!r}; known: {', '.join(_ACTIVATIONS)}")
@@ -103,7 +109,8 @@ def _gpt2_shape(config: dict[str, Any]) -> GPTConfig:
 def _llama_shape(config: dict[str, Any]) -> GPTConfig:
     kind = config.get("model_type")
     if kind not in ("llama", "qwen3"):
-        raise ValueError(f"model_type is {kind!r}; known: gpt2, llama, qwen3")
+        ours = "it is of a run that has no checkpoint yet" if "dataset" in config else ""
+        raise ValueError(ours or f"model_type is {kind!r}; known: gpt2, llama, qwen3")
     if (activation := config.get("hidden_act", "silu")) != "silu":
         raise ValueError(f"hidden_act is {activation!r}, not 'silu'")
     if config.get("use_sliding_window"):
@@ -295,6 +302,7 @@ def save_pretrained(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch
 
     Raises `DataError` for a tokenizer that has no such form.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     shape = replace(model.config, vocab_size=tokenizer.vocab_size)
@@ -310,7 +318,10 @@ def save_pretrained(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch
     tensors = {}
     for part, tensor in tensors_of(model, tokenizer.vocab_size):
         tensors[part.theirs] = (tensor.t() if part.transposed else tensor).to(dtype).contiguous()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # what the library makes of a full disk
+        raise OSError(str(error)) from error
 
 
 def config_of(shape: GPTConfig) -> dict[str, Any]:

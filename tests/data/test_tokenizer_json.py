@@ -147,6 +147,13 @@ def test_every_tokenizer_has_a_tokenizer_json_that_comes_back_as_itself(tokenize
     assert theirs.decode(tokenizer.encode(text)) == text
 
 
+def test_a_blank_in_front_of_every_text_is_not_gpt2s(tmp_path: Path) -> None:
+    definition = json.loads(definition_of(GPT2Tokenizer()))
+    definition["pre_tokenizer"]["add_prefix_space"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    assert read_tokenizer(tmp_path).name != "gpt2"
+
+
 def test_what_has_no_tokenizer_json_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="half a character"):
         definition_of(CharTokenizer("a\ud800"))

@@ -69,10 +69,12 @@ def test_characters_are_escaped_bytes(tmp_path: Path) -> None:
 
 def test_how_llama_3_and_qwen_cut_text_has_a_name() -> None:
     for expression, name in _CUTS.items():
-        split = {"type": "Split", "pattern": {"Regex": expression}}
+        split = {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
         level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-        definition = {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}}
+        cut = {"type": "Sequence", "pretokenizers": [split, level]}
+        definition = {"model": {"type": "BPE", "ignore_merges": name == "llama-bpe"}, "pre_tokenizer": cut}
         assert _cut_of(definition) == name
+        assert _cut_of({**definition, "normalizer": {"type": "Lowercase"}}) is None
         split["pattern"]["Regex"] += "|x"  # type: ignore[index]
         assert _cut_of(definition) is None
 

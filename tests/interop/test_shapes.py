@@ -133,7 +133,9 @@ def test_finetuning_a_folder(recipe: Recipe, data_dir: Path, tmp_path: Path) -> 
     [({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_parameters": None}, "rope_type is 'yarn'"),
      ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"), ({"use_sliding_window": True}, "use_sliding_window"),
      ({"num_key_value_heads": 3}, "n_head=4 is not a multiple of n_kv_head=3"),
-     ({"head_dim": 7}, "must be even"), ({"num_key_value_heads": 4}, "config.json says"),
+     ({"head_dim": 7}, "must be even"), ({"rope_parameters": {"rope_theta": -1.0}}, "rope_theta=-1.0"),
+     ({"rope_parameters": {**LLAMA3, "low_freq_factor": 4.0}}, "low below high"),
+     ({"num_key_value_heads": 4}, "config.json says"),
      ({"vocab_size": 200}, "entries, but the model knows 200")],
 )  # fmt: skip
 def test_what_cannot_be_rebuilt_is_one_message(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -149,7 +151,7 @@ def test_what_cannot_be_rebuilt_is_one_message(changes: dict[str, Any], message:
     ("settings", "message"),
     [({"n_kv_head": 2}, "GPT-2 has n_head=4"), ({"head_size": 4}, "GPT-2's heads have"),
      ({"mlp_bias": False}, "biases everywhere or nowhere"),
-     ({"rope_scaling": [1.0, 1.0, 1.0, 1.0]}, "learned positions"),
+     ({"rope_scaling": [1.0, 1.0, 2.0, 1.0]}, "learned positions"),
      ({"architecture": "qwen3", "mlp_bias": True}, "Qwen3 has none"),
      ({"architecture": "llama", "n_kv_head": 3}, "n_head=4 is not a multiple"),
      ({"architecture": "llama", "head_size": 5}, "must be even"),

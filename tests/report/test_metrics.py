@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,9 +31,38 @@ def test_a_resumed_run_goes_on_at_its_checkpoint(recipe: Recipe, resumed_at: int
             metrics.write(Progress(step=step), {})
     path = Path(config.out_dir, "metrics.jsonl")
     path.write_text(path.read_text() + '{"v": 1, "ste')  # cut off by a crash
-    with Metrics(config, resumed_at=resumed_at) as metrics:
+    with Metrics(config, None if resumed_at is None else Progress(step=resumed_at)) as metrics:
         metrics.write(Progress(step=10), {})
     assert [row["step"] for row in read_metrics(path)] == [*kept, 10]
+
+
+def test_an_evaluation_that_the_checkpoint_does_not_know_will_be_done_again(recipe: Recipe) -> None:
+    config = recipe()
+    for evaluated, kept in ((2, 2), (0, 1)):
+        with Metrics(config) as metrics:
+            metrics.write(Progress(step=2), {"train/loss": 1.0})
+            metrics.write(Progress(step=2), {"val/loss": 1.0})
+        with Metrics(config, Progress(step=2, evaluated=evaluated)):
+            assert len(read_metrics(Path(config.out_dir, "metrics.jsonl"))) == kept
+
+
+def test_a_folder_that_vanishes_or_is_blocked_does_not_end_the_run(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = recipe()
+    folder = Path(config.out_dir)
+    with Metrics(config) as metrics:
+        shutil.rmtree(folder)
+        metrics.write(Progress(step=1), {})
+        assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [1]
+        shutil.rmtree(folder)
+        folder.write_text("in the way")
+        metrics.write(Progress(step=2), {})
+        assert "warning: cannot write" in capsys.readouterr().err
+        folder.unlink()
+        metrics.write(Progress(step=3), {})
+        metrics.sync()
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [2, 3]
 
 
 def test_only_the_main_process_writes(recipe: Recipe) -> None:
