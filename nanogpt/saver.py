@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class Saver:
         self._last = time.monotonic()
         self._thread: threading.Thread | None = None
         self._failure: UserError | None = None
+        self._owed_best: dict[str, Any] | None = None  # a best.pt that is yet to be written
         self._best_on_disk = checkpoint.best_val_loss(folder / "best.pt")
 
     def is_due(self, step: int) -> bool:
@@ -52,11 +54,11 @@ class Saver:
         if self._thread:
             self._thread.join()
 
-    def finish(self, content: dict[str, Any], is_saved: bool) -> None:
+    def finish(self, snapshot: Callable[[], dict[str, Any]], is_saved: bool) -> None:
         """Write the last checkpoint, unless the one before is of the same state. Raises `UserError` if it can't be."""
         self.wait()
         if self._failure or not is_saved:
-            self.save(content)
+            self.save(snapshot())
             self.wait()
         if self._failure:
             raise self._failure
@@ -65,11 +67,13 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def _write(self, content: dict[str, Any], best: bool) -> None:
+        if best:
+            self._owed_best = content
         for pause in (*PAUSES, None):
             try:
-                if best:
-                    checkpoint.write(self._folder / "best.pt", {**content, "optimizer": None})
-                    self._best_on_disk = content["best_val_loss"]
+                if self._owed_best:
+                    checkpoint.write(self._folder / "best.pt", {**self._owed_best, "optimizer": None})
+                    self._best_on_disk, self._owed_best = self._owed_best["best_val_loss"], None
                 checkpoint.write(self._folder / "ckpt.new.pt", content)
                 self._rotate()
                 self._failure = None

@@ -124,7 +124,7 @@ def train_until_done(run: Run) -> int:
 
         guard.store()
         if world.is_main:
-            saver.finish(snapshot(run), is_saved=not stopped)
+            saver.finish(lambda: snapshot(run), is_saved=not stopped)
         world.wait()  # a process that leaves early makes torchrun end the others
         if stopped:
             console.line(

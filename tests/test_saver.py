@@ -36,7 +36,7 @@ def test_the_training_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: py
     may_go_on.set()
     writer.save(content(2))  # waits for the first: at most one at a time
     assert order[0] == 1
-    writer.finish(content(2), is_saved=True)
+    writer.finish(lambda: content(2), is_saved=True)
     assert steps_in(tmp_path) == {"ckpt.pt": 2, "ckpt.prev.pt": 1}
 
 
@@ -54,16 +54,16 @@ def test_what_cannot_be_written_is_tried_again_and_said(
 
     monkeypatch.setattr(checkpoint, "write", write)
     monkeypatch.setattr(saver, "RETRY", 0.0)
-    writer.save(content(2))
+    writer.save(content(2, loss=0.5), best=True)
     writer.wait()
     assert "No space left; training goes on, what is there stays" in capsys.readouterr().err
     assert steps_in(tmp_path) == {"ckpt.pt": 1}
     assert writer.is_due(3)
     with pytest.raises(UserError, match="No space left"):
-        writer.finish(content(3), is_saved=True)
+        writer.finish(lambda: content(3), is_saved=True)
     fails[0] = False
-    writer.finish(content(3), is_saved=True)
-    assert steps_in(tmp_path) == {"ckpt.pt": 3, "ckpt.prev.pt": 1}
+    writer.finish(lambda: content(3), is_saved=True)
+    assert steps_in(tmp_path) == {"ckpt.pt": 3, "ckpt.prev.pt": 1, "best.pt": 2}  # which was owed
     assert not writer.is_due(4)
 
 
