@@ -95,21 +95,8 @@ def train_until_done(run: Run) -> int:
             progress.seconds += elapsed
 
             if is_due:
-                values = {
-                    "train/loss": world.mean(loss).item(),
-                    "lr": learning_rate,
-                    "grad_norm": grad_norm.item(),
-                    "tokens_per_second": config.rows * model.config.block_size * updates / seconds,
-                }
-                line = f"iter {step}: loss {values['train/loss']:.4f}, time {seconds / updates * 1000:.2f}ms"
-                if peak := device.peak_flops():
-                    values["mfu"] = model.flops_per_token() * values["tokens_per_second"] / (peak * world.size)
-                    line += f", mfu {values['mfu'] * 100:.2f}%"
-                console.line(f"{line}, {values['tokens_per_second']:,.0f} tokens/s")
-                if is_spike(progress, values["train/loss"]):
-                    console.line(f"iter {step}: the loss stands out: its average was {progress.loss_average:.4f}")
-                    values["spike"] = True
-                metrics.write(progress, values)
+                values = {"train/loss": world.mean(loss).item(), "lr": learning_rate, "grad_norm": grad_norm.item()}
+                record(run, metrics, console, values, seconds / updates)
                 guard.check(x, y, document_ids(run, x), learning_rate)
                 seconds, updates = 0.0, 0
             if config.health_interval and progress.step % config.health_interval == 0:
@@ -274,6 +261,23 @@ def estimate_losses(run: Run, stopping: Callable[[], bool]) -> dict[str, float] 
         losses[split] = run.world.mean(total).item() * run.world.size / config.eval_iters
     model.train()
     return losses
+
+
+def record(run: Run, metrics: Metrics, console: Console, values: dict[str, float], seconds: float) -> None:
+    """Print and write down what an update has come to; `seconds` is what one takes."""
+    config, progress, shape = run.config, run.progress, run.model.config
+    values["tokens_per_second"] = config.rows * shape.block_size / seconds
+    step, loss = progress.step - 1, values["train/loss"]
+    line = f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms"
+    if peak := run.device.peak_flops():
+        values["mfu"] = run.model.flops_per_token() * values["tokens_per_second"] / (peak * run.world.size)
+        line += f", mfu {values['mfu'] * 100:.2f}%"
+    console.line(f"{line}, {values['tokens_per_second']:,.0f} tokens/s")
+    average = progress.loss_average
+    if is_spike(progress, loss):
+        console.line(f"iter {step}: this loss stands out, the average before was {average:.4f}")
+        values["spike"] = True
+    metrics.write(progress, values)
 
 
 def evaluate_and_save(run: Run, metrics: Metrics, console: Console, saver: Saver, stopping: Callable[[], bool]) -> bool:
