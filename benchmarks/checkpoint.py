@@ -54,10 +54,8 @@ def seconds_of(run: Run, steps: int, saver: Saver | None) -> tuple[float, float]
         if saver and step == 0:
             run.device.synchronize()
             start = time.perf_counter()
-            content = snapshot(run)
+            saver.save(lambda: snapshot(run))
             copying = time.perf_counter() - start
-            saver.save(content)
-            del content
     run.device.synchronize()
     return time.perf_counter() - began, copying
 

@@ -178,11 +178,13 @@ def load(path: Path, data_dir: str = "data") -> Checkpoint:
 
 
 def is_damaged(path: Path) -> bool:
-    """Whether the file is not what was once written: cut off, overwritten, bits flipped."""
+    """Whether the file is not what was once written: cut off, overwritten, bits flipped. What can't be read may be."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is not None
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, EOFError):
+    except OSError:
+        return False
+    except Exception:  # zipfile has many ways
         return True
 
 
@@ -229,13 +231,18 @@ def find(out_dir: str, which: str) -> Path:
 
 
 def best_val_loss(path: Path) -> float:
-    """The validation loss of a checkpoint; infinite if there is none, or it is damaged."""
-    return load(path).progress.best_val_loss if path.exists() and not is_damaged(path) else float("inf")
+    """The validation loss of a checkpoint, whose weights are not read; infinite if there is none, or it is damaged."""
+    try:
+        return float(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["best_val_loss"])
+    except Exception:  # torch and pickle have many ways
+        return float("inf")
 
 
 def kept(out_dir: str | Path) -> list[Path]:
     """The checkpoints that a run can go on from, the newest first: ckpt.pt, ckpt.prev.pt, ckpt.prev2.pt, …"""
-    return [path for n in range(100) if (path := kept_name(Path(out_dir), n)).exists()]
+    paths = [path for n in range(100) if (path := kept_name(Path(out_dir), n)).exists()]
+    finished = Path(out_dir) / "ckpt.new.pt"  # killed just before it took its name
+    return paths if kept_name(Path(out_dir), 0).exists() or not finished.exists() else [finished, *paths]
 
 
 def kept_name(folder: Path, n: int) -> Path:
@@ -244,20 +251,19 @@ def kept_name(folder: Path, n: int) -> Path:
 
 
 def load_last(out_dir: str, data_dir: str) -> Checkpoint:
-    """The newest checkpoint of the run in `out_dir` that is whole. Damaged ones are moved out of the way, and named.
+    """The newest checkpoint of the run in `out_dir` that is whole; damaged ones are passed over, and named.
 
     Raises `CheckpointError` if there is none.
     """
     paths = kept(out_dir)
-    for path, older in itertools.zip_longest(paths, paths[1:]):
+    for path, older in itertools.pairwise(paths):
         try:
             return load(path, data_dir)
         except CheckpointError as error:
-            if older is None or not is_damaged(path):
+            if not is_damaged(path):
                 raise
             print(f"warning: {error}; going on from {older.name}, the one before it")
-            os.replace(path, path.with_name(f"{path.name}.damaged"))
-    return load(find(out_dir, "last"), data_dir)  # which says what is missing
+    return load(paths[-1] if paths else find(out_dir, "last"), data_dir)  # which says what is missing
 
 
 def set_previous_run_aside(out_dir: str) -> None:

@@ -1,5 +1,6 @@
 """Writing files so that nobody ever sees half of one."""
 
+import errno
 import json
 import os
 import socket
@@ -29,14 +30,14 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename durable; Windows cannot open folders and does not need to."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
@@ -57,12 +58,15 @@ def locked(path: str | Path, what: str) -> Iterator[None]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(open(path, "a+b"))
+            file.seek(0)
             try:
                 _lock(file)
-            except OSError:
-                file.seek(0)
-                owner = file.read(200).decode("utf-8", "replace").strip() or "another process"
-                raise UserError(f"{owner} is at work on {what}; wait for it, or stop it") from None
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+                    print(f"warning: {path} can't be locked here ({error}): start nothing else there", file=sys.stderr)
+                else:
+                    owner = file.read(200).decode("utf-8", "replace").strip() or "another process"
+                    raise UserError(f"{owner} is at work on {what}; wait for it, or stop it") from None
             file.truncate(0)  # what a process left that died
             file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
             file.flush()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nanogpt.checkpoint import Progress
+from nanogpt.data.batches import dropout_seed
 from nanogpt.distributed import no_gradient_exchange
 from nanogpt.errors import DivergedError, UserError
 from nanogpt.files import write_json
@@ -32,7 +33,7 @@ class Guard:
         self._in_a_row = (self._in_a_row + 1) * is_bad
         self._skipped = self._skipped + is_bad
         if clip := self._run.config.grad_clip:
-            self._clipped = self._clipped + (grad_norm > clip)
+            self._clipped = self._clipped + ((grad_norm > clip) & ~is_bad)
 
     def store(self) -> None:
         """Bring the counts into the run's progress, where checkpoints find them."""
@@ -68,15 +69,20 @@ def _diagnosis(run: Run, x: Tensor, y: Tensor, document_ids: Tensor | None, lear
     """Compute the gradient of the last batch again, write what is known to diverged.json, and say it in a sentence."""
     config, step = run.config, run.progress.step - 1
     loss = torch.zeros((), device=x.device)
+    torch.manual_seed(dropout_seed(config.seed, step, run.world.rank))
     run.optimizer.zero_grad()
     for first in range(0, len(x), config.batch_size):
         rows = slice(first, first + config.batch_size)
         ids = None if document_ids is None else document_ids[rows]
         with no_gradient_exchange(run.network, is_last=False), run.device.autocast():
-            part = run.model(x[rows], y[rows], document_ids=ids)[1] * config.batch_size / len(x)
-        part.backward()
+            _, part = run.model(x[rows], y[rows], document_ids=ids, return_logits=False)
+            part = part * config.batch_size / len(x)
+        run.scaler.scale(part).backward()
         loss += part.detach()
-    norms = {name: p.grad.norm().item() for name, p in run.model.named_parameters() if p.grad is not None}
+    loss = run.world.mean(loss)
+    named = {name: p.grad.norm() for name, p in run.model.named_parameters() if p.grad is not None}
+    values = run.world.mean(torch.stack(list(named.values()))) / run.scaler.get_scale()  # one that is bad makes it bad
+    norms = dict(zip(named, values.tolist(), strict=True))
     run.optimizer.zero_grad()
     report: dict[str, Any] = {
         "step": step,
@@ -97,7 +103,7 @@ def _diagnosis(run: Run, x: Tensor, y: Tensor, document_ids: Tensor | None, lear
     return (
         f"loss or gradient was not finite in {in_a_row} updates in a row, up to update {step}: loss {loss.item()}, "
         f"learning rate {learning_rate:g}, {len(report['not_finite'])} of {len(norms)} gradients not finite. They were "
-        f"skipped, and the checkpoints in {config.out_dir} are from before; {path} has the norms of all layers and "
+        f"skipped, so the checkpoints in {config.out_dir} know nothing of them; {path} has the norms of all layers and "
         f"says which batch it was. Try a lower learning_rate, grad_clip=1 (now {config.grad_clip:g}), or dtype=float32"
     )
 

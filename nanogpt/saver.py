@@ -1,6 +1,9 @@
 """Checkpoints are written beside the training, one at a time, and never over the last good one."""
 
+import itertools
+import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -9,6 +12,7 @@ from typing import Any
 
 from nanogpt import checkpoint
 from nanogpt.errors import UserError
+from nanogpt.files import sync_folder
 from nanogpt.report.progress import warn
 
 RETRY = 60.0  # seconds until a checkpoint that could not be written is tried again
@@ -21,15 +25,14 @@ class Saver:
     `interval` is "500" (updates) or "30m" (minutes), `keep` the number of checkpoints to have at a time.
     """
 
-    def __init__(self, folder: Path, interval: str, keep: int) -> None:
-        self._folder, self._keep = folder, keep
+    def __init__(self, folder: Path, interval: str, keep: int, best_on_disk: float = math.inf) -> None:
+        self._folder, self._keep, self._best_on_disk = folder, keep, best_on_disk
         self._steps = 0 if interval.endswith("m") else int(interval)
         self._seconds = float(interval.removesuffix("m")) * 60 if interval.endswith("m") else 0.0
         self._last = time.monotonic()
         self._thread: threading.Thread | None = None
         self._failure: UserError | None = None
         self._owed_best: dict[str, Any] | None = None  # a best.pt that is yet to be written
-        self._best_on_disk = checkpoint.best_val_loss(folder / "best.pt")
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after `step` updates, evaluation or not."""
@@ -38,15 +41,17 @@ class Saver:
             return waited >= RETRY
         return bool(step % self._steps == 0 if self._steps else self._seconds and waited >= self._seconds)
 
-    def save(self, content: dict[str, Any], *, best: bool = False) -> None:
-        """Write `content` as ckpt.pt, and if it is the best as best.pt (without the optimizer), in the background.
+    def save(self, snapshot: Callable[[], dict[str, Any]], *, best: bool = False) -> None:
+        """Write a snapshot as ckpt.pt, and if it is the best as best.pt (without the optimizer), in the background.
 
-        Waits for the checkpoint before it. A failure is a warning, and tried again.
+        Waits for the checkpoint before it: there are never two copies of a run. A failure is a warning, tried again.
         """
         self.wait()
         self._last = time.monotonic()
-        best = best and content["best_val_loss"] <= self._best_on_disk
-        self._thread = threading.Thread(target=self._write, args=(content, best), daemon=True)
+        content = snapshot()
+        if best and content["best_val_loss"] <= self._best_on_disk:
+            self._owed_best = {**content, "optimizer": None}
+        self._thread = threading.Thread(target=self._write, args=(content,), daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -58,7 +63,7 @@ class Saver:
         """Write the last checkpoint, unless the one before is of the same state. Raises `UserError` if it can't be."""
         self.wait()
         if self._failure or not is_saved:
-            self.save(snapshot())
+            self.save(snapshot)
             self.wait()
         if self._failure:
             raise self._failure
@@ -66,29 +71,47 @@ class Saver:
     def _is_writing(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def _write(self, content: dict[str, Any], best: bool) -> None:
-        if best:
-            self._owed_best = content
+    def _write(self, content: dict[str, Any]) -> None:
+        if sys.platform == "linux":  # where this is a thread's own: it takes the gaps that the training leaves
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        jobs = [self._write_best, lambda: self._write_newest(content)]  # in this order: ckpt.pt counts on best.pt
         for pause in (*PAUSES, None):
-            try:
-                if self._owed_best:
-                    checkpoint.write(self._folder / "best.pt", {**self._owed_best, "optimizer": None})
-                    self._best_on_disk, self._owed_best = self._owed_best["best_val_loss"], None
-                checkpoint.write(self._folder / "ckpt.new.pt", content)
-                self._rotate()
+            jobs = [job for job in jobs if not self._succeeds(job)]
+            if not jobs:
                 self._failure = None
                 return
-            except (UserError, OSError) as error:
-                self._failure = error if isinstance(error, UserError) else UserError(f"cannot save: {error}")
-                if pause is None:
-                    warn(f"{self._failure}; training goes on, what is there stays, and it is tried again")
-                else:
-                    time.sleep(pause)
+            if pause is not None:
+                time.sleep(pause)
+        warn(f"{self._failure}; training goes on, what is there stays, and it is tried again")
+
+    def _succeeds(self, job: Callable[[], None]) -> bool:
+        try:
+            job()
+        except UserError as error:
+            self._failure = error
+        except Exception as error:  # whatever it is, a thread that dies must not look like one that has saved
+            self._failure = UserError(f"cannot save a checkpoint: {type(error).__name__}: {error}")
+        else:
+            return True
+        return False
+
+    def _write_best(self) -> None:
+        if self._owed_best:
+            checkpoint.write(self._folder / "best.pt", self._owed_best)
+            self._best_on_disk, self._owed_best = self._owed_best["best_val_loss"], None
+
+    def _write_newest(self, content: dict[str, Any]) -> None:
+        checkpoint.write(self._folder / "ckpt.new.pt", content)
+        self._rotate()
 
     def _rotate(self) -> None:
-        """Give the finished ckpt.new.pt its name; the ones before it move on by one."""
+        """Give the finished ckpt.new.pt its name; the ones before it move on by one, and the oldest goes."""
         names = [checkpoint.kept_name(self._folder, n) for n in range(self._keep)]
-        for older, newer in reversed(list(zip(names[1:], names, strict=False))):
+        for newer, older in reversed(list(itertools.pairwise(names))):
             if newer.exists():
                 os.replace(newer, older)
         os.replace(self._folder / "ckpt.new.pt", names[0])
+        for path in checkpoint.kept(self._folder):
+            if path not in names:
+                path.unlink(missing_ok=True)
+        sync_folder(self._folder)

@@ -39,6 +39,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
+    resumed_from: Path | None = None  # the checkpoint that it goes on from
 
 
 def start(config: TrainConfig, device: Device, world: World) -> Run:
@@ -48,10 +49,11 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
     """
     dataset = open_or_prepare(config, world)
     torch.manual_seed(config.seed)
-    loaded = None
+    loaded, path = None, None
     if config.init_from == "resume":
         loaded = checkpoint.load_last(config.out_dir, config.data_dir)
-        dataset.check_tokenizer(loaded.tokenizer, str(loaded.path))
+        path = loaded.path
+        dataset.check_tokenizer(loaded.tokenizer, str(path))
         model = loaded.model(device, dropout=config.dropout)
         if config.eval_only:
             model.crop_block_size(min(config.block_size, model.config.block_size))
@@ -84,7 +86,9 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
         print("compiling the model: takes a minute or so (--compile=False starts at once)")
         model.compile()
     rows_of = loader(config, dataset, model.config, device, world)
-    return Run(config, device, world, dataset, model, rows_of, parallel(model, world), optimizer, scaler, progress)
+    return Run(
+        config, device, world, dataset, model, rows_of, parallel(model, world), optimizer, scaler, progress, path
+    )
 
 
 def loader(

@@ -1,12 +1,13 @@
 """The training program. Reads from top to bottom: `train` is the story, the functions below it are its steps."""
 
 import dataclasses
+import itertools
 import math
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -62,7 +63,7 @@ def train_until_done(run: Run) -> int:
     with (
         owned(run),
         stop_signals(run) as stopping,
-        Metrics(config, progress if config.init_from == "resume" else None, is_main=world.is_main) as metrics,
+        Metrics(config, progress if run.resumed_from else None, is_main=world.is_main) as metrics,
         Console(total=config.max_iters, done=progress.step, is_main=world.is_main) as console,
         saving(run) as saver,
     ):
@@ -103,10 +104,11 @@ def train_until_done(run: Run) -> int:
                 inputs = x[: config.batch_size]
                 values = health(run, inputs, document_ids(run, inputs))
                 metrics.write(progress, {**values, "health/clip_fraction": guard.clip_fraction()})
-            if world.is_main and saver.is_due(progress.step):
+            evaluation_is_next = progress.step % config.eval_interval == 0 or progress.step >= config.max_iters
+            if world.is_main and saver.is_due(progress.step) and not evaluation_is_next:
                 guard.store()
                 metrics.sync()
-                saver.save(snapshot(run))
+                saver.save(lambda: snapshot(run))
             console.advance()
 
         guard.store()
@@ -135,7 +137,10 @@ def owned(run: Run) -> Iterator[None]:
     with locked(Path(run.config.out_dir) / "lock", f"a run in {run.config.out_dir}"):
         for path in Path(run.config.out_dir).glob("*.tmp"):  # what a killed run was writing
             path.unlink(missing_ok=True)
-        if run.config.init_from != "resume":
+        for path in itertools.takewhile(lambda path: path != run.resumed_from, checkpoint.kept(run.config.out_dir)):
+            if run.resumed_from:  # newer ones, which were damaged: they must not take the place of good ones
+                os.replace(path, path.with_name(f"{path.name}.damaged"))
+        if not run.resumed_from:
             checkpoint.set_previous_run_aside(run.config.out_dir)
         checkpoint.save_config(run.config)
         yield
@@ -144,7 +149,9 @@ def owned(run: Run) -> Iterator[None]:
 @contextmanager
 def saving(run: Run) -> Iterator[Saver]:
     """Within the block, checkpoints are written in the background; what is being written is awaited at its end."""
-    saver = Saver(Path(run.config.out_dir), run.config.checkpoint_interval, run.config.keep_checkpoints)
+    config, folder = run.config, Path(run.config.out_dir)
+    best = checkpoint.best_val_loss(folder / "best.pt") if run.resumed_from and run.world.is_main else math.inf
+    saver = Saver(folder, config.checkpoint_interval, config.keep_checkpoints, best)
     try:
         yield saver
     except KeyboardInterrupt:
@@ -175,7 +182,8 @@ def stop_signals(run: Run) -> Iterator[Callable[[], bool]]:
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
         restore()
-        os.write(2, b"\nstopping after this step (once more to leave at once)\n")  # print is not safe in a handler
+        with suppress(OSError):  # print is not safe in a handler
+            os.write(2, b"\nstopping after this step (once more to leave at once)\n")
 
     for number in before:
         signal.signal(number, note)
@@ -300,10 +308,10 @@ def evaluate_and_save(run: Run, metrics: Metrics, console: Console, saver: Saver
     progress.evaluated = progress.step
     if progress.step == 0 and not is_last:
         return True  # nothing learned yet, nothing to lose
-    if run.world.is_main and (is_best or is_last or config.always_save_checkpoint):
+    if run.world.is_main and (is_best or is_last or config.always_save_checkpoint or saver.is_due(progress.step)):
         console.line(f"saving checkpoint to {config.out_dir}")
         metrics.sync()
-        saver.save(snapshot(run), best=is_best)
+        saver.save(lambda: snapshot(run), best=is_best)
     return True
 
 

@@ -31,10 +31,10 @@ def test_the_training_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(checkpoint, "write", slow)
     writer = Saver(tmp_path, "0", 2)
-    writer.save(content(1))
+    writer.save(lambda: content(1))
     assert order == []  # came back while nothing was written
     may_go_on.set()
-    writer.save(content(2))  # waits for the first: at most one at a time
+    writer.save(lambda: content(2))  # waits for the first: at most one at a time
     assert order[0] == 1
     writer.finish(lambda: content(2), is_saved=True)
     assert steps_in(tmp_path) == {"ckpt.pt": 2, "ckpt.prev.pt": 1}
@@ -44,7 +44,7 @@ def test_what_cannot_be_written_is_tried_again_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     writer, real, fails = Saver(tmp_path, "0", 2), checkpoint.write, [True]
-    writer.save(content(1))
+    writer.save(lambda: content(1))
     writer.wait()
 
     def write(path: Path, what: dict[str, Any]) -> None:
@@ -54,7 +54,7 @@ def test_what_cannot_be_written_is_tried_again_and_said(
 
     monkeypatch.setattr(checkpoint, "write", write)
     monkeypatch.setattr(saver, "RETRY", 0.0)
-    writer.save(content(2, loss=0.5), best=True)
+    writer.save(lambda: content(2, loss=0.5), best=True)
     writer.wait()
     assert "No space left; training goes on, what is there stays" in capsys.readouterr().err
     assert steps_in(tmp_path) == {"ckpt.pt": 1}

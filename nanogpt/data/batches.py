@@ -101,7 +101,6 @@ def gather(tokens: Tokens, starts: Starts, block_size: int, vocab_size: int) -> 
     Inputs are the first block_size ids, targets the last. Raises `DataError` for an id outside the vocabulary:
     on a GPU it would surface as an unreadable crash.
     """
-    tokens.check()
     windows = tokens.windows(starts, block_size + 1)
     if (largest := int(windows.max())) >= vocab_size:
         raise DataError(f"the data holds token {largest}, but the model's vocabulary ends at {vocab_size - 1}")

@@ -31,7 +31,7 @@ class Tokens:
     """The ids of a split, in one file or several, as one sequence of length `len(tokens)`."""
 
     def __init__(self, shards: Sequence[Ids], paths: Sequence[Path] = ()) -> None:
-        self._paths = paths
+        self._files = [(path, path.stat().st_ino) for path in paths]
         self.shards = [np.asarray(shard) for shard in shards]  # without memmap's class, whose slices are slow
         self._ends = np.cumsum([len(shard) for shard in self.shards])
 
@@ -49,16 +49,26 @@ class Tokens:
         ]
         return parts[0] if len(parts) == 1 else np.concatenate([self.shards[0][:0], *parts])
 
-    def check(self) -> None:
-        """Raise `DataError` if a file has been cut off meanwhile: reading beyond its end would end the process."""
-        for shard, path in zip(self.shards, self._paths, strict=False):
-            size = path.stat().st_size if path.exists() else 0
-            if size < shard.nbytes:
-                raise DataError(f"{path} has been cut off to {size:,} of {shard.nbytes:,} bytes: prepare it again")
+    def _check(self, number: int) -> None:
+        """Raise `DataError` if a file has been cut off meanwhile: reading beyond its end would end the process.
+
+        One that was deleted or replaced stays as it was for those who have it open.
+        """
+        if not self._files:
+            return
+        path, inode = self._files[number]
+        try:
+            status = path.stat()
+        except OSError:
+            return
+        size = self.shards[number].nbytes
+        if status.st_ino == inode and status.st_size < size:
+            raise DataError(f"{path} has been cut off to {status.st_size:,} of {size:,} bytes: prepare it again")
 
     def windows(self, starts: npt.NDArray[np.int64], length: int) -> Ids:
         """The windows of `length` ids at `starts` (rows,), shape (rows, length)."""
         if len(self.shards) == 1:
+            self._check(0)
             windows: Ids = sliding_window_view(self.shards[0], length)[starts]
             return windows
         result = np.empty((len(starts), length), self.shards[0].dtype)
@@ -66,6 +76,7 @@ class Tokens:
         for number in np.unique(first).tolist():
             shard, end = self.shards[number], int(self._ends[number])
             inside = (first == number) & (starts + length <= end)
+            self._check(number)
             if inside.any():
                 result[inside] = sliding_window_view(shard, length)[starts[inside] - (end - len(shard))]
             for row in np.flatnonzero((first == number) & ~inside).tolist():

@@ -24,7 +24,7 @@ class Metrics:
         self._file: IO[bytes] | None = None
         if not is_main:
             return  # one process of a run writes
-        self._pending = b""  # rows that could not be written yet
+        self._pending, self._has_warned = b"", False  # rows that could not be written yet
         self._path = Path(config.out_dir) / "metrics.jsonl"
         with atomic_write(self._path) as file:
             rows = (row for row in read_metrics(self._path) if resumed and _is_before(row, resumed))
@@ -41,6 +41,14 @@ class Metrics:
         row |= {"tokens": progress.tokens, **values}
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._pending += json.dumps(finite).encode() + b"\n"
+        self._flush()
+        if self._wandb:
+            self._wandb.log(values | {"iter": progress.step, "tokens": progress.tokens}, step=progress.step)
+
+    def _flush(self) -> None:
+        """Write the pending rows, or keep them for later."""
+        if self._file is None or not self._pending:
+            return
         try:
             if not self._path.exists():  # somebody has cleared up
                 self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,13 +56,15 @@ class Metrics:
                 self._file = open(self._path, "ab", buffering=0)
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) :]
-        except (OSError, ValueError) as error:  # a full disk, a file that could not be opened again: kept for later
-            warn(f"cannot write {self._path}: {error}; training goes on")
-        if self._wandb:
-            self._wandb.log(values | {"iter": progress.step, "tokens": progress.tokens}, step=progress.step)
+            self._has_warned = False
+        except (OSError, ValueError) as error:  # a full disk, a file that could not be opened again
+            if not self._has_warned:
+                warn(f"cannot write {self._path}: {error}; training goes on, and it is tried again")
+            self._has_warned = True
 
     def sync(self) -> None:
         """Bring all rows to the disk: a checkpoint must not be ahead of them, even after a power cut."""
+        self._flush()
         with suppress(OSError, ValueError):
             if self._file:
                 os.fsync(self._file.fileno())
@@ -66,6 +76,7 @@ class Metrics:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._file:
+            self._flush()
             self._file.close()
         if self._wandb:
             self._wandb.finish(exit_code=int(error is not None))

@@ -30,7 +30,7 @@ class Console:
                 self._bar.write(text)
         except BrokenPipeError:  # `| head` has read enough, a terminal has gone
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
-            os.write(2, b"standard output has been closed; the run goes on, see metrics.jsonl\n")
+            warn("standard output has been closed; the run goes on, see metrics.jsonl")
         except OSError as error:  # a full disk behind it
             warn(f"standard output: {error}")
 
