@@ -20,6 +20,7 @@ batch_size = 1
 gradient_accumulation_steps = 32
 max_iters = 20
 
-# small steps, all alike
+# small steps, all alike; right for OpenAI's models, which are large and well trained. Smaller ones need larger steps:
+# one of 11M parameters, trained on novels, learned nothing to speak of at this rate, and much at 1e-3 (docs/LOG.md)
 learning_rate = 3e-5
 decay_lr = False

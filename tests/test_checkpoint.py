@@ -202,3 +202,21 @@ def test_a_failed_write_leaves_the_old_checkpoint(
         train.train(recipe(max_iters=4, init_from="resume"))
     assert (trained / "ckpt.pt").read_bytes() == before
     assert list(trained.glob("*.tmp")) == []
+
+
+def test_what_cannot_be_read_just_now_is_not_taken_for_damaged(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (trained / "ckpt.prev.pt").write_bytes((trained / "ckpt.pt").read_bytes())
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(zipfile, "ZipFile", refuse)
+    with pytest.raises(CheckpointError, match="Permission denied"):
+        checkpoint.load_last(str(trained), "data")
+    assert (trained / "ckpt.pt").exists()
+
+
+def test_a_checkpoint_that_had_no_time_to_take_its_name_counts(trained: Path) -> None:
+    os.replace(trained / "ckpt.pt", trained / "ckpt.new.pt")
+    assert checkpoint.load_last(str(trained), "data").progress.step == 2
+    assert checkpoint.find(str(trained), "last").name == "ckpt.new.pt"

@@ -1,8 +1,10 @@
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
+from nanogpt import files
 from nanogpt.errors import UserError
 from nanogpt.files import atomic_write, write_json
 
@@ -29,3 +31,15 @@ def test_an_operating_system_that_refuses_is_one_message(tmp_path: Path) -> None
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"cannot write .*file/b\.bin: (Not a directory|File exists)"):
         write_json(tmp_path / "file" / "b.bin", {})
+
+
+def test_where_nothing_can_be_locked_it_goes_on_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unsupported(file: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files, "_lock", unsupported)
+    with files.locked(tmp_path / "lock", "it"):
+        pass
+    assert "can't be locked here" in capsys.readouterr().err

@@ -88,3 +88,34 @@ def test_views_of_one_memory_stay_themselves() -> None:
 def test_when_a_checkpoint_is_due(interval: str, due: list[int], tmp_path: Path) -> None:
     writer = Saver(tmp_path, interval, 2)
     assert [step for step in range(1, 10) if writer.is_due(step)] == due
+
+
+def test_a_writer_that_dies_is_no_writer_that_has_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(path: Path, what: dict[str, Any]) -> None:
+        raise MemoryError("no room for it")
+
+    monkeypatch.setattr(checkpoint, "write", dies)
+    writer = Saver(tmp_path, "0", 2)
+    writer.save(lambda: content(1))
+    with pytest.raises(UserError, match="MemoryError: no room for it"):
+        writer.finish(lambda: content(1), is_saved=True)
+
+
+def test_a_best_that_cannot_be_written_does_not_stop_the_newest(tmp_path: Path) -> None:
+    (tmp_path / "best.pt").mkdir()
+    writer = Saver(tmp_path, "0", 2)
+    writer.save(lambda: content(1), best=True)
+    writer.wait()
+    assert torch.load(tmp_path / "ckpt.pt")["iter_num"] == 1
+    (tmp_path / "best.pt").rmdir()
+    writer.finish(lambda: content(1), is_saved=True)
+    assert torch.load(tmp_path / "best.pt")["iter_num"] == 1
+
+
+def test_fewer_checkpoints_than_before_leave_no_old_ones(tmp_path: Path) -> None:
+    for keep in (4, 2):
+        writer = Saver(tmp_path, "0", keep)
+        for step in range(5):
+            writer.save(lambda step=step: content(step))  # type: ignore[misc]
+        writer.wait()
+    assert steps_in(tmp_path) == {"ckpt.pt": 4, "ckpt.prev.pt": 3}

@@ -129,3 +129,18 @@ def test_another_data_set_leaves_nothing_of_the_one_before(folder: Path) -> None
     write_dataset(folder, ByteTokenizer(), np.arange(9), np.arange(3))
     assert {path.name for path in folder.iterdir()} == {"train.bin", "val.bin", "dataset.json"}
     assert open_dataset(folder).train[:].tolist() == list(range(9))
+
+
+def test_a_file_cut_off_is_named_and_one_replaced_stays_as_it_was(folder: Path) -> None:
+    tokens = open_dataset(folder).train
+    before = tokens.windows(np.array([0]), 3).tolist()
+    path = next(folder.glob("train*.bin"))
+    copy = path.read_bytes()
+    path.rename(path.with_suffix(".old"))
+    assert tokens.windows(np.array([0]), 3).tolist() == before
+    path.write_bytes(copy[:2])
+    assert tokens.windows(np.array([0]), 3).tolist() == before
+    path.with_suffix(".old").rename(path)
+    os.truncate(path, 4)
+    with pytest.raises(DataError, match=r"train.*\.bin has been cut off to 4 of"):
+        tokens.windows(np.array([0]), 3)
