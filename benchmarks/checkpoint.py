@@ -3,7 +3,9 @@
     python benchmarks/checkpoint.py --runs=3
 
 One process, GPT-2 124M on this machine's device, random tokens; the two sides alternate. The last line is JSON:
-`overhead` is the median of (with - without - copy) / without.
+`overhead` is the median of what the updates of a block take longer than if all took as long as the median one of its
+second half, when nothing is written any more. (The speed of a shared machine drifts by more from block to block than
+saving costs.)
 """
 
 import argparse
@@ -43,21 +45,21 @@ def make_run(arguments: argparse.Namespace) -> Run:
     return Run(config, device, World(), dataset, model, rows_of, model, optimizer, scaler, Progress())
 
 
-def seconds_of(run: Run, steps: int, saver: Saver | None) -> tuple[float, float]:
-    """How long `steps` updates take, with a checkpoint written meanwhile if there is a saver; and how long its copy."""
-    run.device.synchronize()
-    began, copying = time.perf_counter(), 0.0
-    for step in range(steps):
+def seconds_of(run: Run, steps: int, saver: Saver | None) -> tuple[list[float], float]:
+    """How long each of `steps` updates takes, and the copy before the first, if there is a saver to write it."""
+    copying, times = 0.0, []
+    if saver:
+        began = time.perf_counter()
+        saver.save(lambda: snapshot(run))
+        copying = time.perf_counter() - began
+    for _ in range(steps):
+        began = time.perf_counter()
         x, y = next_batch(run, run.progress.step)
         update(run, x, y, 1e-4)
+        run.device.synchronize()
         run.progress.step += 1
-        if saver and step == 0:
-            run.device.synchronize()
-            start = time.perf_counter()
-            saver.save(lambda: snapshot(run))
-            copying = time.perf_counter() - start
-    run.device.synchronize()
-    return time.perf_counter() - began, copying
+        times.append(time.perf_counter() - began)
+    return times, copying
 
 
 def main() -> None:
@@ -80,9 +82,12 @@ def main() -> None:
             began = time.perf_counter()
             saver.wait()
             waited = time.perf_counter() - began
-            rows.append((without, with_saving, copying, (with_saving + waited - without - copying) / without))
-            print(f"run {n + 1}: {without:.2f} s without, {with_saving:.2f} s with, copy {copying:.2f} s, "
-                  f"still writing for {waited:.2f} s: {rows[-1][3]:+.2%}", flush=True)  # fmt: skip
+            undisturbed = arguments.steps * statistics.median(with_saving[arguments.steps // 2 :])
+            overhead = (sum(with_saving) + waited - undisturbed) / undisturbed
+            rows.append((sum(without), sum(with_saving), copying, overhead))
+            print(f"run {n + 1}: {sum(without):.2f} s without, {sum(with_saving):.2f} s with, copy {copying:.2f} s, "
+                  f"first updates {', '.join(f'{t:.2f}' for t in with_saving[:4])} s, others "
+                  f"{undisturbed / arguments.steps:.2f} s: {overhead:+.2%}", flush=True)  # fmt: skip
         size = (Path(folder) / "ckpt.pt").stat().st_size
     without, with_saving, copying, overhead = (statistics.median(column) for column in zip(*rows, strict=True))
     spread = [min(row[3] for row in rows), max(row[3] for row in rows)]

@@ -43,7 +43,7 @@ def save_tensors(path: Path, content: dict[str, Any]) -> None:
     """`torch.save`, atomically. Raises `UserError` when the operating system refuses."""
     with atomic_write(path) as file:
         try:
-            torch.save(content, file.name)  # by name torch writes past Python, in half the time
+            torch.save(content, file.name)  # by name torch writes past Python, with half the work
         except RuntimeError as error:  # what torch makes of a full disk, and of Ctrl-C
             if isinstance(error.__context__, KeyboardInterrupt):
                 raise error.__context__ from None
