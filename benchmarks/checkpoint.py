@@ -50,7 +50,7 @@ def seconds_of(run: Run, steps: int, saver: Saver | None) -> tuple[list[float], 
     copying, times = 0.0, []
     if saver:
         began = time.perf_counter()
-        saver.save(lambda: snapshot(run))
+        saver.save(lambda old: snapshot(run, old))
         copying = time.perf_counter() - began
     for _ in range(steps):
         began = time.perf_counter()

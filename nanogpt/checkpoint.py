@@ -93,8 +93,12 @@ def snapshot(
     config: TrainConfig,
     progress: Progress,
     tokenizer: Tokenizer,
+    into: Any = None,
 ) -> dict[str, Any]:
-    """A run as it is now, the content of a checkpoint: copied, so that training may go on while it is written."""
+    """A run as it is now, the content of a checkpoint: copied, so that training may go on while it is written.
+
+    `into`, an earlier one that nobody needs any more, gives its memory: new memory makes the next update slow.
+    """
     shape = dataclasses.asdict(model.config)
     content = {
         "model": model.state_dict(),
@@ -111,19 +115,22 @@ def snapshot(
             **dataclasses.asdict(progress),
         },
     }
-    copied: dict[str, Any] = _copied(content, {})
+    copied: dict[str, Any] = _copied(content, {}, into)
     return copied
 
 
-def _copied(value: Any, done: dict[Any, torch.Tensor]) -> Any:
-    """`value` with all tensors in fresh memory of the CPU; those that share theirs (a tied head) still do."""
+def _copied(value: Any, done: dict[Any, torch.Tensor], into: Any = None) -> Any:
+    """`value` with all tensors in memory of the CPU of their own; those that share theirs (a tied head) still do."""
     if isinstance(value, torch.Tensor):
         place = (value.data_ptr(), value.shape, value.stride(), value.dtype)
         if place not in done:
-            done[place] = value.detach().to("cpu", copy=True)
+            fits = isinstance(into, torch.Tensor) and (into.shape, into.dtype) == (value.shape, value.dtype)
+            is_free = fits and not any(into is taken for taken in done.values())
+            done[place] = into.copy_(value.detach()) if is_free else value.detach().to("cpu", copy=True)
         return done[place]
     if isinstance(value, dict):
-        return {key: _copied(item, done) for key, item in value.items()}
+        old = into if isinstance(into, dict) else {}
+        return {key: _copied(item, done, old.get(key)) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(_copied(item, done) for item in value)
     return value

@@ -32,6 +32,7 @@ class Saver:
         self._last = time.monotonic()
         self._thread: threading.Thread | None = None
         self._failure: UserError | None = None
+        self._content: dict[str, Any] | None = None  # of the last checkpoint, whose memory the next one takes
         self._owed_best: dict[str, Any] | None = None  # a best.pt that is yet to be written
 
     def is_due(self, step: int) -> bool:
@@ -41,14 +42,14 @@ class Saver:
             return waited >= RETRY
         return bool(step % self._steps == 0 if self._steps else self._seconds and waited >= self._seconds)
 
-    def save(self, snapshot: Callable[[], dict[str, Any]], *, best: bool = False) -> None:
+    def save(self, snapshot: Callable[[Any], dict[str, Any]], *, best: bool = False) -> None:
         """Write a snapshot as ckpt.pt, and if it is the best as best.pt (without the optimizer), in the background.
 
         Waits for the checkpoint before it: there are never two copies of a run. A failure is a warning, tried again.
         """
         self.wait()
         self._last = time.monotonic()
-        content = snapshot()
+        content = self._content = snapshot(None if self._owed_best else self._content)
         if best and content["best_val_loss"] <= self._best_on_disk:
             self._owed_best = {**content, "optimizer": None}
         self._thread = threading.Thread(target=self._write, args=(content,), daemon=True)
@@ -59,7 +60,7 @@ class Saver:
         if self._thread:
             self._thread.join()
 
-    def finish(self, snapshot: Callable[[], dict[str, Any]], is_saved: bool) -> None:
+    def finish(self, snapshot: Callable[[Any], dict[str, Any]], is_saved: bool) -> None:
         """Write the last checkpoint, unless the one before is of the same state. Raises `UserError` if it can't be."""
         self.wait()
         if self._failure or not is_saved:

@@ -108,12 +108,12 @@ def train_until_done(run: Run) -> int:
             if world.is_main and saver.is_due(progress.step) and not evaluation_is_next:
                 guard.store()
                 metrics.sync()
-                saver.save(lambda: snapshot(run))
+                saver.save(lambda old: snapshot(run, old))
             console.advance()
 
         guard.store()
         if world.is_main:
-            saver.finish(lambda: snapshot(run), is_saved=not stopped)
+            saver.finish(lambda old: snapshot(run, old), is_saved=not stopped)
         world.wait()  # a process that leaves early makes torchrun end the others
         if stopped:
             console.line(
@@ -311,12 +311,12 @@ def evaluate_and_save(run: Run, metrics: Metrics, console: Console, saver: Saver
     if run.world.is_main and (is_best or is_last or config.always_save_checkpoint or saver.is_due(progress.step)):
         console.line(f"saving checkpoint to {config.out_dir}")
         metrics.sync()
-        saver.save(lambda: snapshot(run), best=is_best)
+        saver.save(lambda old: snapshot(run, old), best=is_best)
     return True
 
 
-def snapshot(run: Run) -> dict[str, Any]:
-    """The run as it is now, as the content of a checkpoint."""
+def snapshot(run: Run, into: Any = None) -> dict[str, Any]:
+    """The run as it is now, as the content of a checkpoint; in the memory of an earlier one, if given."""
     return checkpoint.snapshot(
         model=run.model,
         optimizer=run.optimizer,
@@ -324,4 +324,5 @@ def snapshot(run: Run) -> dict[str, Any]:
         config=run.config,
         progress=run.progress,
         tokenizer=run.dataset.tokenizer,
+        into=into,
     )
