@@ -185,7 +185,7 @@ def load(path: Path, data_dir: str = "data") -> Checkpoint:
 
 
 def is_damaged(path: Path) -> bool:
-    """Whether the file is not what was once written: cut off, overwritten, bits flipped. What can't be read may be."""
+    """Whether the file is not what was once written (cut off, bits flipped); not if it can't be read just now."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is not None

@@ -137,10 +137,10 @@ def owned(run: Run) -> Iterator[None]:
     with locked(Path(run.config.out_dir) / "lock", f"a run in {run.config.out_dir}"):
         for path in Path(run.config.out_dir).glob("*.tmp"):  # what a killed run was writing
             path.unlink(missing_ok=True)
-        for path in itertools.takewhile(lambda path: path != run.resumed_from, checkpoint.kept(run.config.out_dir)):
-            if run.resumed_from:  # newer ones, which were damaged: they must not take the place of good ones
+        if run.resumed_from:  # newer checkpoints were damaged, and must not take the place of good ones
+            for path in itertools.takewhile(lambda path: path != run.resumed_from, checkpoint.kept(run.config.out_dir)):
                 os.replace(path, path.with_name(f"{path.name}.damaged"))
-        if not run.resumed_from:
+        else:
             checkpoint.set_previous_run_aside(run.config.out_dir)
         checkpoint.save_config(run.config)
         yield
