@@ -6,6 +6,7 @@ more key, `nanogpt`. It is the whole run: sampling, evaluating and resuming need
 
 import dataclasses
 import itertools
+import math
 import os
 import zipfile
 from dataclasses import dataclass
@@ -14,11 +15,13 @@ from typing import Any
 
 import torch
 
+from nanogpt import sharded
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.data.tokenizer_json import from_description
 from nanogpt.data.tokens import tokenizer_of_original
 from nanogpt.device import Device
+from nanogpt.distributed import spread_like
 from nanogpt.errors import CheckpointError, ConfigError
 from nanogpt.files import atomic_write
 from nanogpt.interop.flat import model_args, save_tensors
@@ -27,7 +30,7 @@ from nanogpt.settings import as_json
 from nanogpt.shape import wrong_types
 
 FORMAT = 1
-RUN_FILES = ("best.pt", "metrics.jsonl", "config.json", "loss.png", "diverged.json", "wandb_id")  # beside ckpt*.pt
+RUN_FILES = ("best.pt", "metrics.jsonl", "config.json", "loss.png", "diverged.json", "wandb_id", "logs", "ckpt.dcp")
 
 
 @dataclass
@@ -59,16 +62,21 @@ class Checkpoint:
     optimizer: dict[str, Any] | None
     scaler: dict[str, Any]
 
+    @property
+    def is_unread(self) -> bool:
+        """Whether the weights have no values yet: `restore` brings each process its share of them."""
+        return any(tensor.is_meta for tensor in self.weights.values())
+
     def model(self, device: Device, *, dropout: float = 0.0) -> GPT:
-        """The network, in evaluation mode, on `device`."""
+        """The network, in evaluation mode, on `device`; without values as long as `is_unread`."""
         try:
             model = GPT.from_weights(dataclasses.replace(self.model_config, dropout=dropout), self.weights)
         except RuntimeError as error:
             raise CheckpointError(f"{self.path}: the weights do not fit the model they came with: {error}") from error
-        return model.to(device.name).eval()
+        return (model if self.is_unread else model.to(device.name)).eval()
 
-    def restore(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-        """Bring back what a run needs beside its weights: moments and loss scale.
+    def restore(self, model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+        """Bring back what a run needs beside its weights: moments and loss scale; and weights that are yet to be read.
 
         Betas and weight decay stay those that `optimizer` was made with; every step sets the learning rate.
         """
@@ -76,45 +84,46 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} has no optimizer state: it can be sampled, but not resumed")
         settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
         try:
-            optimizer.load_state_dict(self.optimizer)
+            if self.is_unread:
+                optimizer.load_state_dict(sharded.read_into(self.path, model, optimizer))
+            else:
+                optimizer.load_state_dict(self.optimizer)
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{self.path}: the optimizer state does not fit the model: {error}") from error
+        for parameter, averages in optimizer.state.items():
+            averages.update({name: spread_like(parameter, value) for name, value in averages.items()})
         for group, setting in zip(optimizer.param_groups, settings, strict=True):
             group.update(setting)
         if self.scaler and scaler.is_enabled():
             scaler.load_state_dict(self.scaler)
 
 
-def snapshot(
-    *,
-    model: GPT,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    config: TrainConfig,
-    progress: Progress,
-    tokenizer: Tokenizer,
-    into: Any = None,
+def description(
+    shape: GPTConfig, scaler: torch.amp.GradScaler, config: TrainConfig, progress: Progress, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """A run as it is now, the content of a checkpoint: copied, so that training may go on while it is written.
-
-    `into`, an earlier one that nobody needs any more, gives its memory: new memory makes the next update slow.
-    """
-    shape = dataclasses.asdict(model.config)
-    content = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "model_args": model_args(model.config) if model.config.is_gpt2 else shape,
+    """A checkpoint but for its tensors: what can be said as JSON."""
+    fields = dataclasses.asdict(shape)
+    return {
+        "model_args": model_args(shape) if shape.is_gpt2 else fields,
         "iter_num": progress.step,
         "best_val_loss": progress.best_val_loss,
         "config": dataclasses.asdict(config),
         "nanogpt": {
             "format": FORMAT,
-            "model_config": shape,
+            "model_config": fields,
             "tokenizer": tokenizer.describe(),
             "scaler": scaler.state_dict(),
             **dataclasses.asdict(progress),
         },
     }
+
+
+def snapshot(model: GPT, optimizer: torch.optim.Optimizer, described: dict[str, Any], into: Any) -> dict[str, Any]:
+    """A run as it is now, the content of a checkpoint: copied, so that training may go on while it is written.
+
+    `into`, an earlier one that nobody needs any more, gives its memory: new memory makes the next update slow.
+    """
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **described}
     copied: dict[str, Any] = _copied(content, {}, into)
     return copied
 
@@ -141,13 +150,14 @@ def write(path: Path, content: dict[str, Any]) -> None:
     save_tensors(path, content)
 
 
-def load(path: Path, data_dir: str = "data") -> Checkpoint:
+def load(path: Path, data_dir: str = "data", *, spread: bool = False, is_checked: bool = False) -> Checkpoint:
     """Read a checkpoint written here or by the original, without running any code that it may contain.
 
-    The original keeps a character vocabulary with the data set: it is looked for below `data_dir`.
+    The original keeps a character vocabulary with the data set: it is looked for below `data_dir`. With `spread`, each
+    process will keep a share of it only: nothing is read yet that can wait. `is_checked`: it is known to be whole.
     Raises `CheckpointError` if the file is missing, damaged or no such checkpoint.
     """
-    content = _read(path)
+    content = _read(path, spread, is_checked)
     try:
         ours = content.get("nanogpt", {})
         if ours.get("format", FORMAT) > FORMAT:
@@ -185,23 +195,31 @@ def load(path: Path, data_dir: str = "data") -> Checkpoint:
 
 
 def is_damaged(path: Path) -> bool:
-    """Whether the file is not what was once written (cut off, bits flipped); not if it can't be read just now."""
+    """Whether a checkpoint is not what was once written (cut off, bits flipped); not if it can't be read just now."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is not None
+        return _damage(path) is not None
     except OSError:
         return False
-    except Exception:  # zipfile has many ways
+    except Exception:  # zipfile and pickle have many ways
         return True
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _damage(path: Path) -> str | None:
+    """What in a checkpoint does not have its checksum; torch.load alone lets a flipped byte pass."""
+    if path.is_dir():
+        return sharded.damage(path)
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
+
+
+def _read(path: Path, spread: bool, is_checked: bool) -> dict[str, Any]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load alone lets a flipped byte pass
-        if damaged:
+        if not is_checked and (damaged := _damage(path)):
             raise CheckpointError(f"{path} is damaged: checksum of {damaged} is wrong; use an older checkpoint")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if path.is_dir():
+            return sharded.read(path, values=not spread)
+        # where each process takes a share, they read the same pages of memory
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=spread)
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint {path}") from None
     except CheckpointError:
@@ -227,7 +245,7 @@ def _tokenizer_of_original(path: Path, data: Path, shape: GPTConfig) -> Tokenize
 def find(out_dir: str, which: str) -> Path:
     """The checkpoint `which` (auto, best, last or a file) of the run in `out_dir`."""
     folder = Path(out_dir)
-    last = [path.name for path in kept(out_dir)] or ["ckpt.pt"]
+    last = [str(path.relative_to(folder)) for path in kept(out_dir)] or ["ckpt.pt"]
     names = {"best": ["best.pt"], "last": last, "auto": ["best.pt", *last]}.get(which)
     if names is None:
         return Path(which)
@@ -239,17 +257,37 @@ def find(out_dir: str, which: str) -> Path:
 
 def best_val_loss(path: Path) -> float:
     """The validation loss of a checkpoint, whose weights are not read; infinite if there is none, or it is damaged."""
+    return float(_glance(path, "best_val_loss", math.inf))
+
+
+def step_of(path: Path) -> float:
+    """After how many updates a checkpoint was made; of one that can't be read, infinite: its place is to be refused."""
+    return float(path.name) if path.is_dir() else float(_glance(path, "iter_num", math.inf))
+
+
+def _glance(path: Path, name: str, default: float) -> Any:
     try:
-        return float(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["best_val_loss"])
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)[name]
     except Exception:  # torch and pickle have many ways
-        return float("inf")
+        return default
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint; a folder so that it is never taken for whole meanwhile."""
+    if path.is_dir():
+        sharded.remove(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def kept(out_dir: str | Path) -> list[Path]:
-    """The checkpoints that a run can go on from, the newest first: ckpt.pt, ckpt.prev.pt, ckpt.prev2.pt, …"""
+    """The checkpoints that a run can go on from, the newest first: ckpt.pt, ckpt.prev.pt, …; folders of ckpt.dcp."""
     paths = [path for n in range(100) if (path := kept_name(Path(out_dir), n)).exists()]
     finished = Path(out_dir) / "ckpt.new.pt"  # killed just before it took its name
-    return paths if kept_name(Path(out_dir), 0).exists() or not finished.exists() else [finished, *paths]
+    if not kept_name(Path(out_dir), 0).exists() and finished.exists():
+        paths = [finished, *paths]
+    folders = sharded.finished(Path(out_dir))
+    return sorted([*folders, *paths], key=step_of, reverse=True) if folders and paths else folders or paths
 
 
 def kept_name(folder: Path, n: int) -> Path:
@@ -257,7 +295,7 @@ def kept_name(folder: Path, n: int) -> Path:
     return folder / ("ckpt.pt" if n == 0 else f"ckpt.prev{n if n > 1 else ''}.pt")
 
 
-def load_last(out_dir: str, data_dir: str) -> Checkpoint:
+def load_last(out_dir: str, data_dir: str, *, spread: bool = False) -> Checkpoint:
     """The newest checkpoint of the run in `out_dir` that is whole; damaged ones are passed over, and named.
 
     Raises `CheckpointError` if there is none.
@@ -265,12 +303,12 @@ def load_last(out_dir: str, data_dir: str) -> Checkpoint:
     paths = kept(out_dir)
     for path, older in itertools.pairwise(paths):
         try:
-            return load(path, data_dir)
+            return load(path, data_dir, spread=spread)
         except CheckpointError as error:
             if not is_damaged(path):
                 raise
             print(f"warning: {error}; going on from {older.name}, the one before it")
-    return load(paths[-1] if paths else find(out_dir, "last"), data_dir)  # which says what is missing
+    return load(paths[-1] if paths else find(out_dir, "last"), data_dir, spread=spread)  # find says what is missing
 
 
 def set_previous_run_aside(out_dir: str) -> None:

@@ -126,6 +126,9 @@ class TrainConfig(_Network):
 
     # --- several processes (torchrun) ---
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # how they talk; auto: nccl on CUDA, gloo elsewhere
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # ddp: each holds the whole model; fsdp: each holds a share of
+    # it; auto: ddp, unless weights, gradients and AdamW's averages would fill more than half of a GPU
+    dist_timeout: float = 10.0  # minutes that one waits for the others before it gives up
 
     # --- data ---
     data_dir: str = "data"  # folder of the data sets
@@ -161,6 +164,8 @@ class TrainConfig(_Network):
             yield "out_dir is empty: expected a folder"
         counts = "eval_interval eval_iters log_interval gradient_accumulation_steps batch_size"
         yield from out_of_range(self, ">= 1", f"{counts} keep_checkpoints max_bad_steps")
+        if not 0 < self.dist_timeout <= 1e6:
+            yield f"dist_timeout={self.dist_timeout}: expected minutes"
         rates = "learning_rate min_lr weight_decay grad_clip"
         yield from out_of_range(self, ">= 0", f"max_iters warmup_iters lr_decay_iters {rates} health_interval")
         if not re.fullmatch(r"\d+|\d+(\.\d+)?m", self.checkpoint_interval):

@@ -73,6 +73,10 @@ class Device:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
+    def total_memory(self) -> int:
+        """Bytes that a CUDA GPU has; 0 elsewhere."""
+        return torch.cuda.get_device_properties(self.name).total_memory if self.type == "cuda" else 0
+
     def peak_flops(self) -> float | None:
         """FLOP/s that the data sheet promises for matrix products in 16 bits; None where not known."""
         if self.type != "cuda" or self.dtype == torch.float32:

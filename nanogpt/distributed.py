@@ -4,20 +4,31 @@ Where one process runs alone, every function here does nothing and costs nothing
 """
 
 import gc
+import hashlib
+import io
+import math
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from nanogpt.errors import ConfigError
+from nanogpt.device import Device
+from nanogpt.errors import ConfigError, LostError, UserError
 from nanogpt.model import GPT
+
+T = TypeVar("T")
+_SIGNS = ("closed by peer", "reset by peer", "timed out", "timeout", "gloo", "nccl", "broken pipe", "no route to host")
+_BYTES_OF_STATE = 16  # per parameter: weight, gradient and AdamW's two averages, in float32
 
 
 @dataclass(frozen=True)
@@ -33,13 +44,21 @@ class World:
         """Whether this process prints and writes."""
         return self.rank == 0
 
-    def share(self, total: int, what: str) -> range:
-        """This process's consecutive part of `total` equal pieces. Raises `ConfigError` if they can't be dealt out."""
-        if total % self.size:
-            below = total - total % self.size
-            nearest = f"{below} or {below + self.size}" if below else f"{self.size}"
-            raise ConfigError(f"{what}={total} can't be shared by {self.size} processes; {what}={nearest} can")
-        count = total // self.size
+    def share(self, batch_size: int, accumulation: int) -> range:
+        """This process's consecutive rows of the global batch. Raises `ConfigError` if they can't be dealt out evenly.
+
+        Where every process can have whole micro-batches it gets them; else micro-batches become smaller.
+        """
+        rows = batch_size * accumulation
+        if rows % self.size:
+            ways = [("gradient_accumulation_steps", accumulation, batch_size), ("batch_size", batch_size, accumulation)]
+            advice = " or ".join(f"--{name}={_nearest(value, self.size // math.gcd(self.size, other))}"
+                                 for name, value, other in ways)  # fmt: skip
+            raise ConfigError(
+                f"batch_size={batch_size} x gradient_accumulation_steps={accumulation} makes {rows} rows, which can't "
+                f"be shared by {self.size} processes; {advice} can"
+            )
+        count = rows // self.size
         return range(self.rank * count, (self.rank + 1) * count)
 
     def mean(self, value: Tensor) -> Tensor:
@@ -70,6 +89,52 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def first(self, function: Callable[[], T]) -> T:
+        """What `function` returns in the main process, made known to all; its `UserError` is raised in all."""
+        if self.size == 1:
+            return function()
+        outcome: list[Any] = [None]
+        if self.is_main:
+            try:
+                outcome = [function()]
+            except UserError as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome)
+        if isinstance(outcome[0], UserError):
+            raise outcome[0]
+        result: T = outcome[0]
+        return result
+
+    def check_same(self, settings: dict[str, Any]) -> None:
+        """Raise `ConfigError` if processes were started with other settings, or run other code, than the main one."""
+        if self.size == 1:
+            return
+        mine = {**settings, "torch": torch.__version__, "code": _fingerprint()}
+        everyone: list[dict[str, Any]] = [{}] * self.size
+        dist.all_gather_object(everyone, mine)
+        differing = [
+            f"{name} is {theirs.get(name)!r} in process {rank}, {mine!r} in process 0"
+            for rank, theirs in enumerate(everyone)
+            for name, mine in everyone[0].items()
+            if theirs.get(name) != mine
+        ]
+        if differing:
+            raise ConfigError(
+                f"the processes do not agree: {'; '.join(differing[:8])}; start all with the same command"
+            )
+
+
+def _nearest(value: int, step: int) -> str:
+    """The multiples of `step` on either side of `value`, for a message."""
+    below = value - value % step
+    return f"{below} or {below + step}" if below else str(step)
+
+
+def _fingerprint() -> str:
+    """Which code this is: a hash over the package's files."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:12]
+
 
 def this_process() -> World:
     """The place that torchrun has given to this process."""
@@ -78,36 +143,164 @@ def this_process() -> World:
 
 
 @contextmanager
-def joined(world: World, backend: str, device_type: str) -> Iterator[None]:
-    """Within the block the processes can talk. Only the main one prints to standard output."""
+def joined(world: World, backend: str, device: Device, minutes: float) -> Iterator[None]:
+    """Within the block the processes can talk; one that waits longer than `minutes` for the others gives up.
+
+    Only the main one prints to standard output; see `keep_log` for the others.
+    """
     if world.size == 1:
         yield
         return
-    if backend == "nccl" and device_type != "cuda":
+    if backend == "nccl" and device.type != "cuda":
         raise ConfigError(
-            f"--backend=nccl connects CUDA GPUs, but this run computes on {device_type}; use --backend=gloo"
+            f"--backend=nccl connects CUDA GPUs, but this run computes on {device.type}; use --backend=gloo"
         )
-    through_nccl = device_type == "cuda" and backend != "gloo"
-    dist.init_process_group("cpu:gloo,cuda:nccl" if through_nccl else "gloo")
+    through_nccl = device.type == "cuda" and backend != "gloo"
+    patience = timedelta(minutes=minutes)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if through_nccl else "gloo", timeout=patience)
     stdout = sys.stdout
     if not world.is_main:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        sys.stdout = io.StringIO()
     try:
         yield
+    except Exception as error:
+        _tell_torchrun(error)
+        raise
     finally:
         sys.stdout = stdout
         gc.collect()  # what still refers to the group would keep its threads running into the end of the process
         dist.destroy_process_group()
 
 
-def parallel(model: GPT, world: World) -> Any:
-    """`model` as training must call it: its gradients become the mean over all processes."""
-    return DistributedDataParallel(model) if world.size > 1 else model
+def keep_log(world: World, folder: Path) -> None:
+    """Let what a process other than the main one prints, and has printed, go to a file of its own in `folder`."""
+    if not world.is_main and isinstance(sys.stdout, io.StringIO):
+        printed = sys.stdout.getvalue()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            sys.stdout = open(folder / f"rank-{world.rank}.log", "a", buffering=1, encoding="utf-8")
+        except OSError:  # a full disk: the run is more important than its logs
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        print(printed, end="")
+
+
+def _tell_torchrun(error: Exception) -> None:
+    """Leave a traceback where torchrun looks for it, so that it shows that of the process which failed first."""
+    if isinstance(error, UserError) or "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    handler = get_error_handler()
+    handler.initialize()
+    handler.record_exception(error)
+
+
+@contextmanager
+def contact(world: World, minutes: float, step: Callable[[], int]) -> Iterator[None]:
+    """Within the block, the loss of other processes is told apart from a failure of this one: a `LostError`."""
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        if world.size == 1 or not any(sign in str(error).lower() for sign in _SIGNS):
+            raise
+        reason = str(error).strip().splitlines()[0][-200:]
+        where = f"process {world.rank} of {world.size}, after {step()} updates:"
+        if "time" not in reason.lower():
+            raise LostError(
+                f"{where} another process is gone; its own message says why, or its machine is down ({reason})"
+            ) from None
+        silent = _silent_processes(world)
+        names = f"process {' and '.join(map(str, silent))}" if silent else "any particular process"
+        raise LostError(
+            f"{where} waited {minutes:g} minutes for the others (--dist_timeout); no word from {names} ({reason})"
+        ) from None
+
+
+def _silent_processes(world: World, seconds: float = 5.0) -> list[int]:
+    """Which processes don't know that something is stuck: those that are stuck. Asks through torchrun's store."""
+    attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
+    with suppress(Exception):  # the store is gone with its machine; nothing is known then
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=5))
+        store.set(f"nanogpt/{attempt}/stuck/{world.rank}", "1")
+        time.sleep(seconds)  # until the others have run out of patience, too
+        return [rank for rank in range(world.size) if not store.check([f"nanogpt/{attempt}/stuck/{rank}"])]
+    return []
+
+
+# ---------------------------------------------------------------------------------------------------
+# The model, as several processes train it
+
+
+def choose_parallel(parallel: str, parameters: int, device: Device, world: World) -> str:
+    """Resolve the setting `parallel` and print the choice: ddp, fsdp, or none for a single process."""
+    if world.size == 1:
+        return "none"
+    state, memory = parameters * _BYTES_OF_STATE, device.total_memory()
+    fits = not memory or state <= memory / 2
+    chosen = parallel if parallel != "auto" else "ddp" if fits else "fsdp"
+    if chosen == "fsdp" and device.dtype == torch.float16:
+        raise ConfigError("--parallel=fsdp computes in bfloat16 or float32, not in float16; set --dtype or take ddp")
+    why = f"auto: a training state of {state / 1e9:.1f} GB {'fits' if fits else 'does not fit'} beside its activations"
+    print(f"{world.size} processes, {chosen} ({why if parallel == 'auto' else 'as set'})")
+    return chosen
+
+
+def compile_model(model: GPT, parallel: str) -> None:
+    """Have `model` compiled when it is first called; with fsdp block by block, as blocks are collected one by one."""
+    for module in model.transformer.h if parallel == "fsdp" else [model]:
+        module.compile()
+
+
+def wrap(model: GPT, parallel: str, device: Device, world: World) -> Any:
+    """`model`, still on the CPU, as training must call it: on its device, its gradients the mean over all processes.
+
+    With fsdp each process keeps a share of every parameter and collects a block's others while it computes that block;
+    a model of meta tensors comes out with memory, but without values.
+    """
+    if parallel != "fsdp":
+        model.to(device.name)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True) if parallel == "ddp" else model
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (world.size,))
+    # blocks travel in the format they compute in; the residual stream and what the gradients add up in stay float32
+    policy = MixedPrecisionPolicy(param_dtype=device.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model.to_empty(device=device.name)
+        model.tie_weights()
+    return model
 
 
 def no_gradient_exchange(network: Any, is_last: bool) -> AbstractContextManager[None]:
-    """Gradients travel once per update, with the last micro-batch."""
+    """With ddp, gradients travel once per update, with the last micro-batch; fsdp has no room to keep them."""
     if isinstance(network, DistributedDataParallel) and not is_last:
         exchange: AbstractContextManager[None] = network.no_sync()
         return exchange
     return nullcontext()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be spread over the processes, as one; all must ask."""
+    collect = getattr(tensor, "full_tensor", lambda: tensor)
+    gathered: Tensor = collect()
+    return gathered
+
+
+def spread_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A whole tensor that belongs to a parameter, such as an average of its gradients, spread as that is."""
+    if not _is_spread(parameter) or _is_spread(value) or value.shape != parameter.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    return distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
+
+
+def _is_spread(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor; to import that class takes half a second

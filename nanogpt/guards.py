@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nanogpt.checkpoint import Progress
 from nanogpt.data.batches import dropout_seed
-from nanogpt.distributed import no_gradient_exchange
+from nanogpt.distributed import no_gradient_exchange, whole
 from nanogpt.errors import DivergedError, UserError
 from nanogpt.files import write_json
 from nanogpt.report.progress import warn
@@ -80,7 +80,7 @@ def _diagnosis(run: Run, x: Tensor, y: Tensor, document_ids: Tensor | None, lear
         run.scaler.scale(part).backward()
         loss += part.detach()
     loss = run.world.mean(loss)
-    named = {name: p.grad.norm() for name, p in run.model.named_parameters() if p.grad is not None}
+    named = {name: whole(p.grad.norm()) for name, p in run.model.named_parameters() if p.grad is not None}
     values = run.world.mean(torch.stack(list(named.values()))) / run.scaler.get_scale()  # one that is bad makes it bad
     norms = dict(zip(named, values.tolist(), strict=True))
     run.optimizer.zero_grad()
@@ -92,7 +92,7 @@ def _diagnosis(run: Run, x: Tensor, y: Tensor, document_ids: Tensor | None, lear
         "batch": {"dataset": config.dataset, "seed": config.seed, "step": step, "rows": config.rows},
         "gradient_norms": {name: norm if math.isfinite(norm) else str(norm) for name, norm in norms.items()},
         "not_finite": [name for name, p in run.model.named_parameters() if not math.isfinite(norms.get(name, 0.0))],
-        "weights_not_finite": [name for name, p in run.model.named_parameters() if not p.isfinite().all()],
+        "weights_not_finite": [name for name, p in run.model.named_parameters() if not whole(p.isfinite().all())],
     }
     path = Path(config.out_dir) / "diverged.json"
     if run.world.is_main:
@@ -123,12 +123,12 @@ def health(run: Run, x: Tensor, document_ids: Tensor | None) -> dict[str, float]
     hooks = [block.register_forward_hook(note) for block in run.model.transformer.h]
     run.model.eval()
     with run.device.autocast():
-        run.model.transformer(x, document_ids)
+        run.model(x, document_ids=document_ids)
     run.model.train()
     for hook in hooks:
         hook.remove()
     ratios = [
-        _adamw_update(run.optimizer.state[weight], weight, group).norm() / weight.norm()
+        whole(_adamw_update(run.optimizer.state[weight], weight, group).norm()) / whole(weight.norm())
         for group in run.optimizer.param_groups
         for weight in group["params"]
         if weight.dim() >= 2 and "exp_avg" in run.optimizer.state[weight]

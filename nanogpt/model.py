@@ -33,12 +33,20 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=self.eps)
+        bias = None if self.bias is None else self.bias.to(x.dtype)  # they may travel in fewer digits than x has
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, eps=self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square normalisation (Zhang and Sennrich 2019)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def norm(config: GPTConfig, size: int) -> nn.Module:
     """The normalisation of `size` channels that goes with the architecture."""
-    return LayerNorm(size, config.bias, config.norm_eps) if config.is_gpt2 else nn.RMSNorm(size, eps=config.norm_eps)
+    return LayerNorm(size, config.bias, config.norm_eps) if config.is_gpt2 else RMSNorm(size, eps=config.norm_eps)
 
 
 def rotary_frequencies(config: GPTConfig, device: torch.device | None = None) -> Tensor:
@@ -112,8 +120,8 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * D, bias=config.bias)
         self.c_proj = nn.Linear(config.n_head * D, config.n_embd, bias=config.bias)
         normalised = config.architecture == "qwen3"
-        self.q_norm = nn.RMSNorm(D, eps=config.norm_eps) if normalised else nn.Identity()
-        self.k_norm = nn.RMSNorm(D, eps=config.norm_eps) if normalised else nn.Identity()
+        self.q_norm = RMSNorm(D, eps=config.norm_eps) if normalised else nn.Identity()
+        self.k_norm = RMSNorm(D, eps=config.norm_eps) if normalised else nn.Identity()
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, mask: Any = None) -> Tensor:
         B, T, _ = x.shape

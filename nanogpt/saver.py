@@ -20,13 +20,16 @@ PAUSES = (1.0, 4.0)  # seconds between the attempts at one
 
 
 class Saver:
-    """Writes the checkpoints of one run.
+    """Writes the checkpoints of one run, or its process's share of them.
 
-    `interval` is "500" (updates) or "30m" (minutes), `keep` the number of checkpoints to have at a time.
+    `interval` is "500" (updates) or "30m" (minutes), `keep` the number of checkpoints to have at a time. Only the main
+    process writes whole files, and deletes.
     """
 
-    def __init__(self, folder: Path, interval: str, keep: int, best_on_disk: float = math.inf) -> None:
-        self._folder, self._keep, self._best_on_disk = folder, keep, best_on_disk
+    def __init__(
+        self, folder: Path, interval: str, keep: int, best_on_disk: float = math.inf, is_main: bool = True
+    ) -> None:
+        self._folder, self._keep, self._best_on_disk, self._is_main = folder, keep, best_on_disk, is_main
         self._steps = 0 if interval.endswith("m") else int(interval)
         self._seconds = float(interval.removesuffix("m")) * 60 if interval.endswith("m") else 0.0
         self._last = time.monotonic()
@@ -45,13 +48,16 @@ class Saver:
     def save(self, snapshot: Callable[[Any], dict[str, Any]], *, best: bool = False) -> None:
         """Write a snapshot as ckpt.pt, and if it is the best as best.pt (without the optimizer), in the background.
 
-        Waits for the checkpoint before it: there are never two copies of a run. A failure is a warning, tried again.
+        One that has a function `finish_shards` is written by that, by all processes together; without weights it
+        becomes no best.pt. Waits for the checkpoint before it: there are never two copies of a run. A failure is a
+        warning, tried again.
         """
         self.wait()
         self._last = time.monotonic()
         content = self._content = snapshot(None if self._owed_best else self._content)
-        if best and content["best_val_loss"] <= self._best_on_disk:
+        if best and content.get("model") and content["best_val_loss"] <= self._best_on_disk:
             self._owed_best = {**content, "optimizer": None}
+            self._owed_best.pop("finish_shards", None)
         self._thread = threading.Thread(target=self._write, args=(content,), daemon=True)
         self._thread.start()
 
@@ -68,6 +74,12 @@ class Saver:
             self.wait()
         if self._failure:
             raise self._failure
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last checkpoint could not be written."""
+        self.wait()
+        return self._failure is not None
 
     def _is_writing(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
@@ -102,17 +114,24 @@ class Saver:
             self._best_on_disk, self._owed_best = self._owed_best["best_val_loss"], None
 
     def _write_newest(self, content: dict[str, Any]) -> None:
-        checkpoint.write(self._folder / "ckpt.new.pt", content)
-        self._rotate()
+        if "finish_shards" in content:
+            content["finish_shards"]()
+        else:
+            checkpoint.write(self._folder / "ckpt.new.pt", content)
+            self._rotate()
+        if self._is_main:
+            self.remove_old()
+
+    def remove_old(self) -> None:
+        """Delete the checkpoints beyond the newest `keep`."""
+        for path in checkpoint.kept(self._folder)[self._keep :]:
+            checkpoint.remove(path)
 
     def _rotate(self) -> None:
-        """Give the finished ckpt.new.pt its name; the ones before it move on by one, and the oldest goes."""
+        """Give the finished ckpt.new.pt its name; the ones before it move on by one."""
         names = [checkpoint.kept_name(self._folder, n) for n in range(self._keep)]
         for newer, older in reversed(list(itertools.pairwise(names))):
             if newer.exists():
                 os.replace(newer, older)
         os.replace(self._folder / "ckpt.new.pt", names[0])
-        for path in checkpoint.kept(self._folder):
-            if path not in names:
-                path.unlink(missing_ok=True)
         sync_folder(self._folder)

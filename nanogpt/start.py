@@ -16,7 +16,7 @@ from nanogpt.data.batches import Ahead, check_length, epoch_window_starts, gathe
 from nanogpt.data.prepare import DATASETS, NEEDS_NO_NETWORK, prepare
 from nanogpt.data.tokens import Dataset, is_prepared, open_dataset
 from nanogpt.device import Device
-from nanogpt.distributed import World, parallel
+from nanogpt.distributed import World, choose_parallel, compile_model, wrap
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.interop.huggingface import folder_of, shape_of
 from nanogpt.model import GPT
@@ -40,6 +40,7 @@ class Run:
     scaler: torch.amp.GradScaler
     progress: Progress
     resumed_from: Path | None = None  # the checkpoint that it goes on from
+    shards: Any = None  # the group of processes that write checkpoints together, if the state is spread over them
 
 
 def start(config: TrainConfig, device: Device, world: World) -> Run:
@@ -47,23 +48,24 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
 
     Raises `DataError` and `CheckpointError` for what can only be seen now.
     """
+    world.check_same(dataclasses.asdict(config))
     dataset = open_or_prepare(config, world)
     torch.manual_seed(config.seed)
-    loaded, path = None, None
+    cpu = dataclasses.replace(device, name="cpu")  # from where the model, or a share of it, goes to its device
+    loaded = None
     if config.init_from == "resume":
-        loaded = checkpoint.load_last(config.out_dir, config.data_dir)
-        path = loaded.path
-        dataset.check_tokenizer(loaded.tokenizer, str(path))
-        model = loaded.model(device, dropout=config.dropout)
-        if config.eval_only:
+        loaded = load_last(config, world)
+        dataset.check_tokenizer(loaded.tokenizer, str(loaded.path))
+        model = loaded.model(cpu, dropout=config.dropout)
+        if config.eval_only and not loaded.is_unread:
             model.crop_block_size(min(config.block_size, model.config.block_size))
         else:
             check_agreement(config, loaded)
         print(f"resuming {loaded.path} after {loaded.progress.step} updates")
     elif config.init_from == "scratch":
-        model = GPT(config.model_config(dataset.tokenizer.padded_vocab_size)).to(device.name)
+        model = GPT(config.model_config(dataset.tokenizer.padded_vocab_size))
     else:
-        pretrained = load_model(config.init_from, device, dropout=config.dropout, data_dir=config.data_dir)
+        pretrained = load_model(config.init_from, cpu, dropout=config.dropout, data_dir=config.data_dir)
         dataset.check_tokenizer(pretrained.tokenizer, config.init_from)
         model = pretrained.model
         model.crop_block_size(config.block_size)
@@ -77,18 +79,43 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
             f"mask_documents: the {dataset.tokenizer} of data set {config.dataset} has no token that ends a document"
         )
     model.transformer.gradient_checkpointing = config.gradient_checkpointing
-    optimizer = adamw(model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
-    if loaded and not config.eval_only:
-        loaded.restore(optimizer, scaler)
-    progress = loaded.progress if loaded else Progress()
+    is_unread = loaded is not None and loaded.is_unread  # and stays spread
+    parallel = choose_parallel("fsdp" if is_unread else config.parallel, model.get_num_params(), device, world)
     if device.compile:
         print("compiling the model: takes a minute or so (--compile=False starts at once)")
-        model.compile()
-    rows_of = loader(config, dataset, model.config, device, world)
+        compile_model(model, parallel)
+    network = wrap(model, parallel, device, world)
+    optimizer = adamw(model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
+    if loaded and (loaded.is_unread or not config.eval_only):
+        loaded.restore(model, optimizer, scaler)
     return Run(
-        config, device, world, dataset, model, rows_of, parallel(model, world), optimizer, scaler, progress, path
+        config=config,
+        device=device,
+        world=world,
+        dataset=dataset,
+        model=model,
+        rows_of=loader(config, dataset, model.config, device, world),
+        network=network,
+        optimizer=optimizer,
+        scaler=scaler,
+        progress=loaded.progress if loaded else Progress(),
+        resumed_from=loaded.path if loaded else None,
+        shards=torch.distributed.new_group(backend="gloo") if parallel == "fsdp" else None,
     )
+
+
+def load_last(config: TrainConfig, world: World) -> checkpoint.Checkpoint:
+    """The newest whole checkpoint of the run in `out_dir`; which one that is, the main process finds out for all."""
+    mine: list[checkpoint.Checkpoint] = []
+    spread = world.size > 1 and config.parallel != "ddp"
+
+    def load() -> Path:
+        mine.append(checkpoint.load_last(config.out_dir, config.data_dir, spread=spread))
+        return mine[0].path
+
+    path = world.first(load)
+    return mine[0] if mine else checkpoint.load(path, config.data_dir, spread=spread, is_checked=True)
 
 
 def loader(
@@ -96,7 +123,7 @@ def loader(
 ) -> Callable[[int], Tensor]:
     """A function from a step to this process's rows of its batch; made ahead and in pinned memory for a GPU."""
     draw = epoch_window_starts if config.sampling == "epoch" else window_starts
-    rows = world.share(config.rows, "rows")
+    rows = world.share(config.batch_size, config.gradient_accumulation_steps)
 
     def make(step: int) -> Tensor:
         n_tokens = len(dataset.train)
@@ -160,10 +187,9 @@ def open_or_prepare(config: TrainConfig, world: World) -> Dataset:
     """The data set of the run; one that needs no network is prepared if it is not there."""
     folder = Path(config.data_dir) / config.dataset
     if config.dataset in NEEDS_NO_NETWORK:
-        if world.is_main and not is_prepared(folder):
+        if not world.first(lambda: is_prepared(folder)):
             print(f"preparing the data set {config.dataset} in {folder}")
-            prepare(PrepareConfig(name=config.dataset, data_dir=config.data_dir))
-        world.wait()
+            world.first(lambda: prepare(PrepareConfig(name=config.dataset, data_dir=config.data_dir)))
     elif not is_prepared(folder):
         script = Path("data", config.dataset, "prepare.py")
         if script.exists() and script.parent == folder:

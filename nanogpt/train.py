@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt import checkpoint
+from nanogpt import checkpoint, sharded
 from nanogpt.config import TrainConfig
 from nanogpt.data.batches import EVALUATION, document_ids_of, dropout_seed, gather, window_starts
 from nanogpt.device import Device, choose
-from nanogpt.distributed import World, joined, no_gradient_exchange, this_process
+from nanogpt.distributed import World, contact, joined, keep_log, no_gradient_exchange, this_process, whole
 from nanogpt.errors import DivergedError
 from nanogpt.files import locked
 from nanogpt.guards import Guard, health, is_spike
@@ -38,23 +38,25 @@ def train(config: TrainConfig) -> int:
         config = dataclasses.replace(config, init_from="resume")
     world = this_process()
     device = choose(config.device, config.dtype, config.compile, world.local_rank if world.size > 1 else None)
-    world.share(config.gradient_accumulation_steps, "gradient_accumulation_steps")  # each takes whole micro-batches
+    world.share(config.batch_size, config.gradient_accumulation_steps)  # or refuse
     if config.dry_run:
         return dry_run(config) if world.is_main else 0
-    with joined(world, config.backend, device.type):
+    with joined(world, config.backend, device, config.dist_timeout):
         return start_and_train(config, device, world)
 
 
 def start_and_train(config: TrainConfig, device: Device, world: World) -> int:
     """Train, or only evaluate, among processes that can talk. Returns the exit code."""
-    run = start(config, device, world)
-    print(derived_values(run.config, run.model.config, run.model.get_num_params(), len(run.dataset.train)))
-    if not config.eval_only:
-        return train_until_done(run)
-    losses = estimate_losses(run, stopping=lambda: False)
-    assert losses
-    print(f"step {run.progress.step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-    return 0
+    run = None
+    with contact(world, config.dist_timeout, step=lambda: run.progress.step if run else 0):
+        run = start(config, device, world)
+        print(derived_values(run.config, run.model.config, run.model.get_num_params(), len(run.dataset.train)))
+        if not config.eval_only:
+            return train_until_done(run)
+        losses = estimate_losses(run, stopping=lambda: False)
+        assert losses
+        print(f"step {run.progress.step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        return 0
 
 
 def train_until_done(run: Run) -> int:
@@ -105,15 +107,14 @@ def train_until_done(run: Run) -> int:
                 values = health(run, inputs, document_ids(run, inputs))
                 metrics.write(progress, {**values, "health/clip_fraction": guard.clip_fraction()})
             evaluation_is_next = progress.step % config.eval_interval == 0 or progress.step >= config.max_iters
-            if world.is_main and saver.is_due(progress.step) and not evaluation_is_next:
+            if is_due_everywhere(run, saver) and not evaluation_is_next:
                 guard.store()
                 metrics.sync()
                 saver.save(lambda old: snapshot(run, old))
             console.advance()
 
         guard.store()
-        if world.is_main:
-            saver.finish(lambda old: snapshot(run, old), is_saved=not stopped)
+        finish_saving(run, saver, is_saved=not stopped)
         world.wait()  # a process that leaves early makes torchrun end the others
         if stopped:
             console.line(
@@ -131,19 +132,27 @@ def train_until_done(run: Run) -> int:
 @contextmanager
 def owned(run: Run) -> Iterator[None]:
     """Within the block, no other run can use `out_dir`; an earlier one there is set aside."""
-    if not run.world.is_main:
+    folder = Path(run.config.out_dir)
+    with ExitStack() as stack:
+        lock = locked(folder / "lock", f"a run in {run.config.out_dir}")
+        run.world.first(lambda: stack.enter_context(lock))
+        run.world.first(lambda: tidy(run))
+        keep_log(run.world, folder / "logs")
         yield
-        return
-    with locked(Path(run.config.out_dir) / "lock", f"a run in {run.config.out_dir}"):
-        for path in Path(run.config.out_dir).glob("*.tmp"):  # what a killed run was writing
-            path.unlink(missing_ok=True)
-        if run.resumed_from:  # newer checkpoints were damaged, and must not take the place of good ones
-            for path in itertools.takewhile(lambda path: path != run.resumed_from, checkpoint.kept(run.config.out_dir)):
-                os.replace(path, path.with_name(f"{path.name}.damaged"))
-        else:
-            checkpoint.set_previous_run_aside(run.config.out_dir)
-        checkpoint.save_config(run.config)
-        yield
+
+
+def tidy(run: Run) -> None:
+    """Make `out_dir` ready for this run: nothing half-written, no damaged checkpoints, no earlier run."""
+    folder = Path(run.config.out_dir)
+    for path in folder.glob("*.tmp"):  # what a killed run was writing
+        path.unlink(missing_ok=True)
+    sharded.remove_unfinished(folder)
+    if run.resumed_from:  # newer checkpoints were damaged, and must not take the place of good ones
+        for path in itertools.takewhile(lambda path: path != run.resumed_from, checkpoint.kept(folder)):
+            os.replace(path, path.with_name(f"{path.name}.damaged"))
+    else:
+        checkpoint.set_previous_run_aside(run.config.out_dir)
+    checkpoint.save_config(run.config)
 
 
 @contextmanager
@@ -151,7 +160,7 @@ def saving(run: Run) -> Iterator[Saver]:
     """Within the block, checkpoints are written in the background; what is being written is awaited at its end."""
     config, folder = run.config, Path(run.config.out_dir)
     best = checkpoint.best_val_loss(folder / "best.pt") if run.resumed_from and run.world.is_main else math.inf
-    saver = Saver(folder, config.checkpoint_interval, config.keep_checkpoints, best)
+    saver = Saver(folder, config.checkpoint_interval, config.keep_checkpoints, best, run.world.is_main)
     try:
         yield saver
     except KeyboardInterrupt:
@@ -221,17 +230,16 @@ def update(run: Run, x: Tensor, y: Tensor, learning_rate: float) -> tuple[Tensor
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     total = torch.zeros((), device=x.device)
-    shape = (-1, config.batch_size, x.shape[1])
-    micro_batches = list(zip(x.view(shape), y.view(shape), strict=True))
-    for n, (inputs, targets) in enumerate(micro_batches, start=1):
-        with no_gradient_exchange(run.network, is_last=n == len(micro_batches)):
+    count = math.ceil(len(x) / config.batch_size)
+    for n, (inputs, targets) in enumerate(zip(x.tensor_split(count), y.tensor_split(count), strict=True), start=1):
+        with no_gradient_exchange(run.network, is_last=n == count):
             with run.device.autocast():
                 _, loss = run.network(inputs, targets, document_ids=document_ids(run, inputs), return_logits=False)
-                loss = loss / len(micro_batches)  # gradients add up over the micro-batches
+                loss = loss * (len(inputs) / len(x))  # gradients add up over the micro-batches
             total += loss.detach()
             scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
     is_bad = run.world.any_tensor(~torch.isfinite(total + grad_norm))
     if optimizer.defaults["fused"]:
         optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]  # its kernels then change nothing
@@ -255,17 +263,17 @@ def estimate_losses(run: Run, stopping: Callable[[], bool]) -> dict[str, float] 
     for split in ("train", "val"):
         tokens = run.dataset.split(split)
         total = torch.zeros((), device=run.device.name)
-        for k in range(config.eval_iters):
+        rounds = math.ceil(config.eval_iters / run.world.size)  # as many in every process: they compute them together
+        for k in range(run.world.rank, rounds * run.world.size, run.world.size):
             if stopping():
                 return None
-            if k % run.world.size != run.world.rank:
-                continue  # another process's
             starts = window_starts(len(tokens), T, seed=0, step=k, rows=config.batch_size, stream=EVALUATION)
             ids = run.device.put(gather(tokens, starts, T, model.config.vocab_size))
             x, y = ids[:, :-1], ids[:, 1:]
             with run.device.autocast():
                 _, loss = model(x, y, document_ids=document_ids(run, x), return_logits=False)
-            total += loss
+            if k < config.eval_iters:
+                total += loss
         losses[split] = run.world.mean(total).item() * run.world.size / config.eval_iters
     model.train()
     return losses
@@ -308,21 +316,44 @@ def evaluate_and_save(run: Run, metrics: Metrics, console: Console, saver: Saver
     progress.evaluated = progress.step
     if progress.step == 0 and not is_last:
         return True  # nothing learned yet, nothing to lose
-    if run.world.is_main and (is_best or is_last or config.always_save_checkpoint or saver.is_due(progress.step)):
+    if is_best or is_last or config.always_save_checkpoint or is_due_everywhere(run, saver):
         console.line(f"saving checkpoint to {config.out_dir}")
         metrics.sync()
-        saver.save(lambda old: snapshot(run, old), best=is_best)
+        if run.shards or run.world.is_main:
+            saver.save(lambda old: snapshot(run, old, is_best), best=is_best)
     return True
 
 
-def snapshot(run: Run, into: Any = None) -> dict[str, Any]:
-    """The run as it is now, as the content of a checkpoint; in the memory of an earlier one, if given."""
-    return checkpoint.snapshot(
-        model=run.model,
-        optimizer=run.optimizer,
-        scaler=run.scaler,
-        config=run.config,
-        progress=run.progress,
-        tokenizer=run.dataset.tokenizer,
-        into=into,
-    )
+def is_due_everywhere(run: Run, saver: Saver) -> bool:
+    """Whether this process is to take part in a checkpoint now, evaluation or not."""
+    is_due = saver.is_due(run.progress.step)
+    return run.world.any(is_due) if run.shards else is_due and run.world.is_main
+
+
+def finish_saving(run: Run, saver: Saver, is_saved: bool) -> None:
+    """Wait for the last checkpoint, and write one of this state if there is none; also as one file if it is spread."""
+    if run.shards:
+        is_saved = not run.world.any(saver.has_failed or not is_saved)
+    if run.shards or run.world.is_main:
+        saver.finish(lambda old: snapshot(run, old), is_saved)
+    folder = Path(run.config.out_dir)
+    if run.shards and run.world.is_main and run.progress.step >= run.config.max_iters:
+        checkpoint.write(folder / "ckpt.pt", sharded.read(sharded.finished(folder)[0]))
+        saver.remove_old()
+
+
+def snapshot(run: Run, into: Any = None, is_best: bool = False) -> dict[str, Any]:
+    """The run as it is now, as the content of a checkpoint; in the memory of an earlier one, if given.
+
+    Of a run that is spread over the processes: what is no tensor, how to finish the rest, and the whole weights in the
+    main process if they are the best.
+    """
+    described = checkpoint.description(run.model.config, run.scaler, run.config, run.progress, run.dataset.tokenizer)
+    if not run.shards:
+        return checkpoint.snapshot(run.model, run.optimizer, described, into)
+    path = Path(run.config.out_dir, sharded.FOLDER, str(run.progress.step))
+    begun = sharded.begin_write(path, run.model, run.optimizer, run.shards)
+    groups = run.optimizer.state_dict()["param_groups"]
+    mine = {**described, "param_groups": groups} if run.world.is_main else None
+    weights = sharded.whole_weights(run.model) if is_best else {}
+    return {**described, "model": weights, "finish_shards": lambda: sharded.finish_write(path, begun, mine)}

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -589,7 +590,25 @@ def test_the_readmes_run_reaches_its_loss(downloads: Path, data_dir: Path, tmp_p
 
 
 def test_the_share_of_a_process_is_its_consecutive_part() -> None:
-    shares = [World(rank, rank, 4).share(8, "rows") for rank in range(4)]
+    shares = [World(rank, rank, 4).share(2, 4) for rank in range(4)]
     assert [list(share) for share in shares] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    with pytest.raises(ConfigError, match="n=6 can't be shared by 4 processes; n=4 or 8 can"):
-        World(0, 0, 4).share(6, "n")
+    assert [len(World(rank, rank, 4).share(12, 1)) for rank in range(4)] == [3] * 4
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "size", "advice"),
+    [
+        (6, 1, 4, "--gradient_accumulation_steps=2 or --batch_size=4 or 8"),
+        (12, 5, 8, "--gradient_accumulation_steps=4 or 6 or --batch_size=8 or 16"),
+        (1, 1, 3, "--gradient_accumulation_steps=3 or --batch_size=3"),
+    ],
+)
+def test_rows_that_cannot_be_shared_come_with_the_nearest_numbers_that_can(
+    batch_size: int, accumulation: int, size: int, advice: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"shared by {size} processes; {advice} can")):
+        World(0, 0, size).share(batch_size, accumulation)
+    for setting in re.findall(r"--(\w+)=(\d+)(?: or (\d+))?", advice):
+        for value in filter(None, setting[1:]):
+            asked = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation, setting[0]: int(value)}
+            World(0, 0, size).share(asked["batch_size"], asked["gradient_accumulation_steps"])
