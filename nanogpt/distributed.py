@@ -10,9 +10,10 @@ import math
 import os
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from nanogpt.device import Device
-from nanogpt.errors import ConfigError, LostError, UserError
+from nanogpt.errors import ConfigError, UserError
 from nanogpt.model import GPT
 
 T = TypeVar("T")
@@ -38,6 +39,7 @@ class World:
     rank: int = 0  # over all machines
     local_rank: int = 0  # on this machine
     size: int = 1
+    store: Any = None  # where they can leave words for each other, once they have joined
 
     @property
     def is_main(self) -> bool:
@@ -143,26 +145,27 @@ def this_process() -> World:
 
 
 @contextmanager
-def joined(world: World, backend: str, device: Device, minutes: float) -> Iterator[None]:
+def joined(world: World, backend: str, device: Device, minutes: float) -> Iterator[World]:
     """Within the block the processes can talk; one that waits longer than `minutes` for the others gives up.
 
-    Only the main one prints to standard output; see `keep_log` for the others.
+    Only the main one prints to standard output; see `keep_log` for the others. Yields `world` with its store.
     """
     if world.size == 1:
-        yield
+        yield world
         return
     if backend == "nccl" and device.type != "cuda":
         raise ConfigError(
             f"--backend=nccl connects CUDA GPUs, but this run computes on {device.type}; use --backend=gloo"
         )
     through_nccl = device.type == "cuda" and backend != "gloo"
-    patience = timedelta(minutes=minutes)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if through_nccl else "gloo", timeout=patience)
+    store, patience = _store_of_this_attempt(world, minutes), timedelta(minutes=minutes)
+    names = "cpu:gloo,cuda:nccl" if through_nccl else "gloo"
+    dist.init_process_group(names, store=store, rank=world.rank, world_size=world.size, timeout=patience)
     stdout = sys.stdout
     if not world.is_main:
         sys.stdout = io.StringIO()
     try:
-        yield
+        yield replace(world, store=store)
     except Exception as error:
         _tell_torchrun(error)
         raise
@@ -170,6 +173,41 @@ def joined(world: World, backend: str, device: Device, minutes: float) -> Iterat
         sys.stdout = stdout
         gc.collect()  # what still refers to the group would keep its threads running into the end of the process
         dist.destroy_process_group()
+
+
+def _store_of_this_attempt(world: World, minutes: float) -> Any:
+    """The store through which the processes find each other, empty even after torchrun has restarted them.
+
+    The one that torchrun gives still holds the addresses of those that are gone, and counts attempts on each machine
+    for itself (https://github.com/pytorch/pytorch/issues/135712). So the main process draws a name for the attempt and
+    tells it to everyone who asks, by words that were never said before.
+    """
+    from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
+
+    store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(minutes=minutes))))
+    mine, others = uuid.uuid4().hex, [f"hello/{rank}" for rank in range(1, world.size)]
+    try:
+        if not world.is_main:
+            store.set(f"hello/{world.rank}", mine)
+            attempt = store.get(f"welcome/{mine}").decode()
+            store.add(f"joined/{attempt}", 1)
+            return PrefixStore(attempt, store)
+        store.wait(others)
+        welcomed: set[bytes] = set()
+        deadline = time.monotonic() + minutes * 60
+        while store.add(f"joined/{mine}", 0) < len(others):
+            for word in set(store.multi_get(others)) - welcomed:  # some are those of an earlier attempt
+                store.set(f"welcome/{word.decode()}", mine)
+                welcomed.add(word)
+            if time.monotonic() > deadline:
+                raise dist.DistError("they did not come")
+            time.sleep(0.01)
+    except dist.DistError as error:
+        raise UserError(
+            f"process {world.rank} of {world.size} waited {minutes:g} minutes for the others to start ({error}); see "
+            "whether all machines run the same command and can reach the address that was given to torchrun"
+        ) from error
+    return PrefixStore(mine, store)
 
 
 def keep_log(world: World, folder: Path) -> None:
@@ -197,35 +235,33 @@ def _tell_torchrun(error: Exception) -> None:
 
 @contextmanager
 def contact(world: World, minutes: float, step: Callable[[], int]) -> Iterator[None]:
-    """Within the block, the loss of other processes is told apart from a failure of this one: a `LostError`."""
+    """Within the block, the loss of other processes is told apart from a failure of this one: a sentence, exit code 1.
+
+    It is said at once, since torchrun is about to end this process, too.
+    """
     try:
         yield
     except (RuntimeError, dist.DistError) as error:
         if world.size == 1 or not any(sign in str(error).lower() for sign in _SIGNS):
             raise
         reason = str(error).strip().splitlines()[0][-200:]
-        where = f"process {world.rank} of {world.size}, after {step()} updates:"
-        if "time" not in reason.lower():
-            raise LostError(
-                f"{where} another process is gone; its own message says why, or its machine is down ({reason})"
-            ) from None
-        silent = _silent_processes(world)
-        names = f"process {' and '.join(map(str, silent))}" if silent else "any particular process"
-        raise LostError(
-            f"{where} waited {minutes:g} minutes for the others (--dist_timeout); no word from {names} ({reason})"
-        ) from None
+        if "time" in reason.lower():
+            silent = " and ".join(map(str, _silent_processes(world)))
+            what = f"waited {minutes:g} minutes for the others (--dist_timeout); "
+            what += f"no word from process {silent}" if silent else "all are waiting for one another"
+        else:
+            what = "another process is gone; its own message says why, or its machine is down"
+        print(f"error: process {world.rank} of {world.size}, after {step()} updates: {what} ({reason})",
+              file=sys.stderr, flush=True)  # fmt: skip
+        raise SystemExit(1) from None
 
 
 def _silent_processes(world: World, seconds: float = 5.0) -> list[int]:
-    """Which processes don't know that something is stuck: those that are stuck. Asks through torchrun's store."""
-    attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
+    """Which processes don't know that something is stuck: those that are stuck."""
     with suppress(Exception):  # the store is gone with its machine; nothing is known then
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=5))
-        store.set(f"nanogpt/{attempt}/stuck/{world.rank}", "1")
+        world.store.set(f"stuck/{world.rank}", "1")
         time.sleep(seconds)  # until the others have run out of patience, too
-        return [rank for rank in range(world.size) if not store.check([f"nanogpt/{attempt}/stuck/{rank}"])]
+        return [rank for rank in range(world.size) if not world.store.check([f"stuck/{rank}"])]
     return []
 
 

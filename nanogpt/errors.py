@@ -27,9 +27,3 @@ class DivergedError(UserError):
     """Training has left the numbers behind: a loss that is not finite."""
 
     exit_code = 3
-
-
-class LostError(UserError):
-    """Another process of the run, or the network between them, has gone away."""
-
-    exit_code = 1

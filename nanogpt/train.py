@@ -41,7 +41,7 @@ def train(config: TrainConfig) -> int:
     world.share(config.batch_size, config.gradient_accumulation_steps)  # or refuse
     if config.dry_run:
         return dry_run(config) if world.is_main else 0
-    with joined(world, config.backend, device, config.dist_timeout):
+    with joined(world, config.backend, device, config.dist_timeout) as world:
         return start_and_train(config, device, world)
 
 
@@ -68,6 +68,7 @@ def train_until_done(run: Run) -> int:
         Metrics(config, progress if run.resumed_from else None, is_main=world.is_main) as metrics,
         Console(total=config.max_iters, done=progress.step, is_main=world.is_main) as console,
         saving(run) as saver,
+        contact(world, config.dist_timeout, step=lambda: progress.step),
     ):
         model.train()
         guard = Guard(run)
