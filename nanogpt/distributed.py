@@ -8,6 +8,7 @@ import hashlib
 import io
 import math
 import os
+import re
 import sys
 import time
 import uuid
@@ -244,7 +245,7 @@ def contact(world: World, minutes: float, step: Callable[[], int]) -> Iterator[N
     except (RuntimeError, dist.DistError) as error:
         if world.size == 1 or not any(sign in str(error).lower() for sign in _SIGNS):
             raise
-        reason = str(error).strip().splitlines()[0][-200:]
+        reason = re.sub(r"^\[\S*\] ", "", str(error).strip().splitlines()[0])[:120]
         if "time" in reason.lower():
             silent = " and ".join(map(str, _silent_processes(world)))
             what = f"waited {minutes:g} minutes for the others (--dist_timeout); "
