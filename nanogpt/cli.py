@@ -14,6 +14,7 @@ from nanogpt.config import (
     BenchConfig,
     EvalConfig,
     ExportConfig,
+    PlanConfig,
     PlotConfig,
     PrepareConfig,
     SampleConfig,
@@ -55,6 +56,12 @@ def _bench(config: Any) -> None:
     bench(config)
 
 
+def _plan(config: Any) -> None:
+    from nanogpt.plan import plan
+
+    plan(config)
+
+
 def _prepare(config: Any) -> None:
     from nanogpt.data.prepare import prepare
 
@@ -75,6 +82,7 @@ VERBS: dict[str, tuple[type[Settings], Callable[[Any], int | None], str]] = {
     "eval": (EvalConfig, _evaluate, "out_dir"),
     "export": (ExportConfig, _export, "out_dir"),
     "bench": (BenchConfig, _bench, "out_dir"),
+    "plan": (PlanConfig, _plan, "out_dir"),
     "plot": (PlotConfig, _plot, "out_dir"),
 }
 

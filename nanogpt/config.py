@@ -180,6 +180,28 @@ class TrainConfig(_Network):
 
 
 @dataclass
+class PlanConfig(TrainConfig):
+    """Say what a training run would need: memory by part, time, and what to change if it does not fit."""
+
+    # --- machines ---
+    gpu: str = ""  # H100, H200, A100, RTX 4090, …; empty: this machine
+    gpus: int = 1  # how many there are, on all nodes together
+    nodes: int = 1  # machines
+    gpu_memory: float = 0.0  # GB of each; 0: as the data sheet says
+    mfu: float = 0.4  # share of the peak that the training reaches; 0.3 to 0.5 is usual for GPUs
+
+    def problems(self) -> Iterator[str]:
+        """Everything that is inconsistent, one sentence each."""
+        yield from super().problems()
+        yield from out_of_range(self, ">= 1", "gpus nodes")
+        yield from out_of_range(self, ">= 0", "gpu_memory")
+        if not 0 < self.mfu <= 1:
+            yield f"mfu={self.mfu}: expected a value above 0, up to 1"
+        if self.nodes >= 1 and self.gpus % self.nodes:
+            yield f"gpus={self.gpus}, all together, can't be the same number on each of {self.nodes} nodes"
+
+
+@dataclass
 class SourceConfig(Settings):
     """Where a trained model comes from."""
 

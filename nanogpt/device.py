@@ -11,7 +11,7 @@ import torch
 from nanogpt.errors import ConfigError
 
 # dense bfloat16/float16 tensor-core peak in FLOP/s, from the vendors' data sheets; the first match counts
-_PEAK_FLOPS = {
+PEAK_FLOPS = {
     "B200": 2250e12,
     "GH200": 989e12,
     "H200": 989e12,
@@ -84,7 +84,7 @@ class Device:
         name = torch.cuda.get_device_name(self.name)
         if "Laptop" in name:  # slower than the card of the same name
             return None
-        return next((peak for key, peak in _PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
+        return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def choose(device: str, dtype: str, compile: bool | str, local_rank: int | None = None) -> Device:

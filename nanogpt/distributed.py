@@ -270,12 +270,17 @@ def _silent_processes(world: World, seconds: float = 5.0) -> list[int]:
 # The model, as several processes train it
 
 
+def fits_ddp(parameters: int, memory: float) -> bool:
+    """Whether each process can hold the whole training state in half of `memory` bytes (0: unknown, so yes)."""
+    return not memory or parameters * _BYTES_OF_STATE <= memory / 2
+
+
 def choose_parallel(parallel: str, parameters: int, device: Device, world: World) -> str:
     """Resolve the setting `parallel` and print the choice: ddp, fsdp, or none for a single process."""
     if world.size == 1:
         return "none"
-    state, memory = parameters * _BYTES_OF_STATE, device.total_memory()
-    fits = not memory or state <= memory / 2
+    state = parameters * _BYTES_OF_STATE
+    fits = fits_ddp(parameters, device.total_memory())
     chosen = parallel if parallel != "auto" else "ddp" if fits else "fsdp"
     if chosen == "fsdp" and device.dtype == torch.float16:
         raise ConfigError("--parallel=fsdp computes in bfloat16 or float32, not in float16; set --dtype or take ddp")

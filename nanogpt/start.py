@@ -205,23 +205,31 @@ def open_or_prepare(config: TrainConfig, world: World) -> Dataset:
     return open_dataset(folder)
 
 
+def prepared_dataset(config: TrainConfig) -> Dataset | None:
+    """The data set of the run, if it is there."""
+    folder = Path(config.data_dir) / config.dataset
+    return open_dataset(folder) if is_prepared(folder) else None
+
+
+def shape_to_train(config: TrainConfig) -> GPTConfig:
+    """The shape that a run would have, as far as one can know before its data set is there."""
+    if config.init_from == "resume":
+        return checkpoint.load(checkpoint.find(config.out_dir, "last"), config.data_dir).model_config
+    if path := checkpoint_of(config.init_from):
+        return checkpoint.load(path, config.data_dir).model_config
+    if config.init_from in GPT2_NAMES:
+        return GPTConfig.preset(config.init_from, block_size=config.block_size, vocab_size=50257)
+    if config.init_from != "scratch":
+        return dataclasses.replace(shape_of(folder_of(config.init_from)), block_size=config.block_size)
+    dataset = prepared_dataset(config)
+    return config.model_config(dataset.tokenizer.padded_vocab_size if dataset else GPTConfig.vocab_size)
+
+
 def dry_run(config: TrainConfig) -> int:
     """Print the resolved config and what follows from it; allocate and write nothing."""
     for name, value in dataclasses.asdict(config).items():
         print(f"{name} = {value!r}")
-    folder = Path(config.data_dir) / config.dataset
-    dataset = open_dataset(folder) if is_prepared(folder) else None
-    if config.init_from == "resume":
-        shape = checkpoint.load(checkpoint.find(config.out_dir, "last"), config.data_dir).model_config
-    elif path := checkpoint_of(config.init_from):
-        shape = checkpoint.load(path, config.data_dir).model_config
-    elif config.init_from in GPT2_NAMES:
-        shape = GPTConfig.preset(config.init_from, block_size=config.block_size, vocab_size=50257)
-    elif config.init_from != "scratch":
-        shape = dataclasses.replace(shape_of(folder_of(config.init_from)), block_size=config.block_size)
-    else:
-        vocab_size = dataset.tokenizer.padded_vocab_size if dataset else GPTConfig.vocab_size
-        shape = config.model_config(vocab_size)
+    shape, dataset = shape_to_train(config), prepared_dataset(config)
     with torch.device("meta"):
         parameters = GPT(shape).get_num_params()
     print(derived_values(config, shape, parameters, len(dataset.train) if dataset else None))

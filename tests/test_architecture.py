@@ -12,7 +12,7 @@ LAYERS = [
     "data.batches", "data.plan", "data.build", "data.prepare", "model", "optim", "distributed", "infer.engine",
     "interop.huggingface", "interop.gguf", "interop.flat", "sharded", "checkpoint", "trained", "report.progress",
     "report.metrics", "report.plots", "tasks", "evaluate", "infer.sample", "export", "start", "saver",
-    "guards", "train", "bench", "cli", "__main__",
+    "guards", "train", "bench", "plan", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -1,0 +1,139 @@
+"""What several processes cost, and whether the plan of their memory holds.
+
+    python benchmarks/scale.py --rounds=5
+
+Two processes with one thread each against one process with one thread, equal global batch, alternating: with no cost
+at all they would take half the time. Bytes on the wire are counted on the loopback device, so nothing else may talk
+there. The last line is JSON.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanogpt.checkpoint import Progress
+from nanogpt.config import TrainConfig
+from nanogpt.data.tokenizer import ByteTokenizer
+from nanogpt.data.tokens import Dataset, Tokens
+from nanogpt.device import choose
+from nanogpt.distributed import joined, this_process, wrap
+from nanogpt.model import GPT
+from nanogpt.optim import adamw
+from nanogpt.plan import memory
+from nanogpt.start import Run, loader
+from nanogpt.train import next_batch, update
+
+VOCABULARY = 256
+
+
+def config_of(arguments: argparse.Namespace) -> TrainConfig:
+    return TrainConfig(n_layer=arguments.n_layer, n_head=8, n_embd=arguments.n_embd, block_size=arguments.block_size,
+                       batch_size=arguments.batch_size, gradient_accumulation_steps=arguments.accumulation,
+                       device="cpu", dtype=arguments.dtype, compile=False)  # fmt: skip
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """One of the processes: some updates; the main one prints what they took."""
+    torch.set_num_threads(1)
+    config, world = config_of(arguments), this_process()
+    device = choose("cpu", arguments.dtype, False)
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    with joined(world, "gloo", device, 10) as world:
+        torch.manual_seed(0)
+        model = GPT(config.model_config(VOCABULARY))
+        network = wrap(model, arguments.parallel, device, world)
+        optimizer = adamw(model, 1e-4, (0.9, 0.95), 0.1)
+        tokens = Tokens([np.random.default_rng(0).integers(VOCABULARY, size=100_000).astype("uint16")])
+        rows_of = loader(config, Dataset(Path(), tokens, tokens, ByteTokenizer(), {}), model.config, device, world)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        dataset = Dataset(Path(), tokens, tokens, ByteTokenizer(), {})
+        run = Run(config, device, world, dataset, model, rows_of, network, optimizer, scaler, Progress())
+        times = []
+        for step in range(arguments.steps + 2):
+            if step == 2:  # the first ones allocate
+                world.wait()
+                sent = loopback_bytes()
+            began = time.perf_counter()
+            update(run, *next_batch(run, step), 1e-4)
+            world.any(False)  # as training asks after every step whether to stop
+            times.append(time.perf_counter() - began)
+        world.wait()
+        if world.is_main:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+            print(json.dumps({"seconds": statistics.median(times[2:]), "peak": peak,
+                              "bytes": (loopback_bytes() - sent) / arguments.steps}))  # fmt: skip
+
+
+def loopback_bytes() -> int:
+    """Bytes that have gone through the loopback device so far."""
+    line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
+    return int(line.split(":")[1].split()[0])
+
+
+def measure(words: list[str], processes: int, parallel: str) -> dict[str, float]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, __file__, *words, f"--parallel={parallel}"]
+    # without the second, memory that was given back stays with the process, and the peak is that of malloc
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if result.returncode:
+        sys.exit(result.stderr)
+    values: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
+    return values
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--n_layer", type=int, default=6)
+    parser.add_argument("--n_embd", type=int, default=512)
+    parser.add_argument("--block_size", type=int, default=256)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--accumulation", type=int, default=2)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--parallel", default="", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.parallel:
+        return work(arguments)
+
+    sides = {"one": (1, "none"), "ddp": (2, "ddp"), "fsdp": (2, "fsdp")}
+    rows: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    for n in range(arguments.rounds):
+        for side, (processes, parallel) in sides.items():
+            rows[side].append(measure(sys.argv[1:], processes, parallel))
+            print(f"round {n + 1}, {side}: {rows[side][-1]['seconds'] * 1000:.0f} ms", flush=True)
+    config = config_of(arguments)
+    shape = config.model_config(VOCABULARY)
+    parameters = GPT(shape).get_num_params(non_embedding=False)
+    ring = 2 * (2 - 1) / 2 * 4 * parameters * 2  # bytes of a ring all-reduce in float32, of both processes
+    result: dict[str, object] = {"parameters": parameters, "n": arguments.rounds, "ring_bytes": ring}
+    for side, (processes, parallel) in sides.items():
+        seconds = [row["seconds"] for row in rows[side]]
+        result[f"{side}_seconds"] = statistics.median(seconds)
+        result[f"{side}_spread"] = [min(seconds), max(seconds)]
+        result[f"{side}_peak_bytes"] = statistics.median(row["peak"] for row in rows[side])
+        share = config.rows // processes
+        result[f"{side}_planned_bytes"] = memory(
+            shape, min(share, config.batch_size), bytes_of_dtype=choose("cpu", arguments.dtype, False).dtype.itemsize,
+            parallel=parallel, processes=processes, accumulate=share > config.batch_size, gradient_checkpointing=False
+        ).peak  # fmt: skip
+        if processes > 1:
+            paired = [2 * row["seconds"] / one["seconds"] - 1 for row, one in zip(rows[side], rows["one"], strict=True)]
+            result[f"{side}_overhead"] = statistics.median(paired)
+            result[f"{side}_bytes"] = statistics.median(row["bytes"] for row in rows[side])
+    print(json.dumps(result))
+    return None
+
+
+if __name__ == "__main__":
+    main()

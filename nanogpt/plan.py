@@ -1,0 +1,213 @@
+"""Would it fit, and how long would it take? Arithmetic over a config and a description of the machines."""
+
+import bisect
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from nanogpt.config import PlanConfig
+from nanogpt.device import PEAK_FLOPS, Device, choose
+from nanogpt.distributed import World, fits_ddp
+from nanogpt.errors import ConfigError
+from nanogpt.model import GPT
+from nanogpt.shape import GPTConfig
+from nanogpt.start import shape_to_train
+
+# GB of memory, from the vendors' data sheets
+_MEMORY = {"B200": 180, "GH200": 96, "H200": 141, "H100": 80, "A100": 80, "L40S": 48, "L4": 24, "A40": 48, "A10G": 24,
+           "RTX 5090": 32, "RTX 4090": 24, "RTX 3090": 24, "V100": 32, "T4": 16}  # fmt: skip
+_USABLE = 0.92  # of a GPU's memory: CUDA itself, buffers of nccl, fragments
+_CHINCHILLA = 20  # tokens per parameter (Hoffmann et al. 2022)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that training needs per device, by what they are for."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    copies: float  # of weights in 16 bits, or collected from other processes
+    activations: float
+    logits: float
+    gradients_stay: bool  # while activations are there
+
+    @property
+    def peak(self) -> float:
+        """The most at a time: at the loss, or when the last gradient is there and the activations are gone."""
+        at_loss = self.activations + self.logits + (self.gradients if self.gradients_stay else 0)
+        return self.weights + self.optimizer + self.copies + max(at_loss, self.gradients)
+
+
+def memory(shape: GPTConfig, rows: int, *, bytes_of_dtype: int, parallel: str, processes: int, accumulate: bool,
+           gradient_checkpointing: bool) -> Memory:  # fmt: skip
+    """What training needs per device, for micro-batches of `rows` windows.
+
+    parallel: none, ddp or fsdp. `accumulate`: more than one micro-batch per update.
+    """
+    d, C, F, D, V = bytes_of_dtype, shape.n_embd, shape.n_hidden, shape.head_size, shape.vocab_size
+    total, block = _parameters(shape)
+    root = total - shape.n_layer * block
+    tokens = rows * shape.block_size
+    heads = shape.n_head * D
+
+    # what the backward pass of a block needs, per token: the residual stream twice in float32, and in `dtype` the
+    # inputs of its products, queries, keys, values (groups are spelled out), what attention gave, the MLP's inside
+    inside = 2 * F if shape.is_gpt2 else 4 * F
+    per_layer = 8 * C + d * (2 * C + 4 * heads + inside) + 4 * shape.n_head
+    if not shape.is_gpt2:
+        per_layer += 8 * C  # RMSNorm's quotients
+        per_layer += d * 2 * heads  # queries and keys before and after they are turned
+    if shape.dropout:
+        per_layer += 2 * C * (1 + d)
+    if gradient_checkpointing:
+        activations = tokens * (shape.n_layer * 4 * C + per_layer)
+    else:
+        activations = tokens * shape.n_layer * per_layer
+    activations += tokens * (8 + d) * C  # embeddings, last normalisation
+    activations += tokens * d * (2 if shape.is_gpt2 else 5) * F  # the gradients in the middle of one MLP
+
+    share = processes if parallel == "fsdp" else 1
+    if parallel == "fsdp":  # two blocks at a time, one of them with its gradient, and always what is outside of blocks
+        copies = 2 * d * block + (d + 4) * block + 8 * root
+    else:
+        copies = 2 * total if d == 2 else 0
+    return Memory(
+        weights=4 * total / share,
+        gradients=4 * total / share,
+        optimizer=8 * total / share,
+        copies=copies,
+        activations=activations,
+        logits=12 * tokens * V,  # log-probabilities and two gradients, float32
+        gradients_stay=accumulate or parallel == "ddp",
+    )
+
+
+def largest_batch(shape: GPTConfig, available: float, rows: int, **how: Any) -> int:
+    """Rows of the largest micro-batch that fits into `available` bytes, up to `rows`; 0 if none does."""
+    return bisect.bisect_left(range(1, rows + 1), True, key=lambda n: memory(shape, n, **how).peak > available)
+
+
+def plan(config: PlanConfig) -> None:
+    """The program behind `nanogpt plan`: parameters, memory, time, and what to change; then one line of JSON."""
+    shape = shape_to_train(config)
+    parameters = _parameters(shape)[0]
+    machine = _machine(config)
+    world = World(size=config.gpus)
+    share = len(world.share(config.batch_size, config.gradient_accumulation_steps))
+    rows = min(config.batch_size, share)
+    parallel = "none" if config.gpus == 1 else config.parallel
+    if parallel == "auto":
+        parallel = "ddp" if fits_ddp(parameters, machine.memory) else "fsdp"
+    how: dict[str, Any] = {"bytes_of_dtype": machine.bytes_of_dtype, "parallel": parallel, "processes": config.gpus,
+           "accumulate": share > rows, "gradient_checkpointing": config.gradient_checkpointing}  # fmt: skip
+    needed, available = memory(shape, rows, **how), machine.memory * _USABLE
+    largest = largest_batch(shape, available, 4096, **how)
+
+    with torch.device("meta"):
+        flops = GPT(shape).flops_per_token()
+    tokens = config.rows * shape.block_size
+    recomputed = 4 / 3 if config.gradient_checkpointing else 1.0
+    seconds = flops * tokens * recomputed / (machine.flops * config.mfu * config.gpus)
+
+    print(f"model: {parameters / 1e6:,.2f}M parameters, {shape.n_layer} layers, {shape.n_embd} channels, vocabulary "
+          f"{shape.vocab_size}, context {shape.block_size}")  # fmt: skip
+    print(f"machine: {config.gpus} x {machine.name} on {config.nodes} node{'s' if config.nodes > 1 else ''}, each "
+          f"{machine.memory / 1e9:.0f} GB and {machine.flops / 1e12:,.2f} TFLOP/s ({machine.source})")  # fmt: skip
+    print(
+        f"parallel: {parallel}; micro-batches of {rows} x {shape.block_size}, {-(-share // rows)} per update and device"
+    )
+    print("memory per device:")
+    for name, size in asdict(needed).items():
+        if name != "gradients_stay":
+            print(f"  {name:12} {size / 1e9:8.2f} GB")
+    print(f"  {'peak':12} {needed.peak / 1e9:8.2f} GB of {available / 1e9:.2f} GB that can be used")
+    fits = needed.peak <= available
+    if fits:
+        print(f"it fits; the largest micro-batch that would is batch_size={largest}{'+' if largest == 4096 else ''}")
+    else:
+        ways = "; ".join(_ways_out(config, shape, available, rows, how))
+        print(f"it does not fit; what would: {ways or 'more GPUs, a smaller model or a smaller block_size'}")
+    total = tokens * config.max_iters
+    print(f"time at {config.mfu:.0%} of the peak: {_duration(seconds)} per update of {tokens:,} tokens, "
+          f"{_duration(seconds * config.max_iters)} for {config.max_iters:,} updates")  # fmt: skip
+    print(f"tokens: {total:,}, {total / parameters:.1f} per parameter; Chinchilla's {_CHINCHILLA} per parameter would "
+          f"be {_CHINCHILLA * parameters / tokens:,.0f} updates")  # fmt: skip
+    parts = {f"{name}_bytes": value for name, value in asdict(needed).items() if name != "gradients_stay"}
+    result = {"parameters": parameters, "parallel": parallel, **parts, "peak_bytes": needed.peak, "fits": fits,
+              "largest_batch_size": largest, "tokens_per_update": tokens, "seconds_per_update": seconds,
+              "seconds": seconds * config.max_iters}  # fmt: skip
+    print(json.dumps(result))
+
+
+def _ways_out(config: PlanConfig, shape: GPTConfig, available: float, rows: int, how: dict[str, Any]) -> Iterator[str]:
+    """Settings with which it would fit, the cheapest first."""
+    changes: list[dict[str, Any]] = [{}, {"gradient_checkpointing": True}]
+    if config.gpus > 1 and how["parallel"] != "fsdp":
+        changes += [{"parallel": "fsdp"}, {"parallel": "fsdp", "gradient_checkpointing": True}]
+    for change in changes:
+        largest = largest_batch(shape, available, rows, **{**how, "accumulate": True, **change})
+        settings = [f"--{name}={value}" for name, value in change.items()]
+        if largest and largest < rows:
+            settings.append(f"--batch_size={largest} (and more gradient_accumulation_steps)")
+        if largest and settings:
+            yield " ".join(settings)
+
+
+@dataclass(frozen=True)
+class _Machine:
+    name: str
+    memory: float  # bytes
+    flops: float  # per second, in the format of the matrix products
+    bytes_of_dtype: int
+    source: str
+
+
+def _machine(config: PlanConfig) -> _Machine:
+    """What a device of the machines can hold and do. Raises `ConfigError` for one that is not known."""
+    if config.gpu:
+        if config.gpu not in _MEMORY:
+            raise ConfigError(f"gpu={config.gpu!r}: known are {', '.join(_MEMORY)}; others: take one and --gpu_memory")
+        size = 4 if config.dtype == "float32" else 2
+        return _Machine(config.gpu, (config.gpu_memory or _MEMORY[config.gpu]) * 1e9, PEAK_FLOPS[config.gpu],
+                        size, "data sheet, 16 bits")  # fmt: skip
+    device = choose(config.device, config.dtype, False)
+    ram = device.total_memory() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    flops = device.peak_flops()
+    source = "data sheet" if flops else "measured now"
+    return _Machine(
+        device.name, config.gpu_memory * 1e9 or ram, flops or _measured_flops(device), device.dtype.itemsize, source
+    )
+
+
+def _measured_flops(device: Device, n: int = 2048) -> float:
+    """FLOP/s of a matrix product, the best of five."""
+    a = torch.randn(n, n, device=device.name).to(device.dtype)
+    times = []
+    for _ in range(5):
+        device.synchronize()
+        began = time.perf_counter()
+        a @ a
+        device.synchronize()
+        times.append(time.perf_counter() - began)
+    return float(2 * n**3 / min(times))
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def _parameters(shape: GPTConfig) -> tuple[int, int]:
+    """How many there are, and in one block."""
+    with torch.device("meta"):
+        model = GPT(replace(shape, n_layer=1))
+    block = sum(parameter.numel() for parameter in model.transformer.h.parameters())
+    return sum(p.numel() for p in model.parameters()) + (shape.n_layer - 1) * block, block
