@@ -22,6 +22,7 @@ from nanogpt.start import shape_to_train
 _MEMORY = {"B200": 180, "GH200": 96, "H200": 141, "H100": 80, "A100": 80, "L40S": 48, "L4": 24, "A40": 48, "A10G": 24,
            "RTX 5090": 32, "RTX 4090": 24, "RTX 3090": 24, "V100": 32, "T4": 16}  # fmt: skip
 _USABLE = 0.92  # of a GPU's memory: CUDA itself, buffers of nccl, fragments
+_KERNELS = 30e6  # bytes that torch itself takes for them
 _CHINCHILLA = 20  # tokens per parameter (Hoffmann et al. 2022)
 
 
@@ -33,15 +34,17 @@ class Memory:
     gradients: float
     optimizer: float
     copies: float  # of weights in 16 bits, or collected from other processes
-    activations: float
-    logits: float
+    activations: float  # kept from the forward to the backward pass
+    logits: float  # with their gradients and the head's; gone when the last block is gone through backwards
+    block: float  # what going through one needs
     gradients_stay: bool  # while activations are there
 
     @property
     def peak(self) -> float:
-        """The most at a time: at the loss, or when the last gradient is there and the activations are gone."""
-        at_loss = self.activations + self.logits + (self.gradients if self.gradients_stay else 0)
-        return self.weights + self.optimizer + self.copies + max(at_loss, self.gradients)
+        """The most at a time: after the forward pass, or when all gradients are there and the activations are gone."""
+        after_forward = self.activations + max(self.logits, self.block)
+        after_forward += self.gradients if self.gradients_stay else 0
+        return self.weights + self.optimizer + self.copies + max(after_forward, self.gradients) + _KERNELS
 
 
 def memory(shape: GPTConfig, rows: int, *, bytes_of_dtype: int, parallel: str, processes: int, accumulate: bool,
@@ -65,12 +68,9 @@ def memory(shape: GPTConfig, rows: int, *, bytes_of_dtype: int, parallel: str, p
         per_layer += d * 2 * heads  # queries and keys before and after they are turned
     if shape.dropout:
         per_layer += 2 * C * (1 + d)
-    if gradient_checkpointing:
-        activations = tokens * (shape.n_layer * 4 * C + per_layer)
-    else:
-        activations = tokens * shape.n_layer * per_layer
-    activations += tokens * (8 + d) * C  # embeddings, last normalisation
-    activations += tokens * d * (2 if shape.is_gpt2 else 5) * F  # the gradients in the middle of one MLP
+    kept = 4 * C if gradient_checkpointing else per_layer
+    # the gradients in the middle of the MLP and of the residual stream, and what is computed again
+    block_memory = d * (2 if shape.is_gpt2 else 5) * F + 12 * C + (per_layer if gradient_checkpointing else 0)
 
     share = processes if parallel == "fsdp" else 1
     if parallel == "fsdp":  # two blocks at a time, one of them with its gradient, and always what is outside of blocks
@@ -82,8 +82,9 @@ def memory(shape: GPTConfig, rows: int, *, bytes_of_dtype: int, parallel: str, p
         gradients=4 * total / share,
         optimizer=8 * total / share,
         copies=copies,
-        activations=activations,
-        logits=12 * tokens * V,  # log-probabilities and two gradients, float32
+        activations=tokens * (shape.n_layer * kept + (8 + d) * C),  # blocks; embeddings and the last normalisation
+        logits=12 * tokens * V + 4 * V * C,  # log-probabilities and two gradients; the gradient of the head
+        block=tokens * block_memory,
         gradients_stay=accumulate or parallel == "ddp",
     )
 

@@ -27,6 +27,7 @@ SHRUNK = {
     "python train.py config/train_shakespeare_char.py --device=cpu": SHORT,
     "python train.py config/train_own_text.py": SHORT,
     "python train.py config/train_gpt2.py": "--dry_run",
+    "torchrun --standalone --nproc_per_node=2": SHORT,
     "python data/openwebtext/prepare.py": "--input=data/shakespeare_char/input.txt --val_fraction=0.1",
     "python train.py config/eval_gpt2": "--dry_run",
     "python train.py config/finetune_shakespeare.py": f"{SHORT} --block_size=16",
