@@ -66,9 +66,12 @@ def speed(name: str, device: str, steps: int) -> dict[str, Any]:
 def resuming(device: str) -> float:
     """The largest difference of a loss between a run and the same run, stopped and resumed half-way."""
     with tempfile.TemporaryDirectory() as folder:
-        common = {"data_dir": f"{folder}/data", "dataset": "pystdlib", "device": device, "compile": False,
-                  "n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "batch_size": 16, "gradient_accumulation_steps": 1, "dropout": 0.1,
-                  "eval_interval": 1000, "eval_iters": 2, "warmup_iters": 5, "log_interval": 1}  # fmt: skip
+        common = {
+            "data_dir": f"{folder}/data", "dataset": "pystdlib", "device": device, "compile": False,
+            "n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "dropout": 0.1,
+            "batch_size": 16, "gradient_accumulation_steps": 1, "warmup_iters": 5,
+            "eval_interval": 1000, "eval_iters": 2, "log_interval": 1,
+        }  # fmt: skip
         run("train.py", {**common, "out_dir": f"{folder}/whole", "max_iters": 40})
         run("train.py", {**common, "out_dir": f"{folder}/parts", "max_iters": 20})
         run("train.py", {**common, "out_dir": f"{folder}/parts", "max_iters": 40, "init_from": "resume"})
@@ -77,7 +80,7 @@ def resuming(device: str) -> float:
              if "train/loss" in row} for name in ("whole", "parts")
         ]  # fmt: skip
     assert losses[0].keys() == losses[1].keys()
-    return max(abs(losses[0][step] - losses[1][step]) for step in losses[0])
+    return max(abs(float(losses[0][step]) - float(losses[1][step])) for step in losses[0])
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Several processes on one machine, started as a person does, equal one process; and what they say when they part."""
 
 import os
+import random
 import re
 import signal
 import subprocess
@@ -203,6 +204,34 @@ def test_with_restarts_a_killed_process_leaves_no_trace(data_dir: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "resuming out/ckpt.dcp/" in result.stdout
     assert_same_run("one", "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_ranks_killed_at_random_moments_leave_no_trace(data_dir: Path, parallel: str) -> None:
+    words = ["--gradient_accumulation_steps=4", "--max_iters=1500", "--eval_interval=500", "--checkpoint_interval=40",
+             "--log_interval=10", "--learning_rate=1e-3", "--dropout=0.1", f"--parallel={parallel}"]  # fmt: skip
+    assert launch(4, "undisturbed", *words).returncode == 0
+    random_moments, kills = random.Random(5), 0
+    log = open("log.txt", "w", encoding="utf-8")
+    line = command(4, "killed", *words, "--resume=auto", restarts=50)
+    process = subprocess.Popen(line, stdout=log, stderr=log, text=True)
+    while process.poll() is None and kills < 8:
+        time.sleep(random_moments.uniform(2, 8))
+        listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
+        if pids := listed.stdout.split():
+            os.kill(int(random_moments.choice(pids)), signal.SIGKILL)
+            kills += 1
+    assert process.wait(240) == 0, Path("log.txt").read_text()[-5000:]
+    assert kills >= 3
+    a, b = (checkpoint.load(Path(name, "ckpt.pt")) for name in ("undisturbed", "killed"))
+    assert all(torch.equal(tensor, b.weights[name]) for name, tensor in a.weights.items())
+    c, d = (read_metrics(Path(name, "metrics.jsonl")) for name in ("undisturbed", "killed"))
+    measured = ("seconds", "tokens_per_second")
+    assert [{k: v for k, v in row.items() if k not in measured} for row in c] == [
+        {k: v for k, v in row.items() if k not in measured} for row in d
+    ]
+    print(f"{kills} kills, {Path('log.txt').read_text().count('resuming killed/')} times resumed")
 
 
 def test_a_stop_signal_to_one_process_saves_and_the_run_goes_on(data_dir: Path) -> None:
