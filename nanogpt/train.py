@@ -71,6 +71,7 @@ def train_until_done(run: Run) -> int:
         contact(world, config.dist_timeout, step=lambda: progress.step),
     ):
         model.train()
+        settle_sums(run)
         guard = Guard(run)
         seconds, updates = 0.0, 0  # since the last line
         stopped = False
@@ -217,6 +218,22 @@ def document_ids(run: Run, x: Tensor) -> Tensor | None:
     """Which document of its row each token of x (B, T) belongs to, if the run keeps documents apart."""
     end_of_text = run.dataset.tokenizer.end_of_text
     return document_ids_of(x, end_of_text) if run.config.mask_documents and end_of_text is not None else None
+
+
+def settle_sums(run: Run) -> None:
+    """Have DDP choose now in which buckets, and so in which order, it adds up gradients.
+
+    It chooses anew after its first backward pass: without this one, the first update of a resumed run would add up in
+    another order than the same update of an undisturbed run, and differ from it in the last bit.
+    """
+    if run.network is run.model:
+        return
+    x, y = next_batch(run, run.progress.step)
+    rows = slice(run.config.batch_size)
+    with run.device.autocast():
+        _, loss = run.network(x[rows], y[rows], document_ids=document_ids(run, x[rows]), return_logits=False)
+    loss.backward()
+    run.optimizer.zero_grad(set_to_none=True)
 
 
 def update(run: Run, x: Tensor, y: Tensor, learning_rate: float) -> tuple[Tensor, Tensor, Tensor]:

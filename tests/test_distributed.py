@@ -216,7 +216,7 @@ def test_ranks_killed_at_random_moments_leave_no_trace(data_dir: Path, parallel:
     log = open("log.txt", "w", encoding="utf-8")
     line = command(4, "killed", *words, "--resume=auto", restarts=50)
     process = subprocess.Popen(line, stdout=log, stderr=log, text=True)
-    while process.poll() is None and kills < 8:
+    while process.poll() is None and kills < 5:
         time.sleep(random_moments.uniform(2, 8))
         listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
         if pids := listed.stdout.split():
