@@ -66,6 +66,8 @@ def memory(shape: GPTConfig, rows: int, *, bytes_of_dtype: int, parallel: str, p
     if not shape.is_gpt2:
         per_layer += 8 * C  # RMSNorm's quotients
         per_layer += d * 2 * heads  # queries and keys before and after they are turned
+    if shape.architecture == "qwen3":  # which normalises them in float32
+        per_layer += (8 if d == 2 else 4) * (shape.n_head + shape.n_kv_head) * D
     if shape.dropout:
         per_layer += 2 * C * (1 + d)
     kept = 4 * C if gradient_checkpointing else per_layer
