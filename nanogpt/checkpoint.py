@@ -287,7 +287,7 @@ def kept(out_dir: str | Path) -> list[Path]:
     if not kept_name(Path(out_dir), 0).exists() and finished.exists():
         paths = [finished, *paths]
     folders = sharded.finished(Path(out_dir))
-    return sorted([*folders, *paths], key=step_of, reverse=True) if folders and paths else folders or paths
+    return sorted([*paths, *folders], key=step_of, reverse=True) if folders and paths else folders or paths
 
 
 def kept_name(folder: Path, n: int) -> Path:

