@@ -16,18 +16,14 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from nanogpt.checkpoint import Progress
+from nanogpt.bench import run_of
 from nanogpt.config import PRESETS, TrainConfig
 from nanogpt.data.tokenizer import GPT2Tokenizer
 from nanogpt.data.tokens import Dataset, Tokens
 from nanogpt.device import choose
-from nanogpt.distributed import World
-from nanogpt.model import GPT
-from nanogpt.optim import adamw
 from nanogpt.saver import Saver
-from nanogpt.start import Run, loader
+from nanogpt.start import Run
 from nanogpt.train import next_batch, snapshot, update
 
 
@@ -37,12 +33,7 @@ def make_run(arguments: argparse.Namespace) -> Run:
     device = choose("auto", arguments.dtype, False)
     tokens = Tokens([np.random.default_rng(0).integers(50257, size=100_000).astype("uint16")])
     dataset = Dataset(Path(), tokens, tokens, GPT2Tokenizer(), {})
-    torch.manual_seed(0)
-    model = GPT(config.model_config(50304)).to(device.name)
-    optimizer = adamw(model, 1e-4, (0.9, 0.95), 0.1)
-    scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
-    rows_of = loader(config, dataset, model.config, device, World())
-    return Run(config, device, World(), dataset, model, rows_of, model, optimizer, scaler, Progress())
+    return run_of(config, dataset, 50304, device)
 
 
 def seconds_of(run: Run, steps: int, saver: Saver | None) -> tuple[list[float], float]:

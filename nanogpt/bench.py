@@ -4,22 +4,38 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import nanogpt.model
 from nanogpt.checkpoint import Progress
-from nanogpt.config import BenchConfig, GPTConfig
+from nanogpt.config import BenchConfig, GPTConfig, TrainConfig
 from nanogpt.data.batches import check_length
 from nanogpt.data.tokenizer import ByteTokenizer
 from nanogpt.data.tokens import Dataset, Tokens
-from nanogpt.device import choose
-from nanogpt.distributed import World
+from nanogpt.device import Device, choose
+from nanogpt.distributed import World, compile_model
 from nanogpt.errors import DataError
 from nanogpt.model import GPT
-from nanogpt.optim import adamw
+from nanogpt.optim import optimizer_for
 from nanogpt.start import Run, loader, open_or_prepare
 from nanogpt.train import next_batch, update
+
+
+def run_of(config: TrainConfig, dataset: Dataset, vocab_size: int, device: Device) -> Run:
+    """A run from scratch in a single process, without a folder: what there is to time."""
+    torch.manual_seed(config.seed)
+    model = GPT(config.model_config(vocab_size), config.zero_init).to(device.name)
+    model.transformer.gradient_checkpointing = config.gradient_checkpointing
+    if device.compile:
+        print("compiling the model: takes a minute or so")
+        compile_model(model, "none")
+    optimizer = optimizer_for(model, config, device.dtype)
+    scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
+    rows_of = loader(config, dataset, model.config, device, World())
+    return Run(config, device, World(), dataset, model, rows_of, model, optimizer, scaler, Progress())
 
 
 def bench(config: BenchConfig) -> None:
@@ -38,15 +54,8 @@ def bench(config: BenchConfig) -> None:
     else:
         tokens = torch.randint(vocab_size, (4 * config.batch_size * (config.block_size + 1),)).numpy().astype("uint16")
         dataset = Dataset(Path(), Tokens([tokens]), Tokens([tokens]), ByteTokenizer(), {})
-    model = GPT(training.model_config(vocab_size)).to(device.name)
-    model.transformer.gradient_checkpointing = config.gradient_checkpointing
-    optimizer = adamw(model, 1e-4, (0.9, 0.95), 1e-2)
-    scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
-    rows_of = loader(training, dataset, model.config, device, World())
-    run = Run(training, device, World(), dataset, model, rows_of, model, optimizer, scaler, Progress())
-    if device.compile:
-        print("compiling the model: takes a minute or so")
-        model.compile()
+    run = run_of(training, dataset, vocab_size, device)
+    model = run.model
     fixed = None if config.real_data else next_batch(run, 0)
 
     def step(n: int) -> Tensor:
@@ -66,6 +75,7 @@ def bench(config: BenchConfig) -> None:
         print(f"{n + 1}/{config.steps}: loss {loss.item():.4f}, {times[-1] * 1000:.2f}ms")
     if config.profile:
         _profile(step, device.type)
+        print_parts(run, lambda n: step(config.warmup_steps + n))
 
     seconds = sorted(times)[len(times) // 2]
     tokens_per_second = config.batch_size * config.block_size / seconds
@@ -91,6 +101,51 @@ def bench(config: BenchConfig) -> None:
         "compile": device.compile,
     }
     print(json.dumps(result))
+
+
+def print_parts(run: Run, step: Callable[[int], object], steps: int = 5) -> None:
+    """Time the parts of `steps` steps, and print them beside what the hardware would need at least."""
+    inside: dict[str, list[float]] = {}
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **settings: Any) -> Any:
+            run.device.synchronize()
+            began = time.perf_counter()
+            result = function(*args, **settings)
+            run.device.synchronize()
+            inside.setdefault(name, []).append(time.perf_counter() - began)
+            return result
+
+        return call
+
+    places = [("data", run, "rows_of"), ("forward", run, "network"), ("loss", nanogpt.model, "head_loss"),
+              ("backward", torch.Tensor, "backward"), ("clip", torch.nn.utils, "clip_grad_norm_"),
+              ("optimizer", run.optimizer, "step")]  # fmt: skip
+    before = [(owner, attribute, getattr(owner, attribute)) for _, owner, attribute in places]
+    for name, owner, attribute in places:
+        if name != "loss" or not run.device.compile:  # there it is a part of what is compiled
+            setattr(owner, attribute, timed(name, getattr(owner, attribute)))
+    try:
+        seconds = run.device.time(lambda: [step(n) for n in range(steps)]) / steps
+    finally:
+        for owner, attribute, function in before:
+            setattr(owner, attribute, function)
+    parts = {name: sum(inside.get(name, [0.0])) / steps for name, _, _ in places}
+    parts["forward"] -= parts["loss"]  # which it calls
+    parts["rest"] = seconds - sum(parts.values())
+    print("part         ms      share")
+    for name, value in parts.items():
+        print(f"{name:10} {value * 1000:7.2f} {value / seconds:8.1%}")
+
+    flops, bandwidth = run.device.peak_flops() or run.device.measured_flops(), run.device.measured_bandwidth()
+    tokens = run.config.rows * run.model.config.block_size
+    computing = run.model.flops_per_token() * tokens / flops
+    moving = 28 * run.model.get_num_params(non_embedding=False) / bandwidth  # 4 tensors are read, 3 written
+    print(
+        f"at least: {computing * 1000:.2f} ms for the matrix products at {flops / 1e12:,.2f} TFLOP/s, "
+        f"{moving * 1000:.2f} ms for AdamW at {bandwidth / 1e9:,.1f} GB/s; a step takes "
+        f"{seconds / (computing + moving):.2f} times as long"
+    )
 
 
 def _profile(step: Callable[[int], Tensor], device_type: str) -> None:

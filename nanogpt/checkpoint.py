@@ -21,13 +21,13 @@ from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.data.tokenizer_json import from_description
 from nanogpt.data.tokens import tokenizer_of_original
 from nanogpt.device import Device
-from nanogpt.distributed import spread_like
 from nanogpt.errors import CheckpointError, ConfigError
 from nanogpt.files import atomic_write
 from nanogpt.interop.flat import model_args, save_tensors
 from nanogpt.model import GPT
 from nanogpt.settings import as_json
 from nanogpt.shape import wrong_types
+from nanogpt.spread import spread_like
 
 FORMAT = 1
 RUN_FILES = ("best.pt", "metrics.jsonl", "config.json", "loss.png", "diverged.json", "wandb_id", "logs", "ckpt.dcp")

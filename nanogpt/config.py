@@ -25,7 +25,7 @@ class _Machine(Settings):
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes the first there is of cuda, mps, cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products; weights stay float32;
     # auto: bfloat16 where the hardware computes it natively, float16 on older CUDA GPUs, else float32
-    compile: bool | Literal["auto"] = "auto"  # torch.compile: minutes at the start, faster steps; auto: on CUDA only
+    compile: bool | Literal["auto"] = "auto"  # torch.compile: a minute at first, then faster; auto: on CUDA, long runs
     seed: int = 1337  # of everything random
 
     def problems(self) -> Iterator[str]:
@@ -56,6 +56,7 @@ class _Network(_Machine):
     n_hidden: int = 0  # channels within the MLP; 0: 4 n_embd, llama and qwen3: 8/3 n_embd, in multiples of 64
     tied_head: bool = True  # the head is the token embedding: fewer parameters, better for small models
     rope_theta: float = 10_000.0  # llama, qwen3: slowest wavelength of rotary positions / 2 pi; more for long contexts
+    zero_init: bool = False  # c_proj starts at zero, so every block as if it were not there; helps Muon
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: far less memory, a third more time
 
     @classmethod
@@ -139,15 +140,20 @@ class TrainConfig(_Network):
     mask_documents: bool = False  # a token sees only its own document, and positions restart with it; on CUDA fast
     # where the model is compiled and has no dropout
 
-    # --- AdamW ---
-    learning_rate: float = 6e-4  # peak
+    # --- optimizer ---
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, with adamw for the rest
+    learning_rate: float = 6e-4  # peak, of AdamW
     weight_decay: float = 1e-1  # on matrices only
     beta1: float = 0.9  # how slowly the average of the gradient forgets
     beta2: float = 0.95  # the same for its square; 0.99 where few tokens make a batch
+    muon_lr: float = 0.02  # peak, of Muon; warms up and decays like the other
+    muon_momentum: float = 0.95  # how slowly Muon's average of the gradient forgets
     grad_clip: float = 1.0  # clip gradients at this total norm; 0: never
 
     # --- learning-rate schedule ---
     decay_lr: bool = True  # warm up and decay; False: learning_rate throughout
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm up, stay at the peak, decay in a straight line at the end
+    decay_share: float = 0.3  # wsd: the share of lr_decay_iters in which it decays
     warmup_iters: int = 2000  # updates of linear warm-up
     lr_decay_iters: int = 600_000  # updates until min_lr is reached; usually max_iters (Chinchilla)
     min_lr: float = 6e-5  # floor of the decay; usually learning_rate / 10 (Chinchilla)
@@ -166,11 +172,15 @@ class TrainConfig(_Network):
         yield from out_of_range(self, ">= 1", f"{counts} keep_checkpoints max_bad_steps")
         if not 0 < self.dist_timeout <= 1e6:
             yield f"dist_timeout={self.dist_timeout}: expected minutes"
-        rates = "learning_rate min_lr weight_decay grad_clip"
+        rates = "learning_rate min_lr muon_lr weight_decay grad_clip"
         yield from out_of_range(self, ">= 0", f"max_iters warmup_iters lr_decay_iters {rates} health_interval")
         if not re.fullmatch(r"\d+|\d+(\.\d+)?m", self.checkpoint_interval):
             yield f"checkpoint_interval={self.checkpoint_interval!r}: expected updates, as 500, or minutes, as 30m"
-        yield from out_of_range(self, "in [0, 1)", "beta1 beta2")
+        yield from out_of_range(self, "in [0, 1)", "beta1 beta2 muon_momentum")
+        if not 0 < self.decay_share <= 1:
+            yield f"decay_share={self.decay_share}: expected a value above 0, up to 1"
+        if self.optimizer == "muon" and not self.learning_rate:
+            yield "learning_rate=0: Muon's rate, muon_lr, follows its schedule, so it would be 0, too"
         yield from init_from_problems(self.init_from, "scratch")
         if self.decay_lr and self.min_lr > self.learning_rate:
             yield (

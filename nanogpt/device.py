@@ -1,8 +1,12 @@
 """Which device and number format to compute with, and how fast the hardware could go."""
 
 import contextlib
+import ctypes
+import os
 import re
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +33,9 @@ PEAK_FLOPS = {
     "V100": 125e12,
     "T4": 65e12,
 }
+
+_CALLS_WORTH_COMPILING = 2000  # compiling takes a minute or so, and saves some 30 ms of a call
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -86,11 +93,33 @@ class Device:
             return None
         return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
 
+    def measured_flops(self, n: int = 2048) -> float:
+        """FLOP/s of a product of n x n matrices in `dtype`, the best of five."""
+        a = torch.randn(n, n, device=self.name).to(self.dtype)
+        return 2 * n**3 / min(self.time(lambda: a @ a) for _ in range(5))
 
-def choose(device: str, dtype: str, compile: bool | str, local_rank: int | None = None) -> Device:
+    def measured_bandwidth(self, n: int = 2**26) -> float:
+        """Bytes per second that a copy of n float32 numbers reads and writes, the best of five."""
+        a = torch.zeros(n, device=self.name)
+        b = torch.zeros_like(a)
+        return 8 * n / min(self.time(lambda: b.copy_(a)) for _ in range(5))
+
+    def time(self, function: Callable[[], object]) -> float:
+        """Seconds that `function` takes, with all that it has asked a GPU for."""
+        self.synchronize()
+        began = time.perf_counter()
+        function()
+        self.synchronize()
+        return time.perf_counter() - began
+
+
+def choose(
+    device: str, dtype: str, compile: bool | str, local_rank: int | None = None, calls: int | None = None
+) -> Device:
     """Resolve the settings `device`, `dtype` and `compile`, print the choice, set up the backend.
 
     `local_rank` is the number of this process on this machine, where there are several: each takes its own GPU.
+    `calls`: how often the network will be called in training, if known; a few don't make up for compiling it.
     Raises `ConfigError` for a device that is not here or a dtype that it can't compute with.
     """
     name, why_device = _choose_name(device)
@@ -98,7 +127,9 @@ def choose(device: str, dtype: str, compile: bool | str, local_rank: int | None 
         name, why_device = _choose_name(f"cuda:{local_rank}")
     kind = name.split(":")[0]
     number_format, why_dtype = _choose_dtype(kind, name, dtype)
-    compiled, why_compile = _choose_compile(kind, compile)
+    compiled, why_compile = _choose_compile(kind, compile, calls)
+    if kind == "cpu":
+        _keep_freed_memory()
     if kind == "cuda":
         torch.cuda.set_device(name)
         torch.set_float32_matmul_precision("high")  # TF32 where a product is left in float32
@@ -156,7 +187,24 @@ def _native_bfloat16(kind: str, name: str) -> bool:
     return True
 
 
-def _choose_compile(kind: str, compile: bool | str) -> tuple[bool, str]:
+def _choose_compile(kind: str, compile: bool | str, calls: int | None) -> tuple[bool, str]:
     if compile != "auto":
         return bool(compile), "as set"
-    return (True, "auto: pays on CUDA") if kind == "cuda" else (False, "auto: only on CUDA")
+    if kind != "cuda":
+        return False, "auto: has made nothing faster here but on CUDA"
+    if calls is not None and calls < _CALLS_WORTH_COMPILING:
+        return False, f"auto: {calls} micro-batches are over before it pays"
+    return True, "auto: pays on CUDA"
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed: it would give large blocks back, and get them again page by page in every update.
+
+    That costs up to 14 % more memory and saves up to 40 % of the time (docs/performance.md). Whoever has set one of
+    malloc's own variables (MALLOC_TRIM_THRESHOLD_, …) knows better.
+    """
+    if sys.platform == "linux" and not any(name.startswith("MALLOC_") for name in os.environ):
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if mallopt:
+            mallopt(_M_MMAP_MAX, 0)
+            mallopt(_M_TRIM_THRESHOLD, -1)

@@ -325,24 +325,3 @@ def no_gradient_exchange(network: Any, is_last: bool) -> AbstractContextManager[
         exchange: AbstractContextManager[None] = network.no_sync()
         return exchange
     return nullcontext()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be spread over the processes, as one; all must ask."""
-    collect = getattr(tensor, "full_tensor", lambda: tensor)
-    gathered: Tensor = collect()
-    return gathered
-
-
-def spread_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """A whole tensor that belongs to a parameter, such as an average of its gradients, spread as that is."""
-    if not _is_spread(parameter) or _is_spread(value) or value.shape != parameter.shape:
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
-    return distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
-
-
-def _is_spread(tensor: Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")  # a DTensor; to import that class takes half a second

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from nanogpt.checkpoint import Progress
 from nanogpt.data.batches import dropout_seed
-from nanogpt.distributed import no_gradient_exchange, whole
+from nanogpt.distributed import no_gradient_exchange
 from nanogpt.errors import DivergedError, UserError
 from nanogpt.files import write_json
 from nanogpt.report.progress import warn
+from nanogpt.spread import whole
 from nanogpt.start import Run
 
 _FEW = 50  # recorded losses, before which none stands out

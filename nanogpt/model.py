@@ -8,17 +8,18 @@ Sources: GPT-2 (Radford et al. 2019) and its release, https://github.com/openai/
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from nanogpt.config import GPTConfig
 from nanogpt.errors import ConfigError
+from nanogpt.loss import head_loss
 
 __all__ = ["GPT", "MLP", "Block", "CausalSelfAttention", "GPTConfig", "LayerNorm"]
 
@@ -79,11 +80,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float) -> Tensor:
     """Attention of queries to keys and values, all (B, H, T, D), causal or as `document_mask` says."""
-    if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-    if isinstance(mask, Tensor):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    return flex_attention(q, k, v, block_mask=mask)
+    if mask is not None and not isinstance(mask, Tensor):
+        return flex_attention(q, k, v, block_mask=mask)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 512 and q.requires_grad:
+        return attend_in_bfloat16(q, k, v, mask, dropout)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+
+
+def attend_in_bfloat16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """The same, spelled out: at short contexts torch's fused attention for CPUs takes 2 to 6 times as long to train."""
+    B, H, T, D = q.shape
+    visible = torch.ones(T, T, dtype=torch.bool).tril() if mask is None else mask.expand(B, H, T, T).flatten(0, 1)
+    hidden = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -math.inf)
+    q, k, v = (t.reshape(-1, T, D) for t in (q, k, v))
+    p = torch.baddbmm(hidden, q, k.mT, alpha=D**-0.5).softmax(dim=-1)  # (B * H, T, T)
+    return (F.dropout(p, dropout) @ v).view(B, H, T, D)
 
 
 def document_mask(document_ids: Tensor, dense: bool) -> Any:
@@ -126,18 +137,14 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, mask: Any = None) -> Tensor:
         B, T, _ = x.shape
         qkv = self.c_attn(x).view(B, T, sum(self.heads), -1)
-        # torch's bfloat16 attention for CPUs is several times slower than float32 at short contexts (backward)
-        in_float32 = qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and T < 256
-        with torch.autocast("cpu", enabled=False) if in_float32 else nullcontext():
-            # (B, H, T, D), keys and values (B, H_kv, T, D)
-            q, k, v = (qkv.float() if in_float32 else qkv).transpose(1, 2).split(self.heads, dim=1)
-            if rotary:  # in float32, as angles of far positions need
-                q = rotate(self.q_norm(q.float()), *rotary).to(q.dtype)
-                k = rotate(self.k_norm(k.float()), *rotary).to(k.dtype)
-            if k.shape[1] < q.shape[1]:  # a group of query heads shares each of the others
-                k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-            y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, -1).to(qkv.dtype)
+        q, k, v = qkv.transpose(1, 2).split(self.heads, dim=1)  # (B, H, T, D), keys and values (B, H_kv, T, D)
+        if rotary:  # in float32, as angles of far positions need
+            q = rotate(self.q_norm(q.float()), *rotary).to(q.dtype)
+            k = rotate(self.k_norm(k.float()), *rotary).to(k.dtype)
+        if k.shape[1] < q.shape[1]:  # a group of query heads shares each of the others
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, -1)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
@@ -220,13 +227,22 @@ class Transformer(nn.Module):
         return x
 
 
+class _NothingDrawn(TorchFunctionMode):
+    """Within the block, modules are made without first values; on the device `meta` these cost a second."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 class GPT(nn.Module):
     """A decoder-only transformer. Parameter names are those of the original nanoGPT, so its checkpoints load.
 
-    Raises `ConfigError` for an inconsistent `config`.
+    zero_init: start with blocks that add nothing. Raises `ConfigError` for an inconsistent `config`.
     """
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, zero_init: bool = False) -> None:
         super().__init__()
         if problems := list(config.problems()):
             raise ConfigError("; ".join(problems))
@@ -234,7 +250,7 @@ class GPT(nn.Module):
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
-        self.init_weights()
+        self.init_weights(zero_init)
 
     def tie_weights(self) -> None:
         """Let head and token embedding share one matrix: a token is recognised by what it is embedded as."""
@@ -243,9 +259,10 @@ class GPT(nn.Module):
         self.lm_head.weight = self.transformer.wte.weight
 
     @torch.no_grad()
-    def init_weights(self) -> None:
-        """Draw all weights anew from torch's random stream, as GPT-2 does."""
-        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)  # 2 n_layer branches add up to the stream
+    def init_weights(self, zero_init: bool = False) -> None:
+        """Draw all weights anew from torch's random stream, as GPT-2 does; but for c_proj, if that is to be zero."""
+        # 2 n_layer branches add up to the stream
+        residual_std = 0.0 if zero_init else 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=residual_std)
@@ -274,10 +291,10 @@ class GPT(nn.Module):
         x = self.transformer(idx, document_ids)  # (B, T, C)
         if targets is None:
             return self.lm_head(x[:, [-1]]), None
+        if not return_logits:
+            return None, head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
         logits = self.lm_head(x)
-        # in float32 whatever the matrix products run in: a sum over V terms needs the digits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-        return (logits if return_logits else None), loss
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
     @classmethod
     def from_weights(cls, config: GPTConfig, weights: Mapping[str, Tensor]) -> "GPT":
@@ -285,7 +302,7 @@ class GPT(nn.Module):
 
         Raises `RuntimeError` if they don't fit `config`.
         """
-        with torch.device("meta"):
+        with torch.device("meta"), _NothingDrawn():
             model = cls(config)
         model.load_state_dict(weights, assign=True)
         model.tie_weights()  # assigning has untied them

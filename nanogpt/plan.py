@@ -3,7 +3,6 @@
 import bisect
 import json
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -11,9 +10,10 @@ from typing import Any
 import torch
 
 from nanogpt.config import PlanConfig
-from nanogpt.device import PEAK_FLOPS, Device, choose
+from nanogpt.device import PEAK_FLOPS, choose
 from nanogpt.distributed import World, fits_ddp
 from nanogpt.errors import ConfigError
+from nanogpt.loss import CHUNK
 from nanogpt.model import GPT
 from nanogpt.shape import GPTConfig
 from nanogpt.start import shape_to_train
@@ -35,7 +35,7 @@ class Memory:
     optimizer: float
     copies: float  # of weights in 16 bits, or collected from other processes
     activations: float  # kept from the forward to the backward pass
-    logits: float  # with their gradients and the head's; gone when the last block is gone through backwards
+    logits: float  # of a chunk, with their gradients and the head's
     block: float  # what going through one needs
     gradients_stay: bool  # while activations are there
 
@@ -48,7 +48,7 @@ class Memory:
 
 
 def memory(shape: GPTConfig, rows: int, *, bytes_of_dtype: int, parallel: str, processes: int, accumulate: bool,
-           gradient_checkpointing: bool) -> Memory:  # fmt: skip
+           gradient_checkpointing: bool, on_cpu: bool = False) -> Memory:  # fmt: skip
     """What training needs per device, for micro-batches of `rows` windows.
 
     parallel: none, ddp or fsdp. `accumulate`: more than one micro-batch per update.
@@ -68,11 +68,17 @@ def memory(shape: GPTConfig, rows: int, *, bytes_of_dtype: int, parallel: str, p
         per_layer += d * 2 * heads  # queries and keys before and after they are turned
     if shape.architecture == "qwen3":  # which normalises them in float32
         per_layer += (8 if d == 2 else 4) * (shape.n_head + shape.n_kv_head) * D
+    if on_cpu and d == 2 and shape.block_size <= 512:  # the attention's probabilities are kept
+        per_layer += d * shape.n_head * shape.block_size
     if shape.dropout:
         per_layer += 2 * C * (1 + d)
     kept = 4 * C if gradient_checkpointing else per_layer
     # the gradients in the middle of the MLP and of the residual stream, and what is computed again
     block_memory = d * (2 if shape.is_gpt2 else 5) * F + 12 * C + (per_layer if gradient_checkpointing else 0)
+
+    # logits of a chunk, log-probabilities of a part of it, the gradients of the head and of its input
+    chunk = min(tokens, CHUNK[on_cpu])
+    logits = d * chunk * V + 4 * (min(chunk * V, 2**21) if on_cpu else chunk * V) + (4 + d) * V * C + 4 * tokens * C
 
     share = processes if parallel == "fsdp" else 1
     if parallel == "fsdp":  # two blocks at a time, one of them with its gradient, and always what is outside of blocks
@@ -85,8 +91,8 @@ def memory(shape: GPTConfig, rows: int, *, bytes_of_dtype: int, parallel: str, p
         optimizer=8 * total / share,
         copies=copies,
         activations=tokens * (shape.n_layer * kept + (8 + d) * C),  # blocks; embeddings and the last normalisation
-        logits=12 * tokens * V + 4 * V * C,  # log-probabilities and two gradients; the gradient of the head
-        block=tokens * block_memory,
+        logits=logits,
+        block=tokens * block_memory + 4 * V * C,  # the gradient of the head is there already
         gradients_stay=accumulate or parallel == "ddp",
     )
 
@@ -108,7 +114,8 @@ def plan(config: PlanConfig) -> None:
     if parallel == "auto":
         parallel = "ddp" if fits_ddp(parameters, machine.memory) else "fsdp"
     how: dict[str, Any] = {"bytes_of_dtype": machine.bytes_of_dtype, "parallel": parallel, "processes": config.gpus,
-           "accumulate": share > rows, "gradient_checkpointing": config.gradient_checkpointing}  # fmt: skip
+           "accumulate": share > rows, "gradient_checkpointing": config.gradient_checkpointing,
+           "on_cpu": machine.on_cpu}  # fmt: skip
     needed, available = memory(shape, rows, **how), machine.memory * _USABLE
     largest = largest_batch(shape, available, 4096, **how)
 
@@ -169,6 +176,7 @@ class _Machine:
     flops: float  # per second, in the format of the matrix products
     bytes_of_dtype: int
     source: str
+    on_cpu: bool
 
 
 def _machine(config: PlanConfig) -> _Machine:
@@ -178,27 +186,13 @@ def _machine(config: PlanConfig) -> _Machine:
             raise ConfigError(f"gpu={config.gpu!r}: known are {', '.join(_MEMORY)}; others: take one and --gpu_memory")
         size = 4 if config.dtype == "float32" else 2
         return _Machine(config.gpu, (config.gpu_memory or _MEMORY[config.gpu]) * 1e9, PEAK_FLOPS[config.gpu],
-                        size, "data sheet, 16 bits")  # fmt: skip
+                        size, "data sheet, 16 bits", on_cpu=False)  # fmt: skip
     device = choose(config.device, config.dtype, False)
     ram = device.total_memory() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     flops = device.peak_flops()
     source = "data sheet" if flops else "measured now"
-    return _Machine(
-        device.name, config.gpu_memory * 1e9 or ram, flops or _measured_flops(device), device.dtype.itemsize, source
-    )
-
-
-def _measured_flops(device: Device, n: int = 2048) -> float:
-    """FLOP/s of a matrix product, the best of five."""
-    a = torch.randn(n, n, device=device.name).to(device.dtype)
-    times = []
-    for _ in range(5):
-        device.synchronize()
-        began = time.perf_counter()
-        a @ a
-        device.synchronize()
-        times.append(time.perf_counter() - began)
-    return float(2 * n**3 / min(times))
+    return _Machine(device.name, config.gpu_memory * 1e9 or ram, flops or device.measured_flops(),
+                    device.dtype.itemsize, source, on_cpu=device.type == "cpu")  # fmt: skip
 
 
 def _duration(seconds: float) -> str:

@@ -20,7 +20,7 @@ from nanogpt.distributed import World, choose_parallel, compile_model, wrap
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.interop.huggingface import folder_of, shape_of
 from nanogpt.model import GPT
-from nanogpt.optim import adamw
+from nanogpt.optim import optimizer_for
 from nanogpt.shape import GPT2_NAMES
 from nanogpt.trained import checkpoint_of, load_model
 
@@ -63,7 +63,7 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
             check_agreement(config, loaded)
         print(f"resuming {loaded.path} after {loaded.progress.step} updates")
     elif config.init_from == "scratch":
-        model = GPT(config.model_config(dataset.tokenizer.padded_vocab_size))
+        model = GPT(config.model_config(dataset.tokenizer.padded_vocab_size), config.zero_init)
     else:
         pretrained = load_model(config.init_from, cpu, dropout=config.dropout, data_dir=config.data_dir)
         dataset.check_tokenizer(pretrained.tokenizer, config.init_from)
@@ -85,7 +85,7 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
         print("compiling the model: takes a minute or so (--compile=False starts at once)")
         compile_model(model, parallel)
     network = wrap(model, parallel, device, world)
-    optimizer = adamw(model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
+    optimizer = optimizer_for(model, config, device.dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
     if loaded and (loaded.is_unread or not config.eval_only):
         loaded.restore(model, optimizer, scaler)

@@ -19,7 +19,7 @@ from nanogpt import checkpoint, sharded
 from nanogpt.config import TrainConfig
 from nanogpt.data.batches import EVALUATION, document_ids_of, dropout_seed, gather, window_starts
 from nanogpt.device import Device, choose
-from nanogpt.distributed import World, contact, joined, keep_log, no_gradient_exchange, this_process, whole
+from nanogpt.distributed import World, contact, joined, keep_log, no_gradient_exchange, this_process
 from nanogpt.errors import DivergedError
 from nanogpt.files import locked
 from nanogpt.guards import Guard, health, is_spike
@@ -27,6 +27,7 @@ from nanogpt.optim import learning_rate_at
 from nanogpt.report.metrics import Metrics
 from nanogpt.report.progress import Console
 from nanogpt.saver import Saver
+from nanogpt.spread import whole
 from nanogpt.start import Run, derived_values, dry_run, start
 
 STOPPED = 75  # exit code of a run that a signal has stopped and that can be resumed
@@ -35,7 +36,8 @@ STOPPED = 75  # exit code of a run that a signal has stopped and that can be res
 def train(config: TrainConfig) -> int:
     """Train as `config` says. Returns the exit code: 0 done, 75 stopped by a signal and resumable."""
     world = this_process()
-    device = choose(config.device, config.dtype, config.compile, world.local_rank if world.size > 1 else None)
+    calls = config.max_iters * config.gradient_accumulation_steps // world.size
+    device = choose(config.device, config.dtype, config.compile, world.local_rank if world.size > 1 else None, calls)
     world.share(config.batch_size, config.gradient_accumulation_steps)  # or refuse
     if config.dry_run:
         return dry_run(resumed_if_there(config, World())) if world.is_main else 0
@@ -251,7 +253,7 @@ def update(run: Run, x: Tensor, y: Tensor, learning_rate: float) -> tuple[Tensor
     if config.dropout:  # what is dropped out is a function of (seed, step), too
         torch.manual_seed(dropout_seed(config.seed, run.progress.step, run.world.rank))
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
     total = torch.zeros((), device=x.device)
     count = math.ceil(len(x) / config.batch_size)
     for n, (inputs, targets) in enumerate(zip(x.tensor_split(count), y.tensor_split(count), strict=True), start=1):
@@ -264,10 +266,7 @@ def update(run: Run, x: Tensor, y: Tensor, learning_rate: float) -> tuple[Tensor
     scaler.unscale_(optimizer)
     grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
     is_bad = run.world.any_tensor(~torch.isfinite(total + grad_norm))
-    if optimizer.defaults["fused"]:
-        optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]  # its kernels then change nothing
-    elif is_bad:
-        optimizer.zero_grad()  # and what has no gradient stays
+    optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]  # then it changes nothing
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

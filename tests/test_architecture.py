@@ -9,10 +9,10 @@ PACKAGE = Path(nanogpt.__file__).parent
 LAYERS = [
     "errors", "files", "settings", "shape", "config", "device", "data.pieces", "data.tokenizer",
     "data.tokenizer_json", "data.tokens", "data.download", "data.corpus", "data.documents", "data.workers",
-    "data.batches", "data.plan", "data.build", "data.prepare", "model", "optim", "distributed", "infer.engine",
-    "interop.huggingface", "interop.gguf", "interop.flat", "sharded", "checkpoint", "trained", "report.progress",
-    "report.metrics", "report.plots", "tasks", "evaluate", "infer.sample", "export", "start", "saver",
-    "guards", "train", "bench", "plan", "cli", "__main__",
+    "data.batches", "data.plan", "data.build", "data.prepare", "loss", "model", "spread", "optim", "distributed",
+    "infer.engine", "interop.huggingface", "interop.gguf", "interop.flat", "sharded", "checkpoint", "trained",
+    "report.progress", "report.metrics", "report.plots", "tasks", "evaluate", "infer.sample", "export", "start",
+    "saver", "guards", "train", "bench", "plan", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -81,9 +81,10 @@ def assert_same_run(one: str, two: str) -> None:
 @pytest.mark.parametrize(
     ("processes", "words"),
     [
-        (2, ["--gradient_accumulation_steps=4", "--batch_size=3"]),
+        (2, ["--gradient_accumulation_steps=4", "--batch_size=3", "--optimizer=muon"]),
         (4, ["--gradient_accumulation_steps=1", "--batch_size=12", "--mask_documents=False", "--parallel=ddp"]),
-        (4, ["--gradient_accumulation_steps=5", "--batch_size=4", "--parallel=fsdp", "--sampling=epoch"]),
+        (4, ["--gradient_accumulation_steps=5", "--batch_size=4", "--parallel=fsdp", "--sampling=epoch",
+             "--optimizer=muon", "--zero_init"]),
         (2, ["--gradient_accumulation_steps=1", "--batch_size=6", "--parallel=fsdp", "--gradient_checkpointing",
              "--architecture=qwen3", "--tied_head=False", "--health_interval=2"]),
     ],

@@ -144,9 +144,24 @@ def test_the_loss_is_the_same_without_logits_and_ignores_minus_one() -> None:
     logits, loss = model(x, y)
     nothing, same = model(x, y, return_logits=False)
     assert nothing is None
-    assert torch.equal(loss, same)
+    torch.testing.assert_close(loss, same)
     expected = torch.nn.functional.cross_entropy(logits[:, :4].flatten(0, 1), y[:, :4].flatten())
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_attention_spelled_out_in_bfloat16_is_attention(masked: bool, dropout: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(2, 3, 40, 16, generator=generator) for _ in range(3)]
+    q, k, v = (t.bfloat16().requires_grad_() for t in exact)
+    mask = document_mask(document_ids_of(torch.arange(80).view(2, 40) % 7, 0), dense=True) if masked else None
+    expected = attend(*exact, mask, 0.0)
+    torch.manual_seed(0)
+    outputs = [attend(q, k, v, mask, dropout) for _ in range(1000 if dropout else 1)]
+    assert outputs[0].dtype == torch.bfloat16
+    mean = torch.stack(outputs).float().mean(dim=0)  # dropout changes single outputs, not what is to be expected
+    torch.testing.assert_close(mean, expected, atol=0.3 if dropout else 0.03, rtol=0)
 
 
 def test_the_future_is_invisible() -> None:

@@ -5,7 +5,7 @@ import torch
 
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.model import GPT
-from nanogpt.optim import adamw, learning_rate_at
+from nanogpt.optim import Muon, adamw, learning_rate_at, newton_schulz, orthogonalised
 
 
 def test_every_parameter_is_in_exactly_one_group() -> None:
@@ -40,6 +40,68 @@ def test_the_fused_update_equals_the_plain_one() -> None:
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
+def muon(model: GPT, dtype: torch.dtype = torch.float32) -> Muon:
+    return Muon(model, 1e-3, (0.9, 0.95), 0.1, 0.02, 0.95, dtype)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("tied_head", [True, False])
+def test_muon_updates_the_matrices_of_the_blocks_and_nothing_else(architecture: str, tied_head: bool) -> None:
+    shape = {"n_kv_head": 1, "architecture": architecture, "tied_head": tied_head} if architecture != "gpt2" else {}
+    model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=8, **shape))  # type: ignore[arg-type]
+    groups = muon(model).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    listed = [[names[id(p)] for p in group["params"]] for group in groups]
+    assert sorted(name for group in listed for name in group) == sorted(names.values())  # each exactly once
+    hidden = {name for group in listed[2:] for name in group}
+    assert hidden == {name for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
+    assert all("ln" in name or "norm" in name or "bias" in name for name in listed[1])
+    for group in groups[2:]:
+        assert {sum(group["cuts"])} == {p.shape[0] for p in group["params"]}
+
+
+def test_muon_does_what_that_of_torch_does() -> None:
+    torch.manual_seed(0)
+    ours = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=3, n_head=2, n_embd=16))
+    reference = GPT(ours.config)
+    reference.load_state_dict(ours.state_dict())
+    names = [name for name, _ in ours.named_parameters() if name.endswith(("c_proj.weight", "c_fc.weight"))]
+    weights = [reference.get_parameter(name) for name in names]
+    mine, theirs = muon(ours, torch.bfloat16), torch.optim.Muon(weights, lr=0.02, weight_decay=0.1, momentum=0.95)
+    for group in mine.param_groups:
+        group["lr"] = 0.02
+    for _ in range(4):
+        for name, weight in zip(names, weights, strict=True):
+            weight.grad = torch.randn_like(weight)
+            ours.get_parameter(name).grad = weight.grad.clone()
+        mine.step()
+        theirs.step()
+    for name, weight in zip(names, weights, strict=True):  # updates of 0.02 / 4 per number, in bfloat16
+        torch.testing.assert_close(ours.get_parameter(name), weight, atol=2e-4, rtol=0)
+
+
+def test_maps_that_share_a_tensor_are_orthogonalised_one_by_one() -> None:
+    torch.manual_seed(0)
+    stack = torch.randn(3, 24, 8)
+    whole = orthogonalised(stack, [8, 8, 8])
+    unequal = orthogonalised(stack, [16, 4, 4])
+    torch.testing.assert_close(whole[:, 8:16], newton_schulz(stack[:, 8:16]))
+    torch.testing.assert_close(unequal[:, :16], newton_schulz(stack[:, :16]) * 2**0.5)
+    torch.testing.assert_close(unequal[:, 20:], newton_schulz(stack[:, 20:]))
+
+
+@pytest.mark.parametrize("shape", [(5, 12, 12), (5, 30, 6), (5, 6, 30)])
+def test_newton_schulz_keeps_directions_and_evens_out_their_sizes(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    sizes = torch.logspace(0, -1.7, u.shape[2])  # from 1 to 0.02
+    in_its_directions = u.mT @ newton_schulz(u @ torch.diag(sizes) @ v) @ v.mT
+    sizes = in_its_directions.diagonal(dim1=1, dim2=2)
+    assert 0.3 < sizes.min()
+    assert sizes.max() < 1.3
+    torch.testing.assert_close(in_its_directions, torch.diag_embed(sizes), atol=1e-4, rtol=0)
+
+
 def test_the_schedule_warms_up_decays_and_rests() -> None:
     config = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=9, lr_decay_iters=109)
     rates = [learning_rate_at(step, config) for step in range(200)]
@@ -50,6 +112,17 @@ def test_the_schedule_warms_up_decays_and_rests() -> None:
     assert rates[34] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
     assert rates[109:] == [0.1] * 91
     assert rates[9:110] == sorted(rates[9:110], reverse=True)
+
+
+def test_the_other_schedule_stays_at_the_peak_and_then_decays_in_a_line() -> None:
+    config = TrainConfig(
+        learning_rate=1.0, min_lr=0.1, warmup_iters=9, lr_decay_iters=100, schedule="wsd", decay_share=0.4
+    )
+    rates = [learning_rate_at(step, config) for step in range(120)]
+    assert rates[8] == pytest.approx(0.9)
+    assert rates[9:61] == [1.0] * 52
+    assert rates[80] == pytest.approx(0.55)
+    assert rates[100:] == [0.1] * 20
 
 
 def test_without_decay_the_rate_is_constant() -> None:

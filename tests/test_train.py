@@ -110,8 +110,9 @@ def test_accumulated_micro_batches_equal_one_large_batch(recipe: Recipe, tmp_pat
     assert list(norms[0].values()) == pytest.approx(list(norms[1].values()), rel=1e-4)
 
 
-def test_a_resumed_run_equals_the_undisturbed_one(recipe: Recipe, tmp_path: Path) -> None:
-    settings = {"dropout": 0.2, "gradient_accumulation_steps": 2, "eval_interval": 3}
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_equals_the_undisturbed_one(recipe: Recipe, tmp_path: Path, optimizer: str) -> None:
+    settings = {"dropout": 0.2, "gradient_accumulation_steps": 2, "eval_interval": 3, "optimizer": optimizer}
     whole = recipe(**settings)
     parts = recipe(**settings, max_iters=3, out_dir=str(tmp_path / "parts"))
     train.train(whole)
@@ -282,27 +283,30 @@ def test_the_best_model_is_never_replaced_by_a_worse_one(recipe: Recipe, monkeyp
     assert Path(recipe().out_dir, "best.pt").read_bytes() == best
 
 
-def test_updates_that_are_not_finite_are_skipped_and_counted(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_updates_that_are_not_finite_are_skipped_and_counted(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
     real, poisoned = train.next_batch, {2, 3}
 
     def update(run: Any, x: torch.Tensor, y: torch.Tensor, learning_rate: float) -> Any:
         before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-        moments = [state["exp_avg"].clone() for state in run.optimizer.state.values()]
+        moments = [{name: t.clone() for name, t in state.items()} for state in run.optimizer.state.values()]
         if run.progress.step in poisoned:
-            handle = run.model.lm_head.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+            handle = run.model.transformer.register_forward_hook(lambda module, inputs, output: output * float("nan"))
         result = real_update(run, x, y, learning_rate)
         if run.progress.step in poisoned:
             handle.remove()
             assert result[2]
             assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
-            found = [state["exp_avg"] for state in run.optimizer.state.values()]
-            assert all(torch.equal(a, b) for a, b in zip(found, moments, strict=True))
+            for state, moment in zip(run.optimizer.state.values(), moments, strict=True):
+                assert all(torch.equal(state[name], moment[name]) for name in state)
         return result
 
     real_update = train.update
     monkeypatch.setattr(train, "update", update)
     monkeypatch.setattr(train, "next_batch", real)
-    assert train.train(recipe()) == 0
+    assert train.train(recipe(optimizer=optimizer)) == 0
     last = checkpoint.load(Path(recipe().out_dir, "ckpt.pt"))
     assert (last.progress.skipped, last.progress.step) == (2, 6)
     assert all(tensor.isfinite().all() for tensor in last.weights.values())
@@ -311,7 +315,7 @@ def test_updates_that_are_not_finite_are_skipped_and_counted(recipe: Recipe, mon
     poisoned |= set(range(6, 100))
     before = Path(recipe().out_dir, "ckpt.pt").read_bytes()
     with pytest.raises(DivergedError, match=r"not finite in 3 updates in a row, up to update 8: .*diverged\.json"):
-        train.train(recipe(init_from="resume", max_iters=50, max_bad_steps=3, eval_interval=100))
+        train.train(recipe(optimizer=optimizer, init_from="resume", max_iters=50, max_bad_steps=3, eval_interval=100))
     assert Path(recipe().out_dir, "ckpt.pt").read_bytes() == before
     report = json.loads(Path(recipe().out_dir, "diverged.json").read_text())
     assert (report["step"], report["batch"]["seed"], report["batch"]["step"]) == (8, 1337, 8)
