@@ -31,7 +31,7 @@ def run_of(config: TrainConfig, dataset: Dataset, vocab_size: int, device: Devic
     model.transformer.gradient_checkpointing = config.gradient_checkpointing
     if device.compile:
         print("compiling the model: takes a minute or so")
-        compile_model(model, "none")
+        compile_model(model, "none", device)
     optimizer = optimizer_for(model, config, device.dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
     rows_of = loader(config, dataset, model.config, device, World())

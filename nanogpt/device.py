@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from nanogpt.config import TrainConfig
 from nanogpt.errors import ConfigError
 
 # dense bfloat16/float16 tensor-core peak in FLOP/s, from the vendors' data sheets; the first match counts
@@ -34,7 +36,7 @@ PEAK_FLOPS = {
     "T4": 65e12,
 }
 
-_CALLS_WORTH_COMPILING = 2000  # compiling takes a minute or so, and saves some 30 ms of a call
+_SECONDS_OF_COMPILING = {"cpu": 20, "cuda": 60}
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
@@ -114,12 +116,12 @@ class Device:
 
 
 def choose(
-    device: str, dtype: str, compile: bool | str, local_rank: int | None = None, calls: int | None = None
+    device: str, dtype: str, compile: bool | str, local_rank: int | None = None, training: TrainConfig | None = None
 ) -> Device:
     """Resolve the settings `device`, `dtype` and `compile`, print the choice, set up the backend.
 
     `local_rank` is the number of this process on this machine, where there are several: each takes its own GPU.
-    `calls`: how often the network will be called in training, if known; a few don't make up for compiling it.
+    `training`: the run that is to come, if it is one: a short one does not make up for compiling the network.
     Raises `ConfigError` for a device that is not here or a dtype that it can't compute with.
     """
     name, why_device = _choose_name(device)
@@ -127,7 +129,7 @@ def choose(
         name, why_device = _choose_name(f"cuda:{local_rank}")
     kind = name.split(":")[0]
     number_format, why_dtype = _choose_dtype(kind, name, dtype)
-    compiled, why_compile = _choose_compile(kind, compile, calls)
+    compiled, why_compile = _choose_compile(kind, compile, training)
     if kind == "cpu":
         _keep_freed_memory()
     if kind == "cuda":
@@ -187,14 +189,22 @@ def _native_bfloat16(kind: str, name: str) -> bool:
     return True
 
 
-def _choose_compile(kind: str, compile: bool | str, calls: int | None) -> tuple[bool, str]:
+def _choose_compile(kind: str, compile: bool | str, training: TrainConfig | None) -> tuple[bool, str]:
     if compile != "auto":
         return bool(compile), "as set"
-    if kind != "cuda":
-        return False, "auto: has made nothing faster here but on CUDA"
-    if calls is not None and calls < _CALLS_WORTH_COMPILING:
-        return False, f"auto: {calls} micro-batches are over before it pays"
-    return True, "auto: pays on CUDA"
+    if kind == "cuda" and training is None:
+        return True, "auto: pays on CUDA"
+    if kind == "mps" or training is None:
+        return False, "auto: only on CUDA, and for training on CPUs"
+    if kind == "cpu" and (training.architecture == "gpt2" or not shutil.which(os.environ.get("CXX", "g++"))):
+        return False, "auto: makes GPT-2 no faster on a CPU, and others only where there is a C++ compiler"
+    calls = training.max_iters * training.gradient_accumulation_steps
+    # what was measured: the many small operations of rotary positions, RMSNorm and SwiGLU on a CPU; guessed for CUDA
+    values = training.batch_size * training.block_size * training.n_layer * training.n_embd
+    saved = calls * (values * 26e-9 if kind == "cpu" else 0.03)
+    if saved < 2 * _SECONDS_OF_COMPILING[kind]:
+        return False, f"auto: would save about {saved:.0f} s, and take {_SECONDS_OF_COMPILING[kind]}"
+    return True, f"auto: saves about {saved:,.0f} s, and takes {_SECONDS_OF_COMPILING[kind]}"
 
 
 def _keep_freed_memory() -> None:

@@ -83,7 +83,7 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
     parallel = choose_parallel("fsdp" if is_unread else config.parallel, model.get_num_params(), device, world)
     if device.compile:
         print("compiling the model: takes a minute or so (--compile=False starts at once)")
-        compile_model(model, parallel)
+        compile_model(model, parallel, device)
     network = wrap(model, parallel, device, world)
     optimizer = optimizer_for(model, config, device.dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
@@ -157,7 +157,9 @@ def check_agreement(config: TrainConfig, loaded: checkpoint.Checkpoint) -> None:
     before = {**loaded.config, **vars(loaded.model_config)}
     shape = {field.name for field in dataclasses.fields(GPTConfig)} - {"dropout"}
     defaults = vars(TrainConfig())
-    names = ["dataset", "seed", "sampling", "mask_documents"] + (["rows"] if config.sampling == "epoch" else [])
+    names = ["dataset", "seed", "sampling", "mask_documents", "optimizer"] + (
+        ["rows"] if config.sampling == "epoch" else []
+    )
     if "batch_size" in before:
         before["rows"] = before["batch_size"] * before.get("gradient_accumulation_steps", 1)
     names += [name for name in defaults if name in shape and getattr(config, name) != defaults[name]]

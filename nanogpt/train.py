@@ -36,8 +36,8 @@ STOPPED = 75  # exit code of a run that a signal has stopped and that can be res
 def train(config: TrainConfig) -> int:
     """Train as `config` says. Returns the exit code: 0 done, 75 stopped by a signal and resumable."""
     world = this_process()
-    calls = config.max_iters * config.gradient_accumulation_steps // world.size
-    device = choose(config.device, config.dtype, config.compile, world.local_rank if world.size > 1 else None, calls)
+    local_rank = world.local_rank if world.size > 1 else None
+    device = choose(config.device, config.dtype, config.compile, local_rank, training=config)
     world.share(config.batch_size, config.gradient_accumulation_steps)  # or refuse
     if config.dry_run:
         return dry_run(resumed_if_there(config, World())) if world.is_main else 0

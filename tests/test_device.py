@@ -1,7 +1,10 @@
+from typing import Any
+
 import pytest
 import torch
 
 from nanogpt import device
+from nanogpt.config import TrainConfig
 from nanogpt.device import choose
 from nanogpt.errors import ConfigError
 
@@ -82,3 +85,37 @@ def test_known_gpus_have_a_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     ]:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert chosen.peak_flops() == peak
+
+
+@pytest.mark.parametrize(
+    ("settings", "compiler", "expected"),
+    [
+        ({"architecture": "qwen3"}, "/usr/bin/g++", "True (auto: saves about"),
+        ({"architecture": "qwen3"}, None, "False (auto: makes"),
+        ({"architecture": "qwen3", "max_iters": 1}, "/usr/bin/g++", "False (auto: would save about"),
+        ({}, "/usr/bin/g++", "False (auto: makes GPT-2 no faster"),
+        ({"compile": True}, None, "True (as set)"),
+    ],
+)
+def test_a_cpu_compiles_what_pays(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    settings: dict[str, Any], compiler: str | None, expected: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("nanogpt.device.shutil.which", lambda _: compiler)
+    config = TrainConfig(**settings)
+    chosen = choose("cpu", "float32", config.compile, training=config)
+    assert chosen.compile == expected.startswith("True")
+    assert f"compile {expected}" in capsys.readouterr().out
+
+
+def test_only_who_sets_malloc_keeps_its_habits(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int]] = []
+    library = type("Library", (), {"mallopt": staticmethod(lambda *arguments: calls.append(arguments))})
+    monkeypatch.setattr("nanogpt.device.ctypes.CDLL", lambda _: library)
+    monkeypatch.setattr("nanogpt.device.sys.platform", "linux")
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    choose("cpu", "float32", False)
+    assert calls == []
+    monkeypatch.delenv("MALLOC_ARENA_MAX")
+    choose("cpu", "float32", False)
+    assert calls == [(-4, 0), (-1, -1)]

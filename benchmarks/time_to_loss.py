@@ -1,0 +1,161 @@
+"""How long it takes to reach a loss: whole processes, the original's recipe and ours alternating on this machine.
+
+    python benchmarks/time_to_loss.py --original=FOLDER --target=small [--seeds=5]
+
+FOLDER is a checkout of karpathy/nanoGPT. The clock runs from the start of each process to its end; the loss of what it
+leaves behind is then taken over the whole validation set, in windows of the row's context, outside of the clock. The
+number of updates is fixed beforehand, every seed counts, and the mean of ours must reach the target. What the
+validation set says was not used to choose anything: recipes were tuned on a part of the training set
+(`--tune` measures there). The last line is JSON.
+"""
+
+import argparse
+import json
+import pickle
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanogpt import checkpoint
+from nanogpt.data.tokens import open_dataset
+from nanogpt.device import Device
+from nanogpt.evaluate import whole_split_loss
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A race: the same data set and context for both."""
+
+    dataset: str
+    context: int
+    ours: str  # recipe
+    original: str  # settings for its train.py; empty: too slow for this machine, see loss
+    loss: float | None = None  # to reach; None: the original's own, measured in the same run
+    goal_seconds: float = 0.0
+    runs_of_original: int = 2  # it takes long, and always does the same
+
+
+_SMALL = (
+    "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --batch_size=12 "
+    "--n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0 "
+)
+TARGETS = {
+    "small": Target(
+        "shakespeare_char", 64, "config/train_shakespeare_char_fast.py",
+        _SMALL + "--block_size=64 --max_iters=2000 --lr_decay_iters=2000",
+    ),
+    # the original's README: 1.4697 after 3 minutes on an A100, its best estimate of the validation loss
+    "a100": Target("shakespeare_char", 256, "config/train_shakespeare_char_a100.py", "", loss=1.4697, goal_seconds=300),
+    # as many updates as fit into ten minutes here
+    "pystdlib": Target(
+        "pystdlib", 256, "config/train_pystdlib_fast.py",
+        _SMALL + "--dataset=pystdlib --block_size=256 --max_iters=5000 --lr_decay_iters=5000 --eval_interval=5000",
+        runs_of_original=1,
+    ),
+}  # fmt: skip
+
+
+def timed_run(folder: Path, words: list[str]) -> float:
+    """Seconds that a whole process of train.py takes."""
+    began = time.perf_counter()
+    command = [sys.executable, "train.py", *words]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if result.returncode:
+        sys.exit(f"train.py {' '.join(words)}:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
+    return time.perf_counter() - began
+
+
+def loss_of(out_dir: Path, dataset: Path, context: int, data_dir: str = "data") -> tuple[float, checkpoint.Checkpoint]:
+    """The loss over the whole validation set, in float32, and the checkpoint that it is of."""
+    loaded = checkpoint.load(out_dir / "ckpt.pt", data_dir)
+    cpu = Device("cpu", "cpu", torch.float32, compile=False)
+    loss, _ = whole_split_loss(loaded.model(cpu), open_dataset(dataset).val, context, 64, cpu)
+    return loss, loaded
+
+
+def tuning_set(dataset: Path, folder: Path) -> Path:
+    """A data set made of the training part of another: its last tenth is what is looked at."""
+    made = folder / "data" / dataset.name
+    made.mkdir(parents=True)
+    described = json.loads((dataset / "dataset.json").read_text())
+    ids = np.fromfile(dataset / "train.bin", described["dtype"])
+    cut = len(ids) * 9 // 10
+    ids[:cut].tofile(made / "train.bin")
+    ids[cut:].tofile(made / "val.bin")
+    described["tokens"] = {"train": cut, "val": len(ids) - cut}
+    (made / "dataset.json").write_text(json.dumps(described))
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--original", type=Path)
+    parser.add_argument("--target", choices=TARGETS, default="small")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--tune", action="store_true", help="ours only, on a part of the training set")
+    arguments, settings = parser.parse_known_args()  # settings: for our recipe, with --tune
+    if settings and not arguments.tune:
+        parser.error(f"{settings[0]}: settings are for --tune; what is measured is the recipe")
+    target = TARGETS[arguments.target]
+    dataset = ROOT / "data" / target.dataset
+    seconds: dict[str, list[float]] = {"ours": [], "original": []}
+    losses: dict[str, list[float]] = {"ours": [], "original": []}
+    has_original = bool(target.original and arguments.original) and not arguments.tune
+    with tempfile.TemporaryDirectory() as temporary:
+        if arguments.tune:
+            dataset = tuning_set(dataset, Path(temporary))
+        original = Path(temporary, "original")
+        if has_original:
+            shutil.copytree(arguments.original, original, ignore=shutil.ignore_patterns(".git", "out*"))
+            (original / "data" / target.dataset).mkdir(exist_ok=True)
+            for path in dataset.iterdir():
+                if path.suffix in (".bin", ".pkl"):
+                    shutil.copy(path, original / "data" / target.dataset)
+            if not (dataset / "meta.pkl").exists():  # without, the original takes GPT-2's vocabulary
+                letters = {n: chr(n) for n in range(257)}  # bytes, and the end of a text
+                meta = {"vocab_size": 257, "itos": letters, "stoi": {letter: n for n, letter in letters.items()}}
+                (original / "data" / target.dataset / "meta.pkl").write_bytes(pickle.dumps(meta))
+        for seed in range(arguments.seeds):
+            out_dir = Path(temporary, f"ours-{seed}")
+            words = [target.ours, f"--out_dir={out_dir}", f"--data_dir={dataset.parent}", f"--seed={seed}", *settings]
+            seconds["ours"].append(timed_run(ROOT, words))
+            loss, loaded = loss_of(out_dir, dataset, target.context)
+            losses["ours"].append(loss)
+            print(f"ours, seed {seed}: {seconds['ours'][-1]:.2f} s, loss {loss:.4f}", flush=True)
+            if has_original and seed < target.runs_of_original:
+                out_dir = Path(temporary, "original-out")
+                words = [*target.original.split(), f"--out_dir={out_dir}", "--always_save_checkpoint=True"]
+                seconds["original"].append(timed_run(original, words))
+                losses["original"].append(loss_of(out_dir, dataset, target.context, str(original / "data"))[0])
+                print(f"original: {seconds['original'][-1]:.2f} s, loss {losses['original'][-1]:.4f}", flush=True)
+    mean = statistics.mean(losses["ours"])
+    goal = target.loss or (losses["original"][0] if has_original else None)
+    median = statistics.median(seconds["ours"])
+    theirs = statistics.median(seconds["original"]) if has_original else None
+    spread = statistics.stdev(losses["ours"]) if len(losses["ours"]) > 1 else 0.0
+    reached = "" if goal is None else f"; {'reaches' if mean <= goal else 'misses'} {goal:.4f}"
+    parameters = {tensor.data_ptr(): tensor.numel() for tensor in loaded.weights.values()}  # a tied head counts once
+    print(
+        f"ours: {median:.2f} s (median), loss {mean:.4f} (mean of {arguments.seeds}, deviation {spread:.4f}){reached}"
+    )
+    print(f"{loaded.progress.step} updates, {loaded.progress.tokens:,} tokens, {sum(parameters.values()):,} parameters")
+    print(json.dumps({
+        "target": arguments.target, "speedup": theirs / median if theirs else None, "seconds_ours": median,
+        "seconds_ours_all": seconds["ours"], "seconds_original": theirs, "loss_mean": mean, "losses": losses["ours"],
+        "loss_original": losses["original"][0] if has_original else None, "loss_to_reach": goal,
+        "steps": loaded.progress.step, "tokens": loaded.progress.tokens, "tuning": arguments.tune,
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
