@@ -25,9 +25,7 @@ class _Machine(Settings):
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes the first there is of cuda, mps, cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products; weights stay float32;
     # auto: bfloat16 where the hardware computes it natively, float16 on older CUDA GPUs, else float32
-    compile: bool | Literal["auto"] = (
-        "auto"  # torch.compile: a minute at first, then faster; auto: if the run is long enough
-    )
+    compile: bool | Literal["auto"] = "auto"  # torch.compile: a minute at first, then faster; auto: for long runs
     seed: int = 1337  # of everything random
 
     def problems(self) -> Iterator[str]:

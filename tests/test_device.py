@@ -92,7 +92,11 @@ def test_known_gpus_have_a_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"architecture": "qwen3"}, "/usr/bin/g++", "True (auto: saves about"),
         ({"architecture": "qwen3"}, None, "False (auto: makes"),
-        ({"architecture": "qwen3", "max_iters": 1}, "/usr/bin/g++", "False (auto: would save about"),
+        (
+            {"architecture": "qwen3", "max_iters": 1, "gradient_accumulation_steps": 1},
+            "/usr/bin/g++",
+            "False (auto: would save about",
+        ),
         ({}, "/usr/bin/g++", "False (auto: makes GPT-2 no faster"),
         ({"compile": True}, None, "True (as set)"),
     ],

@@ -558,7 +558,7 @@ def test_on_mps_nothing_needs_float64_pinned_memory_or_cuda(recipe: Recipe, monk
     monkeypatch.setattr(torch.mps, "synchronize", lambda: synchronized.append(1))
     monkeypatch.setattr(torch.mps, "get_rng_state", torch.get_rng_state)
     monkeypatch.setattr(torch.mps, "set_rng_state", torch.set_rng_state)
-    monkeypatch.setattr(train, "choose", lambda *_: Device("cpu", "mps", torch.float32, False))
+    monkeypatch.setattr(train, "choose", lambda *_, **__: Device("cpu", "mps", torch.float32, False))
     with NoFloat64(), NoPinning():
         assert train.train(recipe(dropout=0.1)) == 0
         assert train.train(recipe(dropout=0.1, max_iters=8, init_from="resume")) == 0
