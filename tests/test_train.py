@@ -525,6 +525,9 @@ def test_wandb_gets_the_metrics(recipe: Recipe, monkeypatch: pytest.MonkeyPatch)
 
 def test_on_mps_nothing_needs_float64_pinned_memory_or_cuda(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """No Mac is at hand: the CPU plays one, and everything that Metal can't do raises."""
+    import torch._dynamo.trace_rules as rules  # which the modes below need; lists torch's functions at first use
+
+    rules.get_torch_obj_rule_map()  # not those that are put in their place here
 
     class NoFloat64(TorchDispatchMode):
         def __torch_dispatch__(
