@@ -115,3 +115,8 @@ def write_dataset(folder: Path, tokenizer: Tokenizer, train: Ids, val: Ids) -> N
 def random_ids(*shape: int, vocab_size: int = 61, seed: int = 0) -> torch.Tensor:
     """Token ids that are the same everywhere."""
     return torch.from_numpy(np.random.default_rng(seed).integers(vocab_size, size=shape))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, so that several workers end together."""
+    items.sort(key=lambda item: not item.nodeid.startswith(("tests/test_readme.py", "tests/test_distributed.py")))
