@@ -30,6 +30,7 @@ from nanogpt.device import Device
 from nanogpt.evaluate import whole_split_loss
 
 ROOT = Path(__file__).resolve().parents[1]
+CPU = Device("cpu", "cpu", torch.float32, compile=False)
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,31 @@ def timed_run(folder: Path, words: list[str]) -> float:
     return time.perf_counter() - began
 
 
-def loss_of(out_dir: Path, dataset: Path, context: int, data_dir: str = "data") -> tuple[float, checkpoint.Checkpoint]:
+def loss_of(
+    out_dir: Path, dataset: Path, context: int, data_dir: str = "data", device: Device = CPU
+) -> tuple[float, checkpoint.Checkpoint]:
     """The loss over the whole validation set, in float32, and the checkpoint that it is of."""
     loaded = checkpoint.load(out_dir / "ckpt.pt", data_dir)
-    cpu = Device("cpu", "cpu", torch.float32, compile=False)
-    loss, _ = whole_split_loss(loaded.model(cpu), open_dataset(dataset).val, context, 64, cpu)
+    loss, _ = whole_split_loss(loaded.model(device), open_dataset(dataset).val, context, 64, device)
     return loss, loaded
+
+
+def copy_of_original(checkout: Path, dataset: Path, folder: Path) -> Path:
+    """A copy of the original to run in, with a data set of ours."""
+    copy = folder / "original"
+    shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(".git", "out*"))
+    (copy / "data" / dataset.name).mkdir(exist_ok=True)
+    for path in dataset.iterdir():
+        if path.suffix in (".bin", ".pkl"):
+            shutil.copy(path, copy / "data" / dataset.name)
+    opened = open_dataset(dataset)
+    if (
+        opened.tokenizer.vocab_size == 257
+    ):  # bytes, and the end of a text; without meta.pkl the original takes GPT-2's vocabulary
+        letters = {n: chr(n) for n in range(257)}
+        meta = {"vocab_size": 257, "itos": letters, "stoi": {letter: n for n, letter in letters.items()}}
+        (copy / "data" / dataset.name / "meta.pkl").write_bytes(pickle.dumps(meta))
+    return copy
 
 
 def tuning_set(dataset: Path, folder: Path) -> Path:
@@ -102,7 +122,9 @@ def main() -> None:
     parser.add_argument("--original", type=Path)
     parser.add_argument("--target", choices=TARGETS, default="small")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--tune", action="store_true", help="ours only, on a part of the training set")
+    parser.add_argument(
+        "--tune", action="store_true", help="on a part of the training set, with other settings for ours"
+    )
     arguments, settings = parser.parse_known_args()  # settings: for our recipe, with --tune
     if settings and not arguments.tune:
         parser.error(f"{settings[0]}: settings are for --tune; what is measured is the recipe")
@@ -110,21 +132,12 @@ def main() -> None:
     dataset = ROOT / "data" / target.dataset
     seconds: dict[str, list[float]] = {"ours": [], "original": []}
     losses: dict[str, list[float]] = {"ours": [], "original": []}
-    has_original = bool(target.original and arguments.original) and not arguments.tune
+    has_original = bool(target.original and arguments.original)
     with tempfile.TemporaryDirectory() as temporary:
         if arguments.tune:
             dataset = tuning_set(dataset, Path(temporary))
-        original = Path(temporary, "original")
         if has_original:
-            shutil.copytree(arguments.original, original, ignore=shutil.ignore_patterns(".git", "out*"))
-            (original / "data" / target.dataset).mkdir(exist_ok=True)
-            for path in dataset.iterdir():
-                if path.suffix in (".bin", ".pkl"):
-                    shutil.copy(path, original / "data" / target.dataset)
-            if not (dataset / "meta.pkl").exists():  # without, the original takes GPT-2's vocabulary
-                letters = {n: chr(n) for n in range(257)}  # bytes, and the end of a text
-                meta = {"vocab_size": 257, "itos": letters, "stoi": {letter: n for n, letter in letters.items()}}
-                (original / "data" / target.dataset / "meta.pkl").write_bytes(pickle.dumps(meta))
+            original = copy_of_original(arguments.original, dataset, Path(temporary))
         for seed in range(arguments.seeds):
             out_dir = Path(temporary, f"ours-{seed}")
             words = [target.ours, f"--out_dir={out_dir}", f"--data_dir={dataset.parent}", f"--seed={seed}", *settings]

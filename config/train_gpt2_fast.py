@@ -22,12 +22,6 @@ architecture = "qwen3"
 tied_head = False
 zero_init = True
 
-optimizer = "muon"
-muon_lr = 0.02
-muon_momentum = 0.95
-learning_rate = 3e-3  # of embedding and head
-weight_decay = 0.0
-schedule = "wsd"
+optimizer = "muon"  # sets rates and schedule as well; what follows differs from that
 decay_share = 0.5
 warmup_iters = 100
-min_lr = 0.0

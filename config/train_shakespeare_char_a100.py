@@ -24,14 +24,5 @@ n_embd = 256
 tied_head = False
 zero_init = True
 
-optimizer = "muon"
-muon_lr = 0.025
-muon_momentum = 0.9
-learning_rate = 1e-2  # of embedding and head
-beta1 = 0.8
-weight_decay = 0.0
-schedule = "wsd"
-decay_share = 0.9
-warmup_iters = 0
+optimizer = "muon"  # sets rates and schedule as well: they follow from width and length
 lr_decay_iters = max_iters
-min_lr = 0.0

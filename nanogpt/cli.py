@@ -10,17 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nanogpt import __version__
-from nanogpt.config import (
-    BenchConfig,
-    EvalConfig,
-    ExportConfig,
-    PlanConfig,
-    PlotConfig,
-    PrepareConfig,
-    SampleConfig,
-    TrainConfig,
-)
+from nanogpt.config import BenchConfig, PlanConfig, TrainConfig
 from nanogpt.errors import UserError
+from nanogpt.programs import EvalConfig, ExportConfig, PlotConfig, PrepareConfig, SampleConfig
 from nanogpt.settings import Settings, parse
 
 MISTAKE = 2  # exit code: the user can mend it

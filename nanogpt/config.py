@@ -1,4 +1,4 @@
-"""Every knob of every program: its name, its type, its default and the reason for it.
+"""Every knob of training: its name, its type, its default and the reason for it. Those of other programs: programs.py.
 
 This is the only place where a setting is declared: command line, config files, `--help`, validation and the
 saved `config.json` are derived from it (see settings.py). The comment behind a field is its help text.
@@ -7,7 +7,7 @@ saved `config.json` are derived from it (see settings.py). The comment behind a 
 import dataclasses
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ __all__ = ["PRESETS", "GPTConfig"]  # which people import from here
 
 
 @dataclass
-class _Machine(Settings):
+class Machine(Settings):
     """Where a program computes; shared by all programs that run a model."""
 
     # --- machine ---
@@ -37,7 +37,7 @@ class _Machine(Settings):
 
 
 @dataclass
-class _Network(_Machine):
+class _Network(Machine):
     """The shape of a new network; shared by all programs that train one."""
 
     # --- model ---
@@ -93,6 +93,12 @@ def init_from_problems(init_from: str, *others: str) -> Iterator[str]:
         )
 
 
+_MUON = {
+    "learning_rate": 0.0, "muon_momentum": 0.0, "beta1": 0.8, "weight_decay": 0.0,
+    "schedule": "wsd", "decay_share": 0.9, "warmup_iters": 0, "min_lr": 0.0,
+}  # fmt: skip
+
+
 @dataclass
 class TrainConfig(_Network):
     """Train a GPT from scratch, continue a run, or finetune GPT-2.
@@ -141,13 +147,14 @@ class TrainConfig(_Network):
     # where the model is compiled and has no dropout
 
     # --- optimizer ---
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, with adamw for the rest
-    learning_rate: float = 6e-4  # peak, of AdamW
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, with adamw for the rest; sets
+    # learning_rate=0 muon_momentum=0 beta1=0.8 weight_decay=0 schedule=wsd decay_share=0.9 warmup_iters=0 min_lr=0
+    learning_rate: float = 6e-4  # peak, of AdamW; 0 with muon: follows from n_embd
     weight_decay: float = 1e-1  # on matrices only
     beta1: float = 0.9  # how slowly the average of the gradient forgets
     beta2: float = 0.95  # the same for its square; 0.99 where few tokens make a batch
-    muon_lr: float = 0.02  # peak, of Muon; warms up and decays like the other
-    muon_momentum: float = 0.95  # how slowly Muon's average of the gradient forgets
+    muon_lr: float = 0.025  # peak, of Muon, good at any width; warms up and decays like the other
+    muon_momentum: float = 0.0  # how slowly Muon's average of the gradient forgets; 0: follows from lr_decay_iters
     grad_clip: float = 1.0  # clip gradients at this total norm; 0: never
 
     # --- learning-rate schedule ---
@@ -158,10 +165,30 @@ class TrainConfig(_Network):
     lr_decay_iters: int = 600_000  # updates until min_lr is reached; usually max_iters (Chinchilla)
     min_lr: float = 6e-5  # floor of the decay; usually learning_rate / 10 (Chinchilla)
 
+    @classmethod
+    def implied(cls, name: str, value: object) -> dict[str, Any]:
+        """What setting `name` to `value` sets as well: Muon wants other rates than AdamW."""
+        return dict(_MUON) if (name, value) == ("optimizer", "muon") else super().implied(name, value)
+
     @property
     def rows(self) -> int:
         """Rows of the global batch: one update sees this many windows of `block_size` tokens."""
         return self.gradient_accumulation_steps * self.batch_size
+
+    def with_derived_rates(self) -> "TrainConfig":
+        """The same with what follows from shape and length where it says 0: Muon's momentum, AdamW's rate beside it.
+
+        Measured from 64 to 256 channels and from 165 to 500 updates (docs/LOG.md), carried on from there. Muon's own
+        rate needs no rule: whatever the width, an update has the same singular values.
+        """
+        if self.optimizer != "muon":
+            return self
+        rate = round(1e-2 * (128 / self.n_embd) ** 0.5, 4)
+        # a short run cannot wait for a long memory: what it remembers is a share of its length
+        momentum = round(min(0.95, 1 - max(self.lr_decay_iters, 1) ** -0.37), 2)
+        return dataclasses.replace(
+            self, learning_rate=self.learning_rate or rate, muon_momentum=self.muon_momentum or momentum
+        )
 
     def problems(self) -> Iterator[str]:
         """Everything that is inconsistent, one sentence each."""
@@ -179,13 +206,13 @@ class TrainConfig(_Network):
         yield from out_of_range(self, "in [0, 1)", "beta1 beta2 muon_momentum")
         if not 0 < self.decay_share <= 1:
             yield f"decay_share={self.decay_share}: expected a value above 0, up to 1"
-        if self.optimizer == "muon" and not self.learning_rate:
-            yield "learning_rate=0: Muon's rate, muon_lr, follows its schedule, so it would be 0, too"
         yield from init_from_problems(self.init_from, "scratch")
-        if self.decay_lr and self.min_lr > self.learning_rate:
+        if self.optimizer == "adamw" and not self.learning_rate:
+            yield "learning_rate=0 follows from the shape with optimizer=muon only; set --learning_rate=6e-4 or another"
+        if self.decay_lr and self.n_embd > 0 and self.min_lr > (rate := self.with_derived_rates().learning_rate):
             yield (
-                f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}, so the rate would rise; "
-                f"set --min_lr={self.learning_rate / 10:g} or --decay_lr=False"
+                f"min_lr={self.min_lr:g} is above learning_rate={rate:g}, so the rate would rise; "
+                f"set --min_lr={rate / 10:g} or --decay_lr=False"
             )
 
 
@@ -209,99 +236,6 @@ class PlanConfig(TrainConfig):
             yield f"mfu={self.mfu}: expected a value above 0, up to 1"
         if self.nodes >= 1 and self.gpus % self.nodes:
             yield f"gpus={self.gpus}, all together, can't be the same number on each of {self.nodes} nodes"
-
-
-@dataclass
-class SourceConfig(Settings):
-    """Where a trained model comes from."""
-
-    # --- model ---
-    init_from: str = "resume"  # resume: the run in out_dir; gpt2, gpt2-medium, gpt2-large, gpt2-xl; ORGANISATION/NAME
-    # on the Hugging Face hub, a folder in its format (GPT-2, Llama, Qwen3), or a checkpoint
-    out_dir: str = "out"  # run folder to load from
-    checkpoint: str = "auto"  # best (lowest validation loss), last, or a file; auto: best, else last
-
-    def problems(self) -> Iterator[str]:
-        """Everything that is inconsistent, one sentence each."""
-        yield from super().problems()
-        yield from init_from_problems(self.init_from)
-
-
-@dataclass
-class TrainedModelConfig(SourceConfig, _Machine):
-    """A trained model at work."""
-
-    # --- machine ---
-    compile: bool | Literal["auto"] = False  # torch.compile: starts later, and pays for long work only
-
-
-@dataclass
-class ExportConfig(SourceConfig):
-    """Write a trained model as other programs read it: transformers and vLLM, llama.cpp, the original nanoGPT."""
-
-    # --- export ---
-    to: Literal["hf", "gguf", "flat"] = "hf"  # hf: a folder for transformers and what reads its format; gguf: a file
-    # for llama.cpp; flat: the original's ckpt.pt
-    output: str = ""  # folder or file to write
-    dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = "float32"  # of the matrices; q8_0, gguf only: 8 bits
-    force: bool = False  # replace what is there, where it is an earlier export
-
-    def problems(self) -> Iterator[str]:
-        """Everything that is inconsistent, one sentence each."""
-        yield from super().problems()
-        if not self.output:
-            yield "where to? name the folder or file to write: --output=PATH"
-        if self.dtype == "q8_0" and self.to != "gguf":
-            yield f"dtype=q8_0 is for --to=gguf; --to={self.to} takes float32, float16 and bfloat16"
-        if self.dtype != "float32" and self.to == "flat":
-            yield f"dtype={self.dtype}: the original's checkpoints hold float32"
-
-
-@dataclass
-class SampleConfig(TrainedModelConfig):
-    """Generate text with a trained model."""
-
-    # --- generation ---
-    start: str = "\n"  # prompt; FILE:prompt.txt reads one, <|endoftext|> starts a document where the tokenizer has it
-    num_samples: int = 10  # drawn side by side as one batch; the first is shown while it grows
-    max_new_tokens: int = 500  # length of each sample
-    temperature: float = 0.8  # 1: the model's own distribution, lower: safer, 0: always the likeliest token
-    top_k: int = 200  # draw from the k likeliest tokens only; 0: from all
-
-    def problems(self) -> Iterator[str]:
-        """Everything that is inconsistent, one sentence each."""
-        yield from super().problems()
-        yield from out_of_range(self, ">= 1", "num_samples")
-        yield from out_of_range(self, ">= 0", "max_new_tokens temperature top_k")
-
-
-@dataclass
-class EvalConfig(TrainedModelConfig):
-    """Measure a trained model: its exact loss over a whole split, and public benchmarks."""
-
-    # --- measures ---
-    tasks: list[str] = field(
-        default_factory=list
-    )  # of: loss, over all windows of a split that do not overlap; lambada,
-    # the last word of a passage; hellaswag, the likeliest of four endings; none named: loss
-    lambada: str = ""  # a file like lambada_test.jsonl; empty: OpenAI's, downloaded once
-    hellaswag: str = ""  # a file like hellaswag_val.jsonl; empty: the published one, downloaded once
-    limit: int = 0  # only the first so many examples of a benchmark; 0: all
-
-    # --- data ---
-    data_dir: str = ""  # folder of the data sets; empty: where the run had it
-    dataset: str = ""  # empty: the one that the run was trained on
-    split: Literal["train", "val"] = "val"  # which part of the data
-    batch_size: int = 32  # windows or examples at a time; changes the speed, not the result
-    block_size: int = 0  # window length; 0: the model's
-
-    def problems(self) -> Iterator[str]:
-        """Everything that is inconsistent, one sentence each."""
-        yield from super().problems()
-        yield from out_of_range(self, ">= 1", "batch_size")
-        yield from out_of_range(self, ">= 0", "block_size limit")
-        for task in set(self.tasks) - {"loss", "lambada", "hellaswag"}:
-            yield f"tasks={task!r}: expected loss, lambada or hellaswag; for others see docs/models.md"
 
 
 @dataclass
@@ -330,69 +264,3 @@ class BenchConfig(_Network):
         yield from out_of_range(self, ">= 1", "steps")
         yield from out_of_range(self, ">= 0", "warmup_steps")
         yield from self.train_config().problems()
-
-
-def unescaped(text: str) -> str:
-    r"""A text with its `\n`, `\t`, `\x1e` turned into what they mean. Raises `ValueError`."""
-    return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
-
-
-@dataclass
-class PrepareConfig(Settings):
-    """Turn text into a data set: train.bin, val.bin and dataset.json in data_dir/NAME.
-
-    NAME is yours to choose, with --input; or one of the known data sets: pystdlib (the Python library on this
-    machine, no network), shakespeare_char, shakespeare, openwebtext.
-    """
-
-    # --- text ---
-    name: str = ""  # of the data set; also the first word after `prepare`
-    input: list[str] = field(default_factory=list)  # files, folders, 'patterns*', or ORGANISATION/NAME of a data set on
-    # the Hugging Face hub; .txt .md .py and other text, .jsonl, .parquet, also .gz and .zst; repeat it, or list several
-    field: str = "text"  # where the text is: name of a jsonl field or a parquet column
-    separator: str = ""  # what stands between the documents of a text file, such as '\n\n'; empty: a file is one
-    limit: int = 0  # take only the first so many documents, for a trial; 0: all
-
-    # --- data set ---
-    data_dir: str = "data"  # folder of the data sets
-    tokenizer: str = ""  # char, byte, gpt2, bpe:N (learned from this text), a tokenizer.json, the folder of a model or
-    # data set, or ORGANISATION/NAME on the Hugging Face hub; empty: the known data set's own, gpt2 for your text
-    val_fraction: float | Literal["auto"] = "auto"  # share of the text for validation, by documents if there are
-    # enough; auto: the known data set's own, 0.05 for your text
-    describe: bool = False  # show what the data set NAME is, and make nothing
-
-    # --- machine ---
-    num_proc: int = 0  # processes that tokenize; 0: one per core
-
-    def problems(self) -> Iterator[str]:
-        """Everything that is inconsistent, one sentence each."""
-        if not self.name:
-            yield "which data set? for example: nanogpt prepare pystdlib"
-        if self.name in (".", "..") or "/" in self.name or "\\" in self.name:
-            yield f"name={self.name!r}: expected the name of a folder below data_dir; text to read goes into --input"
-        if self.val_fraction != "auto" and not 0 < self.val_fraction < 1:
-            yield f"val_fraction={self.val_fraction}: expected auto or a value between 0 and 1"
-        if "" in self.input:
-            yield "input is empty: expected files, folders, patterns or names of data sets"
-        try:
-            unescaped(self.separator)
-        except ValueError as error:
-            yield f"separator={self.separator!r}: {error}"
-        yield from out_of_range(self, ">= 0", "limit num_proc")
-        words = ("", "char", "byte", "gpt2")
-        if match := re.fullmatch(r"bpe:(\d+)", self.tokenizer):
-            if not 257 <= int(match[1]) <= 10**6:
-                yield f"tokenizer={self.tokenizer}: expected bpe:257, the 256 bytes and the end of text, to bpe:1000000"
-        elif self.tokenizer not in words and not Path(self.tokenizer).exists() and not is_hub_name(self.tokenizer):
-            yield (
-                f"tokenizer={self.tokenizer!r}: expected char, byte, gpt2, bpe:N, the path of a tokenizer.json or of a "
-                "folder with one, or ORGANISATION/NAME of a model on the Hugging Face hub"
-            )
-
-
-@dataclass
-class PlotConfig(Settings):
-    """Draw the loss curve of a run into its folder, as loss.png."""
-
-    # --- run ---
-    out_dir: str = "out"  # run folder

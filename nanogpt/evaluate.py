@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from nanogpt.config import EvalConfig
 from nanogpt.data.batches import check_length, document_ids_of
 from nanogpt.data.tokens import Tokens, open_dataset
 from nanogpt.device import Device, choose
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.model import GPT
+from nanogpt.programs import EvalConfig
 from nanogpt.tasks import TASKS, Scorer, examples_of
 from nanogpt.trained import TrainedModel, load_trained
 

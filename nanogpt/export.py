@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from nanogpt import __version__
-from nanogpt.config import ExportConfig
 from nanogpt.device import Device
 from nanogpt.errors import ConfigError, UserError
 from nanogpt.files import atomic_write
 from nanogpt.interop.flat import save_flat
 from nanogpt.interop.gguf import save_gguf
 from nanogpt.interop.huggingface import FOLDER, save_pretrained
+from nanogpt.programs import ExportConfig
 from nanogpt.trained import TrainedModel, load_trained
 
 

@@ -48,7 +48,7 @@ class Memory:
 
 
 def memory(shape: GPTConfig, rows: int, *, bytes_of_dtype: int, parallel: str, processes: int, accumulate: bool,
-           gradient_checkpointing: bool, on_cpu: bool = False) -> Memory:  # fmt: skip
+           gradient_checkpointing: bool, on_cpu: bool = False, muon: bool = False) -> Memory:  # fmt: skip
     """What training needs per device, for micro-batches of `rows` windows.
 
     parallel: none, ddp or fsdp. `accumulate`: more than one micro-batch per update.
@@ -88,7 +88,7 @@ def memory(shape: GPTConfig, rows: int, *, bytes_of_dtype: int, parallel: str, p
     return Memory(
         weights=4 * total / share,
         gradients=4 * total / share,
-        optimizer=8 * total / share,
+        optimizer=(8 * total - 4 * muon * shape.n_layer * block) / share,  # Muon keeps one average, AdamW two
         copies=copies,
         activations=tokens * (shape.n_layer * kept + (8 + d) * C),  # blocks; embeddings and the last normalisation
         logits=logits,
@@ -115,7 +115,7 @@ def plan(config: PlanConfig) -> None:
         parallel = "ddp" if fits_ddp(parameters, machine.memory) else "fsdp"
     how: dict[str, Any] = {"bytes_of_dtype": machine.bytes_of_dtype, "parallel": parallel, "processes": config.gpus,
            "accumulate": share > rows, "gradient_checkpointing": config.gradient_checkpointing,
-           "on_cpu": machine.on_cpu}  # fmt: skip
+           "on_cpu": machine.on_cpu, "muon": config.optimizer == "muon"}  # fmt: skip
     needed, available = memory(shape, rows, **how), machine.memory * _USABLE
     largest = largest_batch(shape, available, 4096, **how)
 

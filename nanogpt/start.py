@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanogpt import checkpoint
 from nanogpt.checkpoint import Progress
-from nanogpt.config import GPTConfig, PrepareConfig, TrainConfig
+from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data.batches import Ahead, check_length, epoch_window_starts, gather, window_starts
 from nanogpt.data.prepare import DATASETS, NEEDS_NO_NETWORK, prepare
 from nanogpt.data.tokens import Dataset, is_prepared, open_dataset
@@ -21,6 +21,7 @@ from nanogpt.errors import ConfigError, DataError
 from nanogpt.interop.huggingface import folder_of, shape_of
 from nanogpt.model import GPT
 from nanogpt.optim import optimizer_for
+from nanogpt.programs import PrepareConfig
 from nanogpt.shape import GPT2_NAMES
 from nanogpt.trained import checkpoint_of, load_model
 
@@ -69,7 +70,7 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
         dataset.check_tokenizer(pretrained.tokenizer, config.init_from)
         model = pretrained.model
         model.crop_block_size(config.block_size)
-    config = with_shape_of(model, config)
+    config = with_shape_of(model, config).with_derived_rates()
     if loaded:
         print_changes(config, loaded)
     check_length(dataset.train, model.config.block_size, f"the training split of {config.dataset}")
@@ -229,6 +230,7 @@ def shape_to_train(config: TrainConfig) -> GPTConfig:
 
 def dry_run(config: TrainConfig) -> int:
     """Print the resolved config and what follows from it; allocate and write nothing."""
+    config = config.with_derived_rates()
     for name, value in dataclasses.asdict(config).items():
         print(f"{name} = {value!r}")
     shape, dataset = shape_to_train(config), prepared_dataset(config)
@@ -239,14 +241,18 @@ def dry_run(config: TrainConfig) -> int:
 
 
 def derived_values(config: TrainConfig, shape: GPTConfig, parameters: int, train_tokens: int | None) -> str:
-    """What follows from the config, in two lines."""
+    """What follows from the config, in two or three lines."""
     tokens = config.rows * shape.block_size
     epochs = f"{tokens * config.max_iters / train_tokens:.3g} epochs over" if train_tokens else "epochs unknown:"
     data = f"{train_tokens:,} training tokens" if train_tokens else f"data set {config.dataset} is not prepared"
+    muon = (
+        f"\nmuon: rate {config.muon_lr:g}, momentum {config.muon_momentum:g} over {config.lr_decay_iters:,} updates; "
+        f"adamw for what is no matrix of a block: rate {config.learning_rate:g} at {shape.n_embd} channels"
+    )
     return (
         f"model: {parameters / 1e6:.2f}M parameters, {shape.n_layer} layers, {shape.n_embd} channels, "
         f"vocabulary {shape.vocab_size}, context {shape.block_size}\n"
         f"tokens per iteration will be: {tokens:,} ({config.gradient_accumulation_steps} micro-batches of "
         f"{config.batch_size} x {shape.block_size}); {config.max_iters:,} iterations make "
-        f"{tokens * config.max_iters:,}: {epochs} {data}"
+        f"{tokens * config.max_iters:,}: {epochs} {data}" + (muon if config.optimizer == "muon" else "")
     )

@@ -7,7 +7,7 @@ import nanogpt
 
 PACKAGE = Path(nanogpt.__file__).parent
 LAYERS = [
-    "errors", "files", "settings", "shape", "config", "device", "data.pieces", "data.tokenizer",
+    "errors", "files", "settings", "shape", "config", "programs", "device", "data.pieces", "data.tokenizer",
     "data.tokenizer_json", "data.tokens", "data.download", "data.corpus", "data.documents", "data.workers",
     "data.batches", "data.plan", "data.build", "data.prepare", "loss", "model", "spread", "optim", "distributed",
     "infer.engine", "interop.huggingface", "interop.gguf", "interop.flat", "sharded", "checkpoint", "trained",

@@ -85,6 +85,23 @@ def test_a_recipe_of_the_original_is_understood(tmp_path: Path) -> None:
     assert not config.always_save_checkpoint
 
 
+def test_muon_brings_its_rates(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.py"
+    file.write_text('weight_decay = 0.2\noptimizer = "muon"\nn_embd = 512\nn_head = 8\nlr_decay_iters = 165\n')
+    parsed = parse(TrainConfig, [str(file), "--decay_share=0.5"], "")
+    assert (parsed.schedule, parsed.warmup_iters, parsed.beta1) == ("wsd", 0, 0.8)
+    assert (parsed.weight_decay, parsed.decay_share) == (0.2, 0.5)  # what is said counts
+    derived = parsed.with_derived_rates()
+    assert (derived.learning_rate, derived.muon_momentum) == (0.005, 0.85)  # half of that at 128 channels
+    own = parse(TrainConfig, [str(file), "--learning_rate=0.00123", "--muon_momentum=0.5"], "").with_derived_rates()
+    assert (own.learning_rate, own.muon_momentum) == (0.00123, 0.5)
+    with pytest.raises(ConfigError, match=r"min_lr=0\.1 is above learning_rate=0\.005"):
+        parse(TrainConfig, [str(file), "--min_lr=0.1"], "")
+    with pytest.raises(ConfigError, match="learning_rate=0 follows from the shape with optimizer=muon only"):
+        parse(TrainConfig, [str(file), "--optimizer=adamw"], "")
+    assert TrainConfig().with_derived_rates() == TrainConfig()
+
+
 def test_a_models_name_stands_for_its_shape(tmp_path: Path) -> None:
     parsed = parse(TrainConfig, ["--n_layer=3", "--model=qwen3-0.6b"], "")
     assert (parsed.n_layer, parsed.n_embd, parsed.head_size, parsed.architecture) == (3, 1024, 128, "qwen3")

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from nanogpt import train
-from nanogpt.config import EvalConfig, GPTConfig, TrainConfig
+from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data.tokens import Tokens
 from nanogpt.device import Device
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.evaluate import evaluate, whole_split_loss
 from nanogpt.model import GPT
+from nanogpt.programs import EvalConfig
 from tests.conftest import random_ids
 
 CPU = Device("cpu", "cpu", torch.float32, False)

@@ -13,7 +13,7 @@ import torch
 
 from nanogpt import checkpoint, train
 from nanogpt import export as module
-from nanogpt.config import ExportConfig, GPTConfig, TrainConfig
+from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data.tokens import open_dataset
 from nanogpt.device import Device
 from nanogpt.errors import ConfigError, UserError
@@ -21,6 +21,7 @@ from nanogpt.export import export, new_folder
 from nanogpt.infer.engine import stream
 from nanogpt.interop.huggingface import load_pretrained
 from nanogpt.model import GPT
+from nanogpt.programs import ExportConfig
 from nanogpt.settings import parse
 from tests.conftest import random_ids, write_dataset
 from tests.interop.test_shapes import TOKENIZER, write_model
@@ -32,7 +33,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt2 with biases": {"bias": True},
     "llama": {"architecture": "llama", "n_kv_head": 1, "tied_head": False},
     "qwen3": {"architecture": "qwen3", "n_kv_head": 1, "head_size": 8},
-}
+    "qwen3 by the fast recipe": {
+        "architecture": "qwen3", "tied_head": False, "zero_init": True, "optimizer": "muon", "learning_rate": 0.0,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -57,7 +61,7 @@ def test_transformers_goes_on_as_we_do(shape: str, recipe: Recipe, tmp_path: Pat
     card = (tmp_path / "m" / "README.md").read_text()
     facts = {"data set": "tiny", "updates": "60", "tokens seen": "3,840", "context": "16 tokens"}
     assert all(f"| {key} | {value} |" in card for key, value in facts.items())
-    assert "learning_rate = 0.003" in card
+    assert ("optimizer = 'muon'" if "fast" in shape else "learning_rate = 0.003") in card
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3"])

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from nanogpt import train
-from nanogpt.config import EvalConfig, PrepareConfig, SampleConfig, TrainConfig
+from nanogpt.config import TrainConfig
 from nanogpt.data.prepare import prepare
 from nanogpt.evaluate import evaluate
 from nanogpt.infer.sample import sample
+from nanogpt.programs import EvalConfig, PrepareConfig, SampleConfig
 
 Recipe = Callable[..., TrainConfig]
 TINY = ["--device=cpu", "--compile=False", "--dtype=float32", "--eval_iters=1", "--eval_interval=5", "--batch_size=4",

@@ -115,6 +115,16 @@ def test_what_does_not_fit_comes_with_what_would(capsys: pytest.CaptureFixture[s
     assert "it does not fit; what would: more GPUs, a smaller model" in printed
 
 
+def test_muon_keeps_one_average_per_matrix(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(ROOT / "config" / "train_gpt2_fast.py")
+    muon, adamw = (
+        planned(capsys, recipe, "--gpu=H100", *words)[1]
+        for words in ([], ["--optimizer=adamw", "--learning_rate=1e-3"])
+    )
+    in_blocks = muon["parameters"] - 2 * 50304 * 768 - 768
+    assert adamw["optimizer_bytes"] - muon["optimizer_bytes"] == 4 * in_blocks
+
+
 def test_more_processes_share_what_fsdp_spreads() -> None:
     how: dict[str, Any] = {"bytes_of_dtype": 2, "accumulate": False, "gradient_checkpointing": False}
     shape = GPTConfig.preset("llama-2-7b", vocab_size=32000, block_size=4096)

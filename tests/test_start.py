@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nanogpt import train
-from nanogpt.config import EvalConfig, PrepareConfig, TrainConfig
+from nanogpt.config import TrainConfig
 from nanogpt.data.prepare import prepare
 from nanogpt.data.tokenizer import GPT2Tokenizer
 from nanogpt.data.tokens import open_dataset
@@ -17,6 +17,7 @@ from nanogpt.device import Device
 from nanogpt.distributed import World
 from nanogpt.errors import ConfigError
 from nanogpt.evaluate import evaluate
+from nanogpt.programs import EvalConfig, PrepareConfig
 from nanogpt.report.metrics import read_metrics
 from nanogpt.start import loader
 from tests.conftest import write_dataset

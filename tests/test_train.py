@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanogpt import checkpoint, train
 from nanogpt.checkpoint import Progress
-from nanogpt.config import EvalConfig, PrepareConfig, TrainConfig
+from nanogpt.config import TrainConfig
 from nanogpt.data.corpus import Source
 from nanogpt.data.prepare import prepare
 from nanogpt.device import Device
@@ -28,6 +28,7 @@ from nanogpt.evaluate import evaluate
 from nanogpt.files import locked
 from nanogpt.guards import is_spike
 from nanogpt.model import GPT
+from nanogpt.programs import EvalConfig, PrepareConfig
 from nanogpt.report.metrics import read_metrics
 from nanogpt.saver import Saver
 from nanogpt.settings import parse
@@ -483,6 +484,10 @@ def test_a_dry_run_tells_what_follows_and_allocates_nothing(recipe: Recipe, caps
     assert "data set openwebtext is not prepared" in out
     train.train(recipe(dry_run=True))
     assert "make 384: 0.0768 epochs over 5,000 training tokens" in capsys.readouterr().out
+    train.train(recipe(dry_run=True, optimizer="muon", learning_rate=0.0, min_lr=0.0))
+    out = capsys.readouterr().out
+    assert "muon: rate 0.025, momentum 0.48 over 6 updates; adamw for what is no matrix of a block: rate 0." in out
+    assert "learning_rate = 0.0\n" not in out
     assert not Path(recipe().out_dir).exists()
 
 

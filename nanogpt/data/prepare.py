@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanogpt.config import PrepareConfig, unescaped
 from nanogpt.data.build import build
 from nanogpt.data.corpus import Source, files_below, import_datasets, source_of
 from nanogpt.data.documents import Reading
@@ -15,6 +14,7 @@ from nanogpt.data.download import shakespeare
 from nanogpt.data.plan import Recipe
 from nanogpt.data.tokens import SPLITS, open_dataset
 from nanogpt.errors import ConfigError, DataError
+from nanogpt.programs import PrepareConfig, unescaped
 
 OPENWEBTEXT_IDS = 18.1e9  # bytes
 OPENWEBTEXT_CACHE = 70e9  # bytes: 24 GB of parquet and 40 GB of Arrow that the datasets library keeps, and a margin

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from nanogpt.config import SampleConfig
 from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.device import choose
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.infer.engine import stream
+from nanogpt.programs import SampleConfig
 from nanogpt.trained import load_trained
 
 SEPARATOR = "---------------"

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from nanogpt.config import PlotConfig
 from nanogpt.errors import CheckpointError, ConfigError
+from nanogpt.programs import PlotConfig
 from nanogpt.report.metrics import read_metrics
 
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from nanogpt.config import PrepareConfig
 from nanogpt.data import prepare as module
 from nanogpt.data.prepare import prepare
 from nanogpt.data.tokens import open_dataset
 from nanogpt.errors import ConfigError, DataError
+from nanogpt.programs import PrepareConfig
 from tests.conftest import ROOT, Program
 
 # what the original's data/shakespeare_char/prepare.py writes

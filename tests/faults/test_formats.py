@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from nanogpt import checkpoint, train
-from nanogpt.config import SampleConfig, TrainConfig
+from nanogpt.config import TrainConfig
 from nanogpt.data.batches import gather, window_starts
 from nanogpt.data.tokens import open_dataset
 from nanogpt.errors import UserError
 from nanogpt.infer.sample import sample
 from nanogpt.interop.huggingface import load_pretrained
+from nanogpt.programs import SampleConfig
 from tests.conftest import random_ids
 from tests.interop.test_shapes import write_model
 

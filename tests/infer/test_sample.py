@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 
 from nanogpt import train
-from nanogpt.config import SampleConfig, TrainConfig
+from nanogpt.config import TrainConfig
 from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.infer.sample import SEPARATOR, _prompt_ids, sample
+from nanogpt.programs import SampleConfig
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nanogpt import checkpoint, train
-from nanogpt.config import EvalConfig, GPTConfig, PrepareConfig, SampleConfig, TrainConfig
+from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data.batches import document_ids_of
 from nanogpt.data.prepare import prepare
 from nanogpt.data.tokenizer_json import train_bpe
@@ -22,6 +22,7 @@ from nanogpt.evaluate import evaluate
 from nanogpt.infer.sample import sample
 from nanogpt.interop.huggingface import load_pretrained
 from nanogpt.model import GPT
+from nanogpt.programs import EvalConfig, PrepareConfig, SampleConfig
 from tests.conftest import ROOT, random_ids, write_dataset
 
 Recipe = Callable[..., TrainConfig]

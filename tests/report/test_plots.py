@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt.config import PlotConfig
 from nanogpt.errors import CheckpointError, ConfigError
+from nanogpt.programs import PlotConfig
 from nanogpt.report.plots import plot
 
 

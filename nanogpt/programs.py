@@ -1,0 +1,167 @@
+"""Every knob of the programs that take a trained model, or text, and give something back; see config.py."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from nanogpt.config import Machine, init_from_problems, is_hub_name
+from nanogpt.settings import Settings, out_of_range
+
+
+@dataclass
+class SourceConfig(Settings):
+    """Where a trained model comes from."""
+
+    # --- model ---
+    init_from: str = "resume"  # resume: the run in out_dir; gpt2, gpt2-medium, gpt2-large, gpt2-xl; ORGANISATION/NAME
+    # on the Hugging Face hub, a folder in its format (GPT-2, Llama, Qwen3), or a checkpoint
+    out_dir: str = "out"  # run folder to load from
+    checkpoint: str = "auto"  # best (lowest validation loss), last, or a file; auto: best, else last
+
+    def problems(self) -> Iterator[str]:
+        """Everything that is inconsistent, one sentence each."""
+        yield from super().problems()
+        yield from init_from_problems(self.init_from)
+
+
+@dataclass
+class TrainedModelConfig(SourceConfig, Machine):
+    """A trained model at work."""
+
+    # --- machine ---
+    compile: bool | Literal["auto"] = False  # torch.compile: starts later, and pays for long work only
+
+
+@dataclass
+class ExportConfig(SourceConfig):
+    """Write a trained model as other programs read it: transformers and vLLM, llama.cpp, the original nanoGPT."""
+
+    # --- export ---
+    to: Literal["hf", "gguf", "flat"] = "hf"  # hf: a folder for transformers and what reads its format; gguf: a file
+    # for llama.cpp; flat: the original's ckpt.pt
+    output: str = ""  # folder or file to write
+    dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = "float32"  # of the matrices; q8_0, gguf only: 8 bits
+    force: bool = False  # replace what is there, where it is an earlier export
+
+    def problems(self) -> Iterator[str]:
+        """Everything that is inconsistent, one sentence each."""
+        yield from super().problems()
+        if not self.output:
+            yield "where to? name the folder or file to write: --output=PATH"
+        if self.dtype == "q8_0" and self.to != "gguf":
+            yield f"dtype=q8_0 is for --to=gguf; --to={self.to} takes float32, float16 and bfloat16"
+        if self.dtype != "float32" and self.to == "flat":
+            yield f"dtype={self.dtype}: the original's checkpoints hold float32"
+
+
+@dataclass
+class SampleConfig(TrainedModelConfig):
+    """Generate text with a trained model."""
+
+    # --- generation ---
+    start: str = "\n"  # prompt; FILE:prompt.txt reads one, <|endoftext|> starts a document where the tokenizer has it
+    num_samples: int = 10  # drawn side by side as one batch; the first is shown while it grows
+    max_new_tokens: int = 500  # length of each sample
+    temperature: float = 0.8  # 1: the model's own distribution, lower: safer, 0: always the likeliest token
+    top_k: int = 200  # draw from the k likeliest tokens only; 0: from all
+
+    def problems(self) -> Iterator[str]:
+        """Everything that is inconsistent, one sentence each."""
+        yield from super().problems()
+        yield from out_of_range(self, ">= 1", "num_samples")
+        yield from out_of_range(self, ">= 0", "max_new_tokens temperature top_k")
+
+
+@dataclass
+class EvalConfig(TrainedModelConfig):
+    """Measure a trained model: its exact loss over a whole split, and public benchmarks."""
+
+    # --- measures ---
+    tasks: list[str] = field(default_factory=list)  # of: loss, over all windows of a split that do not overlap;
+    # lambada, the last word of a passage; hellaswag, the likeliest of four endings; none named: loss
+    lambada: str = ""  # a file like lambada_test.jsonl; empty: OpenAI's, downloaded once
+    hellaswag: str = ""  # a file like hellaswag_val.jsonl; empty: the published one, downloaded once
+    limit: int = 0  # only the first so many examples of a benchmark; 0: all
+
+    # --- data ---
+    data_dir: str = ""  # folder of the data sets; empty: where the run had it
+    dataset: str = ""  # empty: the one that the run was trained on
+    split: Literal["train", "val"] = "val"  # which part of the data
+    batch_size: int = 32  # windows or examples at a time; changes the speed, not the result
+    block_size: int = 0  # window length; 0: the model's
+
+    def problems(self) -> Iterator[str]:
+        """Everything that is inconsistent, one sentence each."""
+        yield from super().problems()
+        yield from out_of_range(self, ">= 1", "batch_size")
+        yield from out_of_range(self, ">= 0", "block_size limit")
+        for task in set(self.tasks) - {"loss", "lambada", "hellaswag"}:
+            yield f"tasks={task!r}: expected loss, lambada or hellaswag; for others see docs/models.md"
+
+
+def unescaped(text: str) -> str:
+    r"""A text with its `\n`, `\t`, `\x1e` turned into what they mean. Raises `ValueError`."""
+    return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+
+
+@dataclass
+class PrepareConfig(Settings):
+    """Turn text into a data set: train.bin, val.bin and dataset.json in data_dir/NAME.
+
+    NAME is yours to choose, with --input; or one of the known data sets: pystdlib (the Python library on this
+    machine, no network), shakespeare_char, shakespeare, openwebtext.
+    """
+
+    # --- text ---
+    name: str = ""  # of the data set; also the first word after `prepare`
+    input: list[str] = field(default_factory=list)  # files, folders, 'patterns*', or ORGANISATION/NAME of a data set on
+    # the Hugging Face hub; .txt .md .py and other text, .jsonl, .parquet, also .gz and .zst; repeat it, or list several
+    field: str = "text"  # where the text is: name of a jsonl field or a parquet column
+    separator: str = ""  # what stands between the documents of a text file, such as '\n\n'; empty: a file is one
+    limit: int = 0  # take only the first so many documents, for a trial; 0: all
+
+    # --- data set ---
+    data_dir: str = "data"  # folder of the data sets
+    tokenizer: str = ""  # char, byte, gpt2, bpe:N (learned from this text), a tokenizer.json, the folder of a model or
+    # data set, or ORGANISATION/NAME on the Hugging Face hub; empty: the known data set's own, gpt2 for your text
+    val_fraction: float | Literal["auto"] = "auto"  # share of the text for validation, by documents if there are
+    # enough; auto: the known data set's own, 0.05 for your text
+    describe: bool = False  # show what the data set NAME is, and make nothing
+
+    # --- machine ---
+    num_proc: int = 0  # processes that tokenize; 0: one per core
+
+    def problems(self) -> Iterator[str]:
+        """Everything that is inconsistent, one sentence each."""
+        if not self.name:
+            yield "which data set? for example: nanogpt prepare pystdlib"
+        if self.name in (".", "..") or "/" in self.name or "\\" in self.name:
+            yield f"name={self.name!r}: expected the name of a folder below data_dir; text to read goes into --input"
+        if self.val_fraction != "auto" and not 0 < self.val_fraction < 1:
+            yield f"val_fraction={self.val_fraction}: expected auto or a value between 0 and 1"
+        if "" in self.input:
+            yield "input is empty: expected files, folders, patterns or names of data sets"
+        try:
+            unescaped(self.separator)
+        except ValueError as error:
+            yield f"separator={self.separator!r}: {error}"
+        yield from out_of_range(self, ">= 0", "limit num_proc")
+        words = ("", "char", "byte", "gpt2")
+        if match := re.fullmatch(r"bpe:(\d+)", self.tokenizer):
+            if not 257 <= int(match[1]) <= 10**6:
+                yield f"tokenizer={self.tokenizer}: expected bpe:257, the 256 bytes and the end of text, to bpe:1000000"
+        elif self.tokenizer not in words and not Path(self.tokenizer).exists() and not is_hub_name(self.tokenizer):
+            yield (
+                f"tokenizer={self.tokenizer!r}: expected char, byte, gpt2, bpe:N, the path of a tokenizer.json or of a "
+                "folder with one, or ORGANISATION/NAME of a model on the Hugging Face hub"
+            )
+
+
+@dataclass
+class PlotConfig(Settings):
+    """Draw the loss curve of a run into its folder, as loss.png."""
+
+    # --- run ---
+    out_dir: str = "out"  # run folder
