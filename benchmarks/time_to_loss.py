@@ -60,7 +60,7 @@ TARGETS = {
     # as many updates as fit into ten minutes here
     "pystdlib": Target(
         "pystdlib", 256, "config/train_pystdlib_fast.py",
-        _SMALL + "--dataset=pystdlib --block_size=256 --max_iters=5000 --lr_decay_iters=5000 --eval_interval=5000",
+        _SMALL + "--dataset=pystdlib --block_size=256 --max_iters=4700 --lr_decay_iters=4700 --eval_interval=4700",
         runs_of_original=1,
     ),
 }  # fmt: skip
@@ -104,15 +104,22 @@ def copy_of_original(checkout: Path, dataset: Path, folder: Path) -> Path:
 
 
 def tuning_set(dataset: Path, folder: Path) -> Path:
-    """A data set made of the training part of another: its last tenth is what is looked at."""
+    """A data set made of the training part of another: what is looked at is every tenth document, or the last tenth."""
     made = folder / "data" / dataset.name
     made.mkdir(parents=True)
     described = json.loads((dataset / "dataset.json").read_text())
     ids = np.fromfile(dataset / "train.bin", described["dtype"])
-    cut = len(ids) * 9 // 10
-    ids[:cut].tofile(made / "train.bin")
-    ids[cut:].tofile(made / "val.bin")
-    described["tokens"] = {"train": cut, "val": len(ids) - cut}
+    ends = np.flatnonzero(ids == open_dataset(dataset).tokenizer.end_of_text) + 1  # none in Shakespeare
+    if len(ends) < 100:
+        parts = [ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]]
+    else:  # as the validation set is made: documents from everywhere
+        documents = np.split(ids, ends)
+        parts = [
+            np.concatenate([d for n, d in enumerate(documents) if (n % 10 == 9) == held]) for held in (False, True)
+        ]
+    for split, part in zip(("train", "val"), parts, strict=True):
+        part.tofile(made / f"{split}.bin")
+        described["tokens"][split] = len(part)
     (made / "dataset.json").write_text(json.dumps(described))
     return made
 
