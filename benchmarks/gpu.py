@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from throughput import SHAPES, Worker
+from throughput import SHAPES, worker
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -102,14 +102,14 @@ def check(device: str, tiny: bool) -> dict[str, float]:
 def speed(side: str, name: str, batch_size: int, arguments: argparse.Namespace, tokens: Path) -> dict[str, Any]:
     """One row of the table: a process that takes steps."""
     dtype = "bfloat16" if arguments.device != "cpu" else "float32"
-    worker = Worker(side, name, tokens, arguments.original, dtype, arguments.device, batch_size)
-    first = worker.steps(1)["seconds"]
-    worker.steps(3)
+    process = worker(side, name, tokens, arguments.original, dtype, arguments.device, batch_size)
+    first = process.ask(1)["seconds"]
+    process.ask(3)
     times, steps = [], 1 if arguments.tiny else 5
     for _ in range(5):
-        answer = worker.steps(steps)
+        answer = process.ask(steps)
         times.append(answer["seconds"] / steps)
-    worker.end()
+    process.end()
     shape = SHAPES[name]
     tokens_per_second = batch_size * shape["block_size"] / statistics.median(times)
     with torch.device("meta"):

@@ -12,7 +12,6 @@ The last line is JSON.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from worker import Worker
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES: dict[str, dict[str, Any]] = {
@@ -146,34 +146,12 @@ def serve(arguments: argparse.Namespace) -> None:
 # Who asks them
 
 
-class Worker:
-    """One side at one shape, as a process of its own."""
-
-    def __init__(self, side: str, shape: str, tokens: Path, original: Path, dtype: str = "auto", device: str = "cpu",
-                 batch_size: int = 0) -> None:  # fmt: skip
-        settings = {"side": side, "shape": shape, "tokens": tokens, "original": original, "dtype": dtype,
-                    "device": device, "batch_size": batch_size}  # fmt: skip
-        command = [sys.executable, __file__, *(f"--{name}={value}" for name, value in settings.items())]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tokens.parent
-        )
-
-    def steps(self, count: int) -> dict[str, Any]:
-        """What the process says after so many more steps."""
-        assert self.process.stdin
-        assert self.process.stdout
-        print(count, file=self.process.stdin, flush=True)
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                answer: dict[str, Any] = json.loads(line)
-                return answer
-        sys.exit(f"a side has ended with exit code {self.process.wait()}")
-
-    def end(self) -> None:
-        """Ask it to end, and wait."""
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
+def worker(side: str, shape: str, tokens: Path, original: Path, dtype: str = "auto", device: str = "cpu",
+           batch_size: int = 0) -> Worker:  # fmt: skip
+    """One side at one shape; it takes as many steps as one asks for."""
+    settings = {"side": side, "shape": shape, "tokens": tokens, "original": original, "dtype": dtype,
+                "device": device, "batch_size": batch_size}  # fmt: skip
+    return Worker(__file__, settings, tokens.parent)
 
 
 def with_spread(values: list[float]) -> str:
@@ -186,18 +164,18 @@ def compare(arguments: argparse.Namespace, name: str, tokens: Path) -> dict[str,
     per_block = STEPS[name] * shape["batch_size"] * shape["block_size"]
     workers, speeds, peaks, first = {}, {side: list[float]() for side in SIDES}, list[float](), {}
     for side in SIDES:
-        workers[side] = Worker(side, name, tokens, arguments.original, arguments.dtype)
-        first[side] = workers[side].steps(1)["seconds"]
-        workers[side].steps(3)
+        workers[side] = worker(side, name, tokens, arguments.original, arguments.dtype)
+        first[side] = workers[side].ask(1)["seconds"]
+        workers[side].ask(3)
     for _ in range(arguments.rounds):
         for side in SIDES:
-            answer = workers[side].steps(STEPS[name])
+            answer = workers[side].ask(STEPS[name])
             speeds[side].append(per_block / answer["seconds"])
             if side == "ours":
                 peaks.append(answer["peak"])
                 about = answer
-    for worker in workers.values():
-        worker.end()
+    for each in workers.values():
+        each.end()
     medians = {side: statistics.median(values) for side, values in speeds.items()}
     best = max(SIDES[1:], key=lambda side: medians[side])
     ratios = [mine / theirs for mine, theirs in zip(speeds["ours"], speeds[best], strict=True)]
@@ -218,9 +196,9 @@ def compare_memory(arguments: argparse.Namespace, tokens: Path) -> dict[str, int
     """Peak memory of a process that takes three steps of 124M, 4 rows of 1024, by side."""
     memory = {}
     for side in SIDES[:2]:
-        worker = Worker(side, "124M, context 1024", tokens, arguments.original, arguments.dtype)
-        memory[side] = worker.steps(3)["memory"]
-        worker.end()
+        asked = worker(side, "124M, context 1024", tokens, arguments.original, arguments.dtype)
+        memory[side] = asked.ask(3)["memory"]
+        asked.end()
         print(f"peak memory, 124M, 4 rows of 1024: {side} {memory[side] / 1e9:.2f} GB", flush=True)
     return memory
 

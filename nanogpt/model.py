@@ -7,7 +7,8 @@ Sources: GPT-2 (Radford et al. 2019) and its release, https://github.com/openai/
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +18,14 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from nanogpt.cache import Cache
 from nanogpt.config import GPTConfig
 from nanogpt.errors import ConfigError
 from nanogpt.loss import head_loss
 
 __all__ = ["GPT", "MLP", "Block", "CausalSelfAttention", "GPTConfig", "LayerNorm"]
+
+Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # new keys and values of a layer to all so far
 
 
 class LayerNorm(nn.Module):
@@ -84,7 +88,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float) -> Tensor
         return flex_attention(q, k, v, block_mask=mask)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 512 and q.requires_grad:
         return attend_in_bfloat16(q, k, v, mask, dropout)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+    is_causal = mask is None and q.shape[2] == k.shape[2]  # else a single query, which sees all
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=k.shape[1] < q.shape[1]
+    )
 
 
 def attend_in_bfloat16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -134,14 +141,18 @@ class CausalSelfAttention(nn.Module):
         self.q_norm = RMSNorm(D, eps=config.norm_eps) if normalised else nn.Identity()
         self.k_norm = RMSNorm(D, eps=config.norm_eps) if normalised else nn.Identity()
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, mask: Any = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, mask: Any = None, remember: Remember | None = None
+    ) -> Tensor:
         B, T, _ = x.shape
         qkv = self.c_attn(x).view(B, T, sum(self.heads), -1)
         q, k, v = qkv.transpose(1, 2).split(self.heads, dim=1)  # (B, H, T, D), keys and values (B, H_kv, T, D)
         if rotary:  # in float32, as angles of far positions need
             q = rotate(self.q_norm(q.float()), *rotary).to(q.dtype)
             k = rotate(self.k_norm(k.float()), *rotary).to(k.dtype)
-        if k.shape[1] < q.shape[1]:  # a group of query heads shares each of the others
+        if remember:
+            k, v = remember(k, v)  # with those of the tokens before; not copied for each query that shares them
+        elif k.shape[1] < q.shape[1]:  # a group of query heads shares each of the others
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, -1)
@@ -180,8 +191,10 @@ class Block(nn.Module):
         self.ln_2 = norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, mask: Any = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rotary, mask)
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, mask: Any = None, remember: Remember | None = None
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rotary, mask, remember)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -200,13 +213,15 @@ class Transformer(nn.Module):
         self.ln_f = norm(config, config.n_embd)
         self.gradient_checkpointing = False  # recompute each block in the backward pass, to save memory
 
-    def forward(self, idx: Tensor, document_ids: Tensor | None = None) -> Tensor:
+    def forward(self, idx: Tensor, document_ids: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         _, T = idx.shape
         if T > self.config.block_size:
             raise ValueError(f"a context of {T} tokens does not fit block_size={self.config.block_size}")
         mask = rotary = None
         positions = torch.arange(T, device=idx.device)
-        if document_ids is not None:
+        if cache is not None:
+            positions, mask = cache.positions, cache.mask
+        elif document_ids is not None:
             positions = positions_in(document_ids)
             # FlexAttention is fast where it is compiled, on CUDA, and knows neither dropout nor heads below 16 channels
             in_blocks = idx.is_cuda and torch.compiler.is_compiling() and self.config.head_size >= 16
@@ -218,11 +233,11 @@ class Transformer(nn.Module):
         else:
             rotary = rotations(positions, self.config)
         x = self.drop(x)
-        for block in self.h:
+        for n, block in enumerate(self.h):
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, rotary, mask, use_reentrant=False)
             else:
-                x = block(x, rotary, mask)
+                x = block(x, rotary, mask, None if cache is None else partial(cache.append, n))
         x = self.ln_f(x)
         return x
 

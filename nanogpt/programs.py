@@ -62,16 +62,41 @@ class SampleConfig(TrainedModelConfig):
 
     # --- generation ---
     start: str = "\n"  # prompt; FILE:prompt.txt reads one, <|endoftext|> starts a document where the tokenizer has it
-    num_samples: int = 10  # drawn side by side as one batch; the first is shown while it grows
+    num_samples: int = 10  # drawn side by side; the first is shown while it grows
     max_new_tokens: int = 500  # length of each sample
     temperature: float = 0.8  # 1: the model's own distribution, lower: safer, 0: always the likeliest token
     top_k: int = 200  # draw from the k likeliest tokens only; 0: from all
+    top_p: float = 1.0  # draw from the fewest likeliest tokens that have this probability together; 1: from all
+    min_p: float = 0.0  # leave out tokens with less than this share of the likeliest one's probability
+    stop: list[str] = field(default_factory=list)  # text that ends a sample, and is left out; such as '\n\n'
+    ignore_end: bool = False  # go on past <|endoftext|>, where a model was trained on several documents
+    window: Literal["half", "slide"] = "half"  # beyond block_size; half: forget the older half now and then; slide: see
+    # the last block_size tokens every time, as the original does, which is slow: all are computed for every token
+    logprobs: int = -1  # list every new token with its log-probability and so many of the likeliest ones; -1: no
+
+    # --- machine ---
+    int8: bool = False  # weights in 8 bits, with a factor per row: half of what bfloat16 takes; dtype stays that of the
+    # products
+    compile: bool | Literal["auto"] = False  # only for the original's sake: decoding is faster without
 
     def problems(self) -> Iterator[str]:
         """Everything that is inconsistent, one sentence each."""
         yield from super().problems()
         yield from out_of_range(self, ">= 1", "num_samples")
         yield from out_of_range(self, ">= 0", "max_new_tokens temperature top_k")
+        if not 0 < self.top_p <= 1:
+            yield f"top_p={self.top_p}: expected a value above 0, up to 1"
+        if not 0 <= self.min_p <= 1:
+            yield f"min_p={self.min_p}: expected a value from 0 to 1"
+        if self.temperature == 0 and (self.top_p < 1 or self.min_p > 0):
+            yield "temperature=0 always takes the likeliest token: top_p and min_p have no say then"
+        for text in self.stop:
+            try:
+                unescaped(text)
+            except ValueError as error:
+                yield f"stop={text!r}: {error}"
+        if "" in self.stop:
+            yield "stop='': expected a text"
 
 
 @dataclass

@@ -9,10 +9,11 @@ PACKAGE = Path(nanogpt.__file__).parent
 LAYERS = [
     "errors", "files", "settings", "shape", "config", "programs", "device", "data.pieces", "data.tokenizer",
     "data.tokenizer_json", "data.tokens", "data.download", "data.corpus", "data.documents", "data.workers",
-    "data.batches", "data.plan", "data.build", "data.prepare", "loss", "model", "spread", "optim", "distributed",
-    "infer.engine", "interop.huggingface", "interop.gguf", "interop.flat", "sharded", "checkpoint", "trained",
-    "report.progress", "report.metrics", "report.plots", "tasks", "evaluate", "infer.sample", "export", "start",
-    "saver", "guards", "train", "bench", "plan", "cli", "__main__",
+    "data.batches", "data.plan", "data.build", "data.prepare", "loss", "cache", "model", "spread", "optim",
+    "distributed", "infer.sampling", "infer.engine", "infer.packed", "infer.text", "interop.huggingface",
+    "interop.gguf", "interop.flat", "sharded", "checkpoint", "trained", "report.progress", "report.metrics",
+    "report.plots", "tasks", "evaluate", "infer.sample", "export", "start", "saver", "guards", "train", "bench",
+    "plan", "cli", "__main__",
 ]  # fmt: skip
 
 
@@ -49,5 +50,5 @@ def test_no_import_points_upwards() -> None:
 
 def test_the_sum_of_the_package_stays_small() -> None:
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
-    assert sum(lines.values()) < 8000
+    assert sum(lines.values()) < 8500
     assert max(lines.values()) <= 400

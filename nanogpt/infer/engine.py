@@ -1,29 +1,169 @@
-"""From weights to token ids: the sampling loop."""
+"""From weights to token ids: many requests at a time, each token computed once.
 
-from collections.abc import Iterator
+A request's prompt goes through the network in one pass, all but its last token; then every step feeds each row its
+newest token and draws the next. Rows come when they are added and leave when they end; neither disturbs the others.
+"""
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from nanogpt.cache import Cache
+from nanogpt.infer.sampling import Sampling, draw
 from nanogpt.model import GPT
 
+# beyond block_size: forget the older half and read the newer one again, or read the whole window again for every token
+Window = Literal["half", "slide"]
 
-def next_token(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """Draw one id per row. logits: (B, V) in any float type; returns (B, 1).
 
-    temperature 0 takes the likeliest. top_k keeps the k likeliest, None or 0 all.
+@dataclass(frozen=True)
+class Request:
+    """A prompt and how to continue it."""
+
+    prompt: Sequence[int]  # at least one token
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0  # of the request's own random stream: what others draw at the same time changes nothing
+    stop: frozenset[int] = frozenset()  # ids that end it, such as that of the end of a text
+    alternatives: int | None = None  # also tell log-probabilities: of the token, and of so many likeliest ones
+
+
+@dataclass(eq=False)
+class Row:
+    """A request under way."""
+
+    request: Request
+    tokens: list[int]  # prompt and continuation
+    stream: random.Random
+    begin: int = 0  # where the window that the network sees begins
+    seen: int = 0  # how many tokens of the window are in the cache
+    end: str = ""  # why it ended: "length", "stop" or "cancelled"; empty while it goes on
+    alternatives: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)  # per new token: its
+    # log-probability, and the likeliest ids with theirs
+
+    @property
+    def new_tokens(self) -> list[int]:
+        """What has been drawn."""
+        return self.tokens[len(self.request.prompt) :]
+
+
+class Engine:
+    """Continues up to `rows` requests side by side, each within a window of block_size tokens.
+
+    length: tokens to make room for, per row. dtype: of the keys and values that the model computes, if another than
+    its embedding's. Ids from `vocab_size` on are never drawn: they only pad the embedding to a round size.
     """
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float()
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the largest is 0: no overflow, however cold
-    if top_k and top_k < logits.shape[-1]:
-        threshold = logits.topk(top_k).values[:, [-1]]
-        logits = logits.masked_fill(logits < threshold, -torch.inf)
-    return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)
+
+    def __init__(self, model: GPT, rows: int, *, length: int | None = None, vocab_size: int | None = None,
+                 dtype: torch.dtype | None = None, window: Window = "half") -> None:  # fmt: skip
+        self.model, self.vocab_size, self.window = model, vocab_size, window
+        embedding = model.transformer.wte.weight
+        self.device = embedding.device
+        self.block_size = model.config.block_size
+        length = min(length or self.block_size, self.block_size)
+        self.cache = Cache(model.config, rows, length, dtype or embedding.dtype, str(self.device))
+        self.rows: list[Row] = []  # that are under way; the n-th is in row n of the cache
+
+    @property
+    def room(self) -> int:
+        """How many more requests can be added."""
+        return self.cache.rows - len(self.rows)
+
+    def add(self, requests: Sequence[Request]) -> list[Row]:
+        """Start requests, at most `room`; equal prompts are read once."""
+        if len(requests) > self.room:
+            raise ValueError(f"{len(requests)} requests for {self.room} free rows")
+        if any(not request.prompt for request in requests):
+            raise ValueError("a prompt needs at least one token")
+        added = [Row(each, list(each.prompt), random.Random(each.seed)) for each in requests]
+        for row in added:
+            row.begin = max(0, len(row.tokens) - self.block_size)
+            row.end = "" if row.request.max_new_tokens else "length"
+        # the first of each prompt, then the others, which copy what it remembers
+        first: dict[tuple[int, ...], Row] = {}
+        copies = [row for row in added if not row.end and first.setdefault(tuple(row.tokens), row) is not row]
+        self.rows += first.values()
+        self._read(len(self.rows) - len(first), list(first.values()))
+        for row in copies:
+            source = first[tuple(row.tokens)]
+            self.cache.copy(self.rows.index(source), len(self.rows), source.seen)
+            row.begin, row.seen = source.begin, source.seen
+            self.rows.append(row)
+        return added
+
+    def step(self) -> list[Row]:
+        """Draw one token for every row under way; returns those rows, of which some may have ended with it."""
+        self._move_windows()
+        rows = list(self.rows)
+        if not rows:
+            return rows
+        logits = self._logits([row.tokens[-1] for row in rows])
+        for row in rows:
+            row.seen += 1
+        chosen = draw(logits, [row.request.sampling for row in rows], [row.stream for row in rows])
+        for n, (row, token) in enumerate(zip(rows, chosen, strict=True)):
+            row.tokens.append(token)
+            if row.request.alternatives is not None:
+                row.alternatives.append(_alternatives(logits[n], token, row.request.alternatives))
+            if token in row.request.stop:
+                self.finish(row, "stop")
+            elif len(row.tokens) - len(row.request.prompt) >= row.request.max_new_tokens:
+                self.finish(row, "length")
+        return rows
+
+    def finish(self, row: Row, reason: str = "cancelled") -> None:
+        """End a row that is under way. Its place goes to the last one."""
+        row.end = reason
+        place = self.rows.index(row)
+        last = self.rows.pop()
+        if last is not row:
+            self.cache.copy(len(self.rows), place, last.seen)
+            self.rows[place] = last
+
+    def _move_windows(self) -> None:
+        """Make room for the next token where a window is full."""
+        late = [n for n, row in enumerate(self.rows) if len(row.tokens) - row.begin > self.block_size]
+        kept = self.block_size if self.window == "slide" else max(1, self.block_size // 2)
+        for n in late:
+            self.rows[n].begin = len(self.rows[n].tokens) - kept
+        for _, run in itertools.groupby(late, key=lambda n: n - late.index(n)):  # neighbours go in one pass
+            places = list(run)
+            self._read(places[0], [self.rows[n] for n in places])
+
+    @torch.inference_mode()
+    def _logits(self, tokens: list[int]) -> Tensor:
+        """Logits (B, V) after the newest token of every row."""
+        self.cache.seek(0, [row.seen for row in self.rows], 1)
+        idx = torch.tensor(tokens, device=self.device)[:, None]  # (B, 1)
+        x = self.model.transformer(idx, cache=self.cache)[:, -1]
+        logits: Tensor = self.model.lm_head(x)[:, : self.vocab_size]
+        return logits.float()
+
+    @torch.inference_mode()
+    def _read(self, place: int, rows: list[Row]) -> None:
+        """Fill the cache from row `place` on with the windows of `rows`, up to the newest token but one."""
+        windows = [row.tokens[row.begin : -1] for row in rows]
+        for row, window in zip(rows, windows, strict=True):
+            row.seen = len(window)
+        T = max(map(len, windows), default=0)
+        if T:  # shorter ones are padded at the end, where nothing looks, and what that leaves is overwritten
+            idx = torch.tensor([[*window, *[0] * (T - len(window))] for window in windows], device=self.device)
+            self.cache.seek(place, [0] * len(rows), T)
+            self.model.transformer(idx, cache=self.cache)
 
 
-@torch.no_grad()
+def _alternatives(logits: Tensor, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
+    """The log-probability of a token, and the `count` likeliest ids with theirs."""
+    log_p = logits.log_softmax(dim=-1)
+    best = log_p.topk(min(count, len(log_p)))
+    return float(log_p[token]), list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+
 def stream(
     model: GPT,
     idx: Tensor,
@@ -32,18 +172,22 @@ def stream(
     temperature: float = 1.0,
     top_k: int | None = None,
     vocab_size: int | None = None,
-    generator: torch.Generator | None = None,
+    seed: int | None = None,
 ) -> Iterator[Tensor]:
     """Continue each row of idx (B, T >= 1), yielding the next ids (B, 1) one step at a time.
 
-    The model sees the last `block_size` tokens. Ids from `vocab_size` on are never drawn: they only pad the
-    embedding to a round size and stand for no text.
+    The model sees the last `block_size` tokens. Without a `seed`, torch's random stream gives one.
     """
-    if idx.shape[1] == 0:
-        raise ValueError("a prompt needs at least one token")
-    for _ in range(max_new_tokens):
-        idx = idx[:, -model.config.block_size :]
-        logits, _ = model(idx)
-        token = next_token(logits[:, -1, :vocab_size], temperature, top_k, generator)
-        yield token
-        idx = torch.cat([idx, token], dim=1)
+    if seed is None:
+        seed = int(torch.randint(2**62, ()))
+    B, T = idx.shape
+    engine = Engine(model, B, length=T + max_new_tokens, vocab_size=vocab_size, window="slide")
+    sampling = Sampling(temperature, top_k or 0)
+    training = model.training
+    model.eval()
+    try:
+        rows = engine.add([Request(row, max_new_tokens, sampling, seed + n) for n, row in enumerate(idx.tolist())])
+        while engine.step():
+            yield torch.tensor([row.tokens[-1:] for row in rows], device=idx.device)
+    finally:
+        model.train(training)

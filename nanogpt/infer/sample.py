@@ -1,15 +1,17 @@
 """The program behind `sample.py`: text from a trained model."""
 
-from collections.abc import Iterator
+import sys
+from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.device import choose
 from nanogpt.errors import ConfigError, DataError
-from nanogpt.infer.engine import stream
-from nanogpt.programs import SampleConfig
+from nanogpt.infer.engine import Engine, Request, Row
+from nanogpt.infer.packed import pack
+from nanogpt.infer.sampling import Sampling
+from nanogpt.infer.text import TextStream
+from nanogpt.programs import SampleConfig, unescaped
 from nanogpt.trained import load_trained
 
 SEPARATOR = "---------------"
@@ -18,42 +20,70 @@ SEPARATOR = "---------------"
 def sample(config: SampleConfig) -> None:
     """Print `num_samples` continuations of the prompt, each followed by a separator line.
 
-    All are drawn as one batch; the first is printed while it grows, the others when it is complete.
+    All are drawn side by side; the first is printed while it grows, the others when all are complete.
     """
-    device = choose(config.device, config.dtype, config.compile)
+    device = choose(config.device, config.dtype, False)
+    if config.compile is True:
+        print("compile=True: decoding is faster without, and goes without", file=sys.stderr)
     trained = load_trained(config, device)
     model, tokenizer = trained.model, trained.tokenizer
-    prompt = _prompt_ids(config.start, tokenizer)
+    prompt = prompt_ids(config.start, tokenizer)
+    if len(prompt) > model.config.block_size:
+        raise ConfigError(
+            f"the prompt has {len(prompt):,} tokens and the model sees {model.config.block_size:,} at a time; "
+            "shorten --start"
+        )
     print(f"{trained.name}, {model.get_num_params() / 1e6:.2f}M parameters")
-    generator = torch.Generator(device.name).manual_seed(config.seed)
-    rows: list[list[int]] = [[] for _ in range(config.num_samples)]
+    count = config.num_samples
+    if config.temperature == 0 and count > 1:
+        count = 1
+        print("temperature=0 always takes the likeliest token: one sample stands for all", file=sys.stderr)
 
-    def first_row() -> Iterator[int]:
-        yield from prompt
-        idx = torch.tensor([prompt] * config.num_samples, device=device.name)  # (B, T)
-        with device.autocast():
-            tokens = stream(
-                model,
-                idx,
-                config.max_new_tokens,
-                temperature=config.temperature,
-                top_k=config.top_k,
-                vocab_size=tokenizer.vocab_size,
-                generator=generator,
-            )
-            for token in tokens:
-                for row, new in zip(rows, token[:, 0].tolist(), strict=True):
-                    row.append(new)
-                yield rows[0][-1]
+    pack(model, device.dtype, int8=config.int8)
+    length = len(prompt) + config.max_new_tokens
+    engine = Engine(
+        model, count, length=length, vocab_size=tokenizer.vocab_size, dtype=device.dtype, window=config.window
+    )
+    request = Request(
+        prompt,
+        config.max_new_tokens,
+        Sampling(config.temperature, config.top_k, config.top_p, config.min_p),
+        stop=frozenset() if config.ignore_end or tokenizer.end_of_text is None else frozenset([tokenizer.end_of_text]),
+        alternatives=config.logprobs if config.logprobs >= 0 else None,
+    )
+    rows = engine.add([replace(request, seed=config.seed + n) for n in range(count)])
+    stop = [unescaped(text) for text in config.stop]
+    streams = {row: TextStream(tokenizer, prompt, stop) for row in rows}
+    texts = {row: tokenizer.decode(prompt) for row in rows}
+    print(texts[rows[0]], end="", flush=True)
+    while engine.rows:
+        try:
+            stepped = engine.step()
+        except FloatingPointError as error:
+            raise DataError(f"{trained.name}: {error}; its weights may be damaged") from error
+        for row in stepped:
+            # the token that ends a text is no part of it
+            piece = streams[row].push([] if row.end == "stop" else row.tokens[-1:], final=bool(row.end))
+            if streams[row].stopped and not row.end:
+                engine.finish(row, "stop")
+            texts[row] += piece
+            if row is rows[0]:
+                print(piece, end="", flush=True)
+    for row in rows:
+        print(f"{texts[row] if row is not rows[0] else ''}\n{SEPARATOR}")
+        if row.alternatives:
+            _print_alternatives(row, tokenizer)
 
-    for text in tokenizer.decode_stream(first_row()):
-        print(text, end="", flush=True)
-    print(f"\n{SEPARATOR}")
-    for row in rows[1:]:
-        print(f"{tokenizer.decode(prompt + row)}\n{SEPARATOR}")
+
+def _print_alternatives(row: Row, tokenizer: Tokenizer) -> None:
+    """Each new token with its log-probability, and the likeliest ones in its place with theirs."""
+    for token, (log_p, likeliest) in zip(row.new_tokens, row.alternatives, strict=True):
+        others = "".join(f"   {tokenizer.decode([other])!r} {each:.3f}" for other, each in likeliest)
+        print(f"{log_p:8.3f} {tokenizer.decode([token])!r:16}{others}")
+    print(SEPARATOR)
 
 
-def _prompt_ids(start: str, tokenizer: Tokenizer) -> list[int]:
+def prompt_ids(start: str, tokenizer: Tokenizer) -> list[int]:
     """The ids of `--start`, at least one: an empty prompt begins a new document, else a new line."""
     if start.startswith("FILE:"):
         try:

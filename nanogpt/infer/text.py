@@ -1,0 +1,46 @@
+"""From token ids to text, while they come."""
+
+from collections import deque
+from collections.abc import Sequence
+
+from nanogpt.data.tokenizer import Tokenizer
+
+
+class TextStream:
+    """The text of the tokens that follow a prompt, piece by piece, up to a stop string.
+
+    A character whose bytes span several tokens appears when it is complete, and what may be the beginning of a stop
+    string when it has turned out not to be.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
+        self.stop = stop
+        self.stopped = False  # whether a stop string has come; it is not part of the text, nor is what follows
+        self._held = ""
+        self._ids: deque[int | None] = deque(prompt)
+        self._pieces = tokenizer.decode_stream(iter(self._ids.popleft, None))
+        for _ in prompt:
+            next(self._pieces)
+
+    def push(self, tokens: Sequence[int], final: bool = False) -> str:
+        """The text that is certain after these tokens too; with `final`, all that is left."""
+        self._ids += tokens
+        for _ in tokens:
+            self._held += next(self._pieces)
+        if final:
+            self._ids.append(None)
+            self._held += next(self._pieces, "")
+        found = [place for text in self.stop if (place := self._held.find(text)) >= 0]
+        if found:
+            certain, self.stopped = min(found), True
+        elif final:
+            certain = len(self._held)
+        else:
+            certain = len(self._held) - max((self._begun(text) for text in self.stop), default=0)
+        piece, self._held = self._held[:certain], self._held[certain:]
+        return piece
+
+    def _begun(self, text: str) -> int:
+        """How many characters at the end of what is held are a beginning of `text`."""
+        longest = min(len(text) - 1, len(self._held))
+        return next((n for n in range(longest, 0, -1) if self._held.endswith(text[:n])), 0)
