@@ -47,13 +47,14 @@ Generate = Callable[[list[int], int, int], float]  # prompt, new tokens, rows ->
 
 def ours(folder: Path, precision: str) -> Generate:
     from nanogpt.config import GPTConfig
+    from nanogpt.device import choose
     from nanogpt.infer.engine import Engine, Request
     from nanogpt.infer.packed import pack
     from nanogpt.infer.sampling import Sampling
     from nanogpt.model import GPT
 
     model = GPT.from_weights(GPTConfig(**SHAPE), torch.load(folder / "weights.pt")).eval()
-    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    dtype = choose("cpu", "float32" if precision == "float32" else "bfloat16", False).dtype  # as sample.py does
     pack(model, dtype, int8=precision == "int8")
 
     def generate(prompt: list[int], new: int, rows: int) -> float:
