@@ -71,8 +71,7 @@ def end_of(config: TrainConfig) -> dict[str, Any]:
     last, best = (torch.load(Path(config.out_dir, name), weights_only=True) for name in ("ckpt.pt", "best.pt"))
     loaded = checkpoint.load(Path(config.out_dir, "ckpt.pt"))
     model = checkpoint.GPT.from_weights(replace(loaded.model_config, dropout=0.0), loaded.weights).eval()
-    generator = torch.Generator().manual_seed(0)
-    sample = [int(token) for token in stream(model, torch.zeros(1, 1, dtype=torch.long), 20, generator=generator)]
+    sample = [int(token) for token in stream(model, torch.zeros(1, 1, dtype=torch.long), 20, seed=0)]
     for content in (last, best):
         content.pop("config")
         content["nanogpt"].pop("seconds")
