@@ -47,7 +47,8 @@ class _Network(Machine):
     n_layer: int = 12  # depth: number of blocks
     n_head: int = 12  # attention heads per block
     n_embd: int = 768  # channels; must be a multiple of n_head
-    dropout: float = 0.0  # 0 is best for pretraining; for finetuning, or several passes over few data, try 0.1 and more
+    dropout: float = 0.0  # 0 is best for pretraining; for finetuning, or several passes over few data, try 0.1 and
+    # more; gpt2: of single numbers; llama, qwen3: of channels, the same ones in all tokens of a row, none of attention
     bias: bool = False  # in Linears and LayerNorms; GPT-2 has them, without is a bit better and faster
     architecture: Literal["gpt2", "llama", "qwen3"] = "gpt2"  # llama: RMSNorm, rotary positions, SwiGLU; qwen3: also
     # normalised queries and keys
@@ -144,7 +145,7 @@ class TrainConfig(_Network):
     batch_size: int = 12  # rows of a micro-batch; as many as fit into memory
     sampling: Literal["random", "epoch"] = "random"  # of windows: drawn anew every time, or each once per epoch
     mask_documents: bool = False  # a token sees only its own document, and positions restart with it; on CUDA fast
-    # where the model is compiled and has no dropout
+    # where the model is compiled and its attention has no dropout
 
     # --- optimizer ---
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, with adamw for the rest; sets

@@ -70,7 +70,7 @@ def memory(shape: GPTConfig, rows: int, *, bytes_of_dtype: int, parallel: str, p
         per_layer += (8 if d == 2 else 4) * (shape.n_head + shape.n_kv_head) * D
     if on_cpu and d == 2 and shape.block_size <= 512:  # the attention's probabilities are kept
         per_layer += d * shape.n_head * shape.block_size
-    if shape.dropout:
+    if shape.dropout and shape.is_gpt2:
         per_layer += 2 * C * (1 + d)
     kept = 4 * C if gradient_checkpointing else per_layer
     # the gradients in the middle of the MLP and of the residual stream, and what is computed again

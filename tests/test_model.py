@@ -286,3 +286,19 @@ def test_the_mask_of_blocks_can_be_compiled_and_trained(
         return loss.item()
 
     assert loss_of(in_blocks=True) == pytest.approx(loss_of(in_blocks=False), abs=2e-2)
+
+
+def test_dropout_of_numbers_and_of_channels() -> None:
+    shape = {"block_size": 8, "vocab_size": 20, "n_layer": 1, "n_head": 2, "n_embd": 64, "dropout": 0.25}
+    x = torch.ones(5, 8, 64)
+    for architecture in ("gpt2", "llama"):
+        block = GPT(GPTConfig(**shape, architecture=architecture)).transformer.h[0]  # type: ignore[arg-type]
+        for drop in (block.attn.drop, block.mlp.drop):
+            assert torch.equal(drop.eval()(x), x)
+            dropped = drop.train()(x)
+            assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+            assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.08)
+            same = (dropped == dropped[:, :1]).all().item()  # in all tokens of a row, but not in all rows
+            assert same == (architecture == "llama")
+            assert not torch.equal(dropped[0], dropped[1])
+        assert block.attn.dropout == (0.25 if architecture == "gpt2" else 0.0)

@@ -359,6 +359,6 @@ def config_of(shape: GPTConfig) -> dict[str, Any]:
         "rope_theta": shape.rope_theta,
         "rope_scaling": scaling,
         "attention_bias": shape.bias,
-        "attention_dropout": shape.dropout,
+        "attention_dropout": 0.0,
     }
     return config | ({"mlp_bias": shape.mlp_bias} if shape.architecture == "llama" else {"use_sliding_window": False})
