@@ -78,8 +78,12 @@ class Engine:
         """Start requests, at most `room`; equal prompts are read once."""
         if len(requests) > self.room:
             raise ValueError(f"{len(requests)} requests for {self.room} free rows")
-        if any(not request.prompt for request in requests):
-            raise ValueError("a prompt needs at least one token")
+        for request in requests:
+            if not request.prompt or request.max_new_tokens < 0:
+                raise ValueError("a prompt needs at least one token, and max_new_tokens can't be negative")
+            length = min(len(request.prompt) + request.max_new_tokens, self.block_size)
+            if length > self.cache.length:
+                raise ValueError(f"{length} tokens in a cache of {self.cache.length}")
         added = [Row(each, list(each.prompt), random.Random(each.seed)) for each in requests]
         for row in added:
             row.begin = max(0, len(row.tokens) - self.block_size)

@@ -45,7 +45,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
-        if len(rows) <= 32 and self.dtype == torch.bfloat16:  # for these torch's kernel is the faster
+        if rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and len(rows) <= 32:  # torch's kernel is for few
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
         else:
             y = F.linear(rows, self.weight.to(self.dtype)) * self.scale

@@ -104,8 +104,11 @@ def test_what_ends_a_row(model: GPT) -> None:
     assert engine.step() == []
     with pytest.raises(ValueError, match="5 requests for 4 free rows"):
         engine.add([Request(prompt, 1)] * 5)
-    with pytest.raises(ValueError, match="at least one token"):
-        engine.add([Request([], 1)])
+    for impossible in (Request([], 1), Request([1], -1)):
+        with pytest.raises(ValueError, match="at least one token, and max_new_tokens can't be negative"):
+            engine.add([impossible])
+    with pytest.raises(ValueError, match="9 tokens in a cache of 8"):
+        Engine(model, 1, length=8).add([Request([1] * 5, 4)])
 
 
 def test_equal_prompts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
