@@ -11,6 +11,7 @@ is JSON.
 """
 
 import argparse
+import importlib
 import importlib.util
 import json
 import math
@@ -119,8 +120,7 @@ def transformers(folder: Path, precision: str) -> Generate:
 
 
 def llama_cpp(folder: Path, precision: str) -> Generate:
-    import llama_cpp as library
-
+    library: Any = importlib.import_module("llama_cpp")
     defaults = library.llama_cpp.llama_model_default_params
 
     def plain() -> Any:  # its AMX kernels end the process where the system keeps those registers to itself
@@ -136,7 +136,7 @@ def llama_cpp(folder: Path, precision: str) -> Generate:
     def generate(prompt: list[int], new: int, rows: int) -> float:
         if rows > 1:
             return 0.0
-        model.reset()  # type: ignore[no-untyped-call]
+        model.reset()
         began = time.perf_counter()
         tokens = model.generate(prompt, temp=0.0)
         next(tokens)
