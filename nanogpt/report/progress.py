@@ -2,7 +2,6 @@
 
 import os
 import sys
-from contextlib import suppress
 from types import TracebackType
 
 from tqdm import tqdm
@@ -10,8 +9,12 @@ from tqdm import tqdm
 
 def warn(text: str) -> None:
     """Say on standard error what went wrong beside the training; a full disk behind that must not end it."""
-    with suppress(OSError, ValueError):
+    try:
         print(f"warning: {text}", file=sys.stderr, flush=True)
+    except BrokenPipeError:  # nobody reads that either; what is left of it must not fail again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    except (OSError, ValueError):
+        pass
 
 
 class Console:
