@@ -25,3 +25,4 @@ zero_init = True
 
 optimizer = "muon"  # sets rates and schedule as well: they follow from width and length
 lr_decay_iters = max_iters
+muon_lr = 0.03
