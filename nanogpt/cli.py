@@ -12,7 +12,7 @@ from typing import Any
 from nanogpt import __version__
 from nanogpt.config import BenchConfig, PlanConfig, TrainConfig
 from nanogpt.errors import UserError
-from nanogpt.programs import EvalConfig, ExportConfig, PlotConfig, PrepareConfig, SampleConfig
+from nanogpt.programs import EvalConfig, ExportConfig, PlotConfig, PrepareConfig, SampleConfig, ServeConfig
 from nanogpt.settings import Settings, parse
 
 MISTAKE = 2  # exit code: the user can mend it
@@ -28,6 +28,12 @@ def _sample(config: Any) -> None:
     from nanogpt.infer.sample import sample
 
     sample(config)
+
+
+def _serve(config: Any) -> None:
+    from nanogpt.infer.serve import serve
+
+    serve(config)
 
 
 def _evaluate(config: Any) -> None:
@@ -71,6 +77,7 @@ VERBS: dict[str, tuple[type[Settings], Callable[[Any], int | None], str]] = {
     "prepare": (PrepareConfig, _prepare, "name"),
     "train": (TrainConfig, _train, "out_dir"),
     "sample": (SampleConfig, _sample, "out_dir"),
+    "serve": (ServeConfig, _serve, "out_dir"),
     "eval": (EvalConfig, _evaluate, "out_dir"),
     "export": (ExportConfig, _export, "out_dir"),
     "bench": (BenchConfig, _bench, "out_dir"),

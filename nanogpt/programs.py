@@ -100,6 +100,40 @@ class SampleConfig(TrainedModelConfig):
 
 
 @dataclass
+class ServeConfig(TrainedModelConfig):
+    """Serve a trained model: an API that OpenAI's clients speak, and a page to play with."""
+
+    # --- address ---
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: all of this machine, then choose an api_key
+    port: int = 8000  # 0: any that is free
+    api_key: str = ""  # what callers must show; better in the environment as NANOGPT_API_KEY; empty: nothing
+    allow_host: list[str] = field(default_factory=list)  # names under which others know this machine, such as a proxy's
+    name: str = ""  # of the model; empty: that of its folder
+
+    # --- limits ---
+    rows: int = 16  # continuations that are computed side by side
+    queue: int = 256  # continuations that may wait for a free row; more are answered with 429
+    max_new_tokens: int = 4096  # length of a continuation at most
+    timeout: int = 300  # seconds after which a continuation ends, however long it is
+    max_body: int = 1_000_000  # bytes of a request
+    block_size: int = 0  # context length, if it is to be shorter than the model's; 0: the model's
+
+    # --- machine ---
+    int8: bool = False  # weights in 8 bits, with a factor per row; dtype stays that of the products
+    compile: bool | Literal["auto"] = False  # only for the sake of uniformity: decoding is faster without
+
+    def problems(self) -> Iterator[str]:
+        """Everything that is inconsistent, one sentence each."""
+        yield from super().problems()
+        yield from out_of_range(self, ">= 1", "rows queue max_new_tokens timeout max_body")
+        yield from out_of_range(self, ">= 0", "block_size")
+        if not 0 <= self.port <= 65535:
+            yield f"port={self.port}: expected 0 to 65535"
+        if not self.api_key.isascii() or self.api_key != self.api_key.strip():
+            yield "api_key: expected ASCII characters without blanks around them"
+
+
+@dataclass
 class EvalConfig(TrainedModelConfig):
     """Measure a trained model: its exact loss over a whole split, and public benchmarks."""
 

@@ -4,8 +4,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,9 @@ def test_the_commands_run_as_written(downloads: Path, tmp_path: Path) -> None:
         extra = [SHRUNK[start] for start in sorted(SHRUNK, key=len) if command.startswith(start)][-1:]
         words = shlex.split(" ".join([command, *extra]))
         words = [word.replace("--nproc_per_node=8", "--nproc_per_node=2") for word in words]
+        if "serve" in words:
+            try_server([*programs[words[0]], *words[1:], "--port=0"], repository, environment)
+            continue
         result = subprocess.run(
             [*programs[words[0]], *words[1:]], cwd=repository, env=environment,
             capture_output=True, text=True, timeout=120, check=False,
@@ -69,6 +74,17 @@ def test_the_commands_run_as_written(downloads: Path, tmp_path: Path) -> None:
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
         executed += 1
     assert executed >= 20
+
+
+def try_server(command: list[str], folder: Path, environment: dict[str, str]) -> None:
+    """Start it, see that it is well, and end it as Ctrl-C does."""
+    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    address = next((line.split()[2] for line in process.stdout if line.startswith("page at")), "").strip(",")
+    with urllib.request.urlopen(f"{address}/health", timeout=30) as answer:
+        assert answer.status == 200
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 0
 
 
 def test_every_make_target_of_the_readme_exists() -> None:

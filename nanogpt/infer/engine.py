@@ -19,6 +19,8 @@ from nanogpt.model import GPT
 
 # beyond block_size: forget the older half and read the newer one again, or read the whole window again for every token
 Window = Literal["half", "slide"]
+# a token's log-probability, and the likeliest ids in its place with theirs
+Likelihood = tuple[float, list[tuple[int, float]]]
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,7 @@ class Row:
     begin: int = 0  # where the window that the network sees begins
     seen: int = 0  # how many tokens of the window are in the cache
     end: str = ""  # why it ended: "length", "stop" or "cancelled"; empty while it goes on
-    alternatives: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)  # per new token: its
-    # log-probability, and the likeliest ids with theirs
+    alternatives: list[Likelihood] = field(default_factory=list)  # per new token, if the request asks for them
 
     @property
     def new_tokens(self) -> list[int]:
@@ -129,6 +130,13 @@ class Engine:
             self.cache.copy(len(self.rows), place, last.seen)
             self.rows[place] = last
 
+    @torch.inference_mode()
+    def score(self, tokens: Sequence[int], alternatives: int) -> list[Likelihood]:
+        """How likely each of tokens[1:] is after those before it; at most block_size tokens. Uses no row."""
+        idx = torch.tensor([tokens], device=self.device)
+        logits = self.model.lm_head(self.model.transformer(idx))[0, :-1, : self.vocab_size]  # (T - 1, V)
+        return [_alternatives(row.float(), token, alternatives) for row, token in zip(logits, tokens[1:], strict=True)]
+
     def _move_windows(self) -> None:
         """Make room for the next token where a window is full."""
         late = [n for n, row in enumerate(self.rows) if len(row.tokens) - row.begin > self.block_size]
@@ -161,8 +169,8 @@ class Engine:
             self.model.transformer(idx, cache=self.cache)
 
 
-def _alternatives(logits: Tensor, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
-    """The log-probability of a token, and the `count` likeliest ids with theirs."""
+def _alternatives(logits: Tensor, token: int, count: int) -> Likelihood:
+    """How likely a token is by logits (V,), and the `count` likeliest ones."""
     log_p = logits.log_softmax(dim=-1)
     best = log_p.topk(min(count, len(log_p)))
     return float(log_p[token]), list(zip(best.indices.tolist(), best.values.tolist(), strict=True))

@@ -10,7 +10,7 @@ from nanogpt.errors import ConfigError, DataError
 from nanogpt.infer.engine import Engine, Request, Row
 from nanogpt.infer.packed import pack
 from nanogpt.infer.sampling import Sampling
-from nanogpt.infer.text import TextStream
+from nanogpt.infer.text import TextStream, follow, prompt_ids
 from nanogpt.programs import SampleConfig, unescaped
 from nanogpt.trained import load_trained
 
@@ -27,7 +27,7 @@ def sample(config: SampleConfig) -> None:
         print("compile=True: decoding is faster without, and goes without", file=sys.stderr)
     trained = load_trained(config, device)
     model, tokenizer = trained.model, trained.tokenizer
-    prompt = prompt_ids(config.start, tokenizer)
+    prompt = prompt_ids(_prompt(config.start), tokenizer)
     if len(prompt) > model.config.block_size:
         raise ConfigError(
             f"the prompt has {len(prompt):,} tokens and the model sees {model.config.block_size:,} at a time; "
@@ -62,10 +62,7 @@ def sample(config: SampleConfig) -> None:
         except FloatingPointError as error:
             raise DataError(f"{trained.name}: {error}; its weights may be damaged") from error
         for row in stepped:
-            # the token that ends a text is no part of it
-            piece = streams[row].push([] if row.end == "stop" else row.tokens[-1:], final=bool(row.end))
-            if streams[row].stopped and not row.end:
-                engine.finish(row, "stop")
+            piece = follow(engine, row, streams[row])
             texts[row] += piece
             if row is rows[0]:
                 print(piece, end="", flush=True)
@@ -83,18 +80,11 @@ def _print_alternatives(row: Row, tokenizer: Tokenizer) -> None:
     print(SEPARATOR)
 
 
-def prompt_ids(start: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids of `--start`, at least one: an empty prompt begins a new document, else a new line."""
-    if start.startswith("FILE:"):
-        try:
-            start = Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--start={start}: cannot read the prompt: {error}") from error
-    if start not in ("", "\n"):
-        return tokenizer.encode_prompt(start)
-    if start == "" and tokenizer.end_of_text is not None:
-        return [tokenizer.end_of_text]
+def _prompt(start: str) -> str:
+    """The text of `--start`."""
+    if not start.startswith("FILE:"):
+        return start
     try:
-        return tokenizer.encode_prompt("\n")
-    except DataError:  # a character vocabulary of text without line breaks
-        return [0]
+        return Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--start={start}: cannot read the prompt: {error}") from error

@@ -1,9 +1,11 @@
-"""From token ids to text, while they come."""
+"""From a prompt to token ids, and from those to text while they come."""
 
 from collections import deque
 from collections.abc import Sequence
 
 from nanogpt.data.tokenizer import Tokenizer
+from nanogpt.errors import DataError
+from nanogpt.infer.engine import Engine, Row
 
 
 class TextStream:
@@ -16,6 +18,7 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
         self.stop = stop
         self.stopped = False  # whether a stop string has come; it is not part of the text, nor is what follows
+        self.length = 0  # characters so far, also those that are not certain
         self._held = ""
         self._ids: deque[int | None] = deque(prompt)
         self._pieces = tokenizer.decode_stream(iter(self._ids.popleft, None))
@@ -24,12 +27,14 @@ class TextStream:
 
     def push(self, tokens: Sequence[int], final: bool = False) -> str:
         """The text that is certain after these tokens too; with `final`, all that is left."""
+        before = len(self._held)
         self._ids += tokens
         for _ in tokens:
             self._held += next(self._pieces)
         if final:
             self._ids.append(None)
             self._held += next(self._pieces, "")
+        self.length += len(self._held) - before
         found = [place for text in self.stop if (place := self._held.find(text)) >= 0]
         if found:
             certain, self.stopped = min(found), True
@@ -44,3 +49,29 @@ class TextStream:
         """How many characters at the end of what is held are a beginning of `text`."""
         longest = min(len(text) - 1, len(self._held))
         return next((n for n in range(longest, 0, -1) if self._held.endswith(text[:n])), 0)
+
+
+def follow(engine: Engine, row: Row, stream: TextStream) -> str:
+    """The text that the engine's latest step has made certain; ends the row where a stop string is complete."""
+    # the token that ends a text is no part of it
+    piece = stream.push([] if row.end == "stop" else row.tokens[-1:], final=bool(row.end))
+    if stream.stopped and not row.end:
+        engine.finish(row)
+    if stream.stopped:
+        row.end = "stop"
+    return piece
+
+
+def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a prompt, at least one: an empty one begins a new document, else a new line.
+
+    Raises `DataError` for what the vocabulary lacks.
+    """
+    if text not in ("", "\n"):
+        return tokenizer.encode_prompt(text)
+    if text == "" and tokenizer.end_of_text is not None:
+        return [tokenizer.end_of_text]
+    try:
+        return tokenizer.encode_prompt("\n")
+    except DataError:  # a character vocabulary of text without line breaks
+        return [0]

@@ -10,7 +10,8 @@ from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.infer import sample as module
-from nanogpt.infer.sample import SEPARATOR, prompt_ids, sample
+from nanogpt.infer.sample import SEPARATOR, sample
+from nanogpt.infer.text import prompt_ids
 from nanogpt.interop.huggingface import save_pretrained
 from nanogpt.model import GPT
 from nanogpt.programs import SampleConfig

@@ -1,0 +1,172 @@
+"""The server's language: OpenAI's completions, https://platform.openai.com/docs/api-reference/completions."""
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field
+
+from nanogpt.data.tokenizer import Tokenizer
+from nanogpt.infer.engine import Likelihood
+
+_Text = Annotated[str, Field(min_length=1)]
+_Id = Annotated[int, Field(ge=0)]
+
+
+class StreamOptions(BaseModel):
+    """What else a stream tells."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    include_usage: bool = False  # a last event counts the tokens
+
+
+class CompletionRequest(BaseModel):
+    """What to continue, and how. A value of null means the default."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    model: str = Field(description="the name that /v1/models gives")
+    prompt: str | list[_Id] | list[str] | list[list[_Id]] | None = Field(
+        None, description="text or token ids, or a list"
+    )
+    max_tokens: int | None = Field(16, ge=0)
+    n: int | None = Field(1, ge=1, description="continuations of each prompt")
+    temperature: float | None = Field(1.0, ge=0, le=2, description="0: always the likeliest token")
+    top_k: int | None = Field(0, ge=0, description="draw from the k likeliest tokens; 0: from all")
+    top_p: float | None = Field(
+        1.0, gt=0, le=1, description="draw from the likeliest that have this probability together"
+    )
+    min_p: float | None = Field(
+        0.0, ge=0, le=1, description="leave out what has less than this share of the likeliest's"
+    )
+    stop: _Text | Annotated[list[_Text], Field(max_length=16)] | None = Field(None, description="text that ends it")
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(None, description="the same draws every time")
+    logprobs: int | None = Field(None, ge=0, le=20, description="tell log-probabilities, and those of so many others")
+    echo: bool | None = Field(False, description="begin with the prompt")
+    stream: bool | None = Field(False, description="send it while it grows, as server-sent events")
+    stream_options: StreamOptions | None = None
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, description="keep the prompt's last so many; -1: as many as fit"
+    )
+    user: str | None = Field(None, description="ignored")
+    # parts of the standard that this server does not have: only what changes nothing is taken
+    best_of: int | None = Field(None, ge=1, description="like n, or nothing")
+    suffix: Literal[""] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+
+
+class Logprobs(BaseModel):
+    """How likely the tokens of a continuation are; lists of one length."""
+
+    tokens: list[str]  # a token that is no whole character reads "bytes:\\xe2\\x80"
+    token_logprobs: list[float | None]  # null for a prompt's first
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]  # in characters from the beginning of the prompt
+
+
+class Choice(BaseModel):
+    """A continuation, or a piece of one."""
+
+    index: int
+    text: str
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class Usage(BaseModel):
+    """Numbers of tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Completion(BaseModel):
+    """The answer; a stream consists of such, each with what is new."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage | None = None
+
+
+class Error(BaseModel):
+    """What is wrong with a request."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    """The answer to a request that can't be met."""
+
+    error: Error
+
+
+def mistakes(error: RequestValidationError) -> Iterator[str]:
+    """What is wrong with a body, a sentence for each."""
+    for each in error.errors():
+        where = [str(part) for part in each["loc"][1:2]]
+        if where == ["prompt"]:
+            yield "prompt: expected a text, a list of texts, a list of token ids, or a list of such lists"
+        elif each["type"] == "extra_forbidden":
+            yield f"{where[0][:100]}: unknown; /openapi.json lists what there is"
+        elif each["type"] in ("missing", "model_attributes_type") and not where:
+            yield "expected a JSON object, with the header content-type: application/json"
+        else:
+            yield ": ".join([*where, each["msg"]])
+
+
+def extend(whole: dict[str, Any], piece: dict[str, Any]) -> None:
+    """Append a piece of a continuation to what is there of it."""
+    if not whole:
+        whole.update(piece)
+        return
+    whole["text"] += piece["text"]
+    whole["finish_reason"] = piece["finish_reason"]
+    if whole["logprobs"] is None:
+        whole["logprobs"] = piece["logprobs"]
+    elif piece["logprobs"]:
+        for name, values in piece["logprobs"].items():
+            whole["logprobs"][name] += values
+
+
+def logprobs(told: Sequence[tuple[int, int, Likelihood | None]], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Tokens by offset, id and likelihood, in OpenAI's form."""
+
+    def name(token: int) -> str:
+        content = tokenizer.decode_bytes([token])
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+    def rounded(log_p: float) -> float:
+        return round(max(log_p, -9999.0), 6)  # JSON knows no infinity
+
+    top: list[dict[str, float] | None] = []
+    for _, token, likelihood in told:
+        if likelihood is None:
+            top.append(None)
+        else:
+            likeliest = {name(other): rounded(log_p) for other, log_p in likelihood[1]}
+            top.append(likeliest | {name(token): rounded(likelihood[0])})
+    return {
+        "tokens": [name(token) for _, token, _ in told],
+        "token_logprobs": [None if each is None else rounded(each[0]) for _, _, each in told],
+        "top_logprobs": top,
+        "text_offset": [offset for offset, _, _ in told],
+    }
+
+
+def offsets(ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[int]:
+    """Where the text of each token begins, in characters."""
+    offset = 0
+    for _, text in zip(ids, tokenizer.decode_stream(ids), strict=False):
+        yield offset
+        offset += len(text)

@@ -1,0 +1,98 @@
+"""The program behind `nanogpt serve`: a trained model for other programs, and a page to play with."""
+
+import os
+import signal
+import socket
+import time
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanogpt.device import choose
+from nanogpt.errors import ConfigError
+from nanogpt.infer.engine import Engine
+from nanogpt.infer.packed import pack
+from nanogpt.programs import ServeConfig
+from nanogpt.trained import load_trained
+
+if TYPE_CHECKING:
+    from nanogpt.infer.guard import Guard
+    from nanogpt.infer.scheduler import Scheduler
+
+_SMALL = 10e6  # parameters
+
+
+def serve(config: ServeConfig) -> None:
+    """Answer requests until a signal says to stop; then finish those under way. A second Ctrl-C cuts them off."""
+    try:
+        import uvicorn
+
+        import nanogpt.infer.api  # noqa: F401  # what it needs, too
+    except ImportError as error:
+        raise ConfigError(f"serving needs FastAPI and others: pip install 'nanogpt[serve]' ({error})") from error
+    listener = _listen(config.host, config.port)
+    app, scheduler = load(config)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=config.timeout,
+        )
+    )
+    listener.listen(2048)  # from here on callers are answered, or wait a moment
+    host, port = listener.getsockname()[:2]
+    if not config.api_key and host not in ("127.0.0.1", "::1"):
+        print("anyone who reaches this machine may use the model: --api_key=KEY asks for a key")
+    print(f"page at http://{f'[{host}]' if ':' in host else host}:{port}, API at /v1; Ctrl-C ends", flush=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # uvicorn hands them on after it has ended because of them
+    server.run(sockets=[listener])
+    scheduler.close()
+
+
+def load(config: ServeConfig) -> "tuple[Guard, Scheduler]":
+    """The model behind its API, and what runs it."""
+    from nanogpt.infer.api import Service, create_app
+    from nanogpt.infer.guard import Guard
+    from nanogpt.infer.scheduler import Scheduler
+
+    device = choose(config.device, config.dtype, False)
+    trained = load_trained(config, device)
+    model, tokenizer = trained.model, trained.tokenizer
+    if config.block_size:
+        model.crop_block_size(min(config.block_size, model.config.block_size))
+    size = model.get_num_params()
+    pack(model, device.dtype, int8=config.int8)
+    engine = Engine(model, config.rows, vocab_size=tokenizer.vocab_size, dtype=device.dtype)
+    name = config.name or Path(config.out_dir if config.init_from == "resume" else config.init_from).resolve().name
+    bytes_ = sum(part.numel() * part.element_size() for part in (engine.cache.keys, engine.cache.values))
+    print(
+        f"{trained.name}, {size / 1e6:.2f}M parameters, as {name!r}; {config.rows} rows of "
+        f"{model.config.block_size:,} tokens side by side ({bytes_ / 1e6:,.0f} MB)"
+    )
+    # a small model computes no faster with more threads, and the connections need a core, too
+    scheduler = Scheduler(engine, tokenizer, config.queue, threads=1 if size < _SMALL else 0)
+    service = Service(name, scheduler, tokenizer, config.max_new_tokens, config.timeout, int(time.time()))
+    page = resources.files("nanogpt.infer").joinpath("page.html").read_text(encoding="utf-8")
+    names = [config.host, *config.allow_host]
+    key = config.api_key or os.environ.get("NANOGPT_API_KEY", "")
+    app = create_app(service, page)
+    return Guard(app, scheduler.registry, names=names, api_key=key, max_body=config.max_body), scheduler
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket bound to an address, before a model is loaded for nothing. Raises `ConfigError`."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise ConfigError(f"host={host} port={port}: {error}; choose another --port, 0 for any that is free") from error
+    return listener

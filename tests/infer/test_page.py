@@ -1,0 +1,210 @@
+"""The page in a real browser."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.infer.test_serve import Server, make_model, serving
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-background-networking",
+    "--disable-component-update",
+]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving(make_model()) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    with ExitStack() as stack:
+        driver = stack.enter_context(playwright.sync_playwright())
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        stack.callback(browser.close)
+        yield browser
+
+
+@pytest.fixture
+def page(browser: Any, server: Server) -> Iterator[Any]:
+    """The page, opened; nothing may go wrong on it, and nothing may be asked of another host."""
+    page = browser.new_page()
+    problems: list[str] = []
+
+    def hear(message: Any) -> None:
+        if message.type in ("error", "warning") and "the server responded with a status of 400" not in message.text:
+            problems.append(message.text)
+
+    def see(request: Any) -> None:
+        if not request.url.startswith((f"http://127.0.0.1:{server.port}/", "data:")):
+            problems.append(request.url)
+
+    page.on("console", hear)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", see)
+    page.goto(f"http://127.0.0.1:{server.port}/")
+    page.wait_for_selector("#about:not(:empty)")
+    yield page
+    page.close()
+    assert problems == []
+
+
+def text(page: Any) -> str:
+    return str(page.evaluate("document.getElementById('tokens').textContent"))
+
+
+def wait_for_status(page: Any, begin: str = "Done") -> None:
+    page.locator("#status", has_text=re.compile(f"^{begin}")).wait_for()
+
+
+def generate(page: Any, prompt: str = "hello", **settings: str) -> None:
+    page.fill("#prompt", prompt)
+    for name, value in {"seed": "1", "max_tokens": "20", **settings}.items():
+        page.fill(f"#{name}", value)
+    page.click("#generate")
+    wait_for_status(page)
+
+
+def test_text_comes_token_by_token_with_its_probabilities(page: Any, server: Server) -> None:
+    generate(page)
+    assert page.inner_text("#about").startswith("m, context of 32 tokens")
+    _, answer = server.complete(prompt="hello", max_tokens=20, seed=1, temperature=0.8, top_k=200, logprobs=8)
+    [choice] = answer["choices"]
+    assert text(page) == "hello" + choice["text"]
+    assert page.inner_text("#plain") == text(page)
+    tokens = page.locator(".token")
+    assert tokens.count() == len(choice["logprobs"]["tokens"])
+    first = choice["logprobs"]["top_logprobs"][0]
+    tokens.first.hover()
+    assert page.locator("#detail li").count() == len(first)
+    assert page.is_visible("#detail")
+
+
+def test_branching_and_undo(page: Any) -> None:
+    generate(page)
+    before = text(page)
+    page.locator(".token").nth(3).click()
+    other = page.locator("#detail button:enabled:not(.taken)").first
+    name = other.get_attribute("aria-label").split("go on with ")[1].split(", ")[0]
+    other.click()
+    wait_for_status(page)
+    assert page.locator(".token.chosen").inner_text() in (name, " ", "\n", "\t")
+    assert text(page) != before
+    assert text(page)[:8] == before[:8]
+    page.click("#undo")
+    assert text(page) == before
+    page.click("#more")
+    wait_for_status(page)
+    assert text(page).startswith(before)
+    assert page.locator(".token").count() > 20
+
+
+def test_with_the_keyboard_alone(page: Any) -> None:
+    page.focus("#prompt")
+    page.keyboard.type("key")
+    page.fill("#max_tokens", "10")
+    page.keyboard.press("Control+Enter")
+    wait_for_status(page)
+    page.focus("#tokens")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert page.get_attribute("#tokens", "aria-activedescendant") == "token1"
+    assert "%" in page.get_attribute("#token1", "aria-label")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.closest('#detail') !== null")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Escape")
+    assert not page.is_visible("#detail")
+    assert page.evaluate("document.activeElement.id") == "tokens"
+    page.keyboard.press("Enter")
+    page.keyboard.press("Enter")
+    wait_for_status(page)
+    assert page.locator(".token.chosen").count() == 1
+
+
+def test_stop_frees_the_row(page: Any, server: Server) -> None:
+    page.fill("#prompt", "long")
+    page.fill("#max_tokens", "3000")
+    page.click("#generate")
+    page.wait_for_selector(".token")
+    page.click("#stop")
+    wait_for_status(page, "Stopped after")
+    server.wait_until_idle()
+
+
+def test_what_is_wrong_is_said(page: Any) -> None:
+    generate(page)
+    page.fill("#max_tokens", "10000")
+    page.evaluate("document.getElementById('form').noValidate = true")
+    with page.expect_response("**/v1/completions"):
+        page.click("#generate")
+    page.wait_for_selector("#status.bad")
+    assert "max_tokens: at most 3,000" in page.inner_text("#status")
+
+
+def test_markup_in_a_text_is_text(page: Any) -> None:
+    generate(page, "<img src=x onerror=alert(1)><b>")
+    assert text(page).startswith("<img src=x onerror=alert(1)><b>")
+    assert page.locator("#tokens img, #tokens b").count() == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1200, 380])
+def test_it_fits_and_can_be_read(browser: Any, server: Server, scheme: str, width: int, tmp_path: Path) -> None:
+    page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 800})
+    page.goto(f"http://127.0.0.1:{server.port}/")
+    generate(page)
+    page.locator(".token").nth(2).click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    box = page.locator("#detail").bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= width
+    low = page.evaluate(CONTRAST)
+    assert low == [], f"text with a contrast below 4.5: {low}"
+    if folder := os.environ.get("NANOGPT_SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/page-{scheme}-{width}.png")
+    page.close()
+
+
+# every visible text's colour against what is behind it (WCAG 2.1, 1.4.3); disabled buttons may be paler
+CONTRAST = """() => {
+  const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+  const rgba = color => {
+    canvas.clearRect(0, 0, 1, 1);
+    canvas.fillStyle = color;
+    canvas.fillRect(0, 0, 1, 1);
+    const [r, g, b, a] = canvas.getImageData(0, 0, 1, 1).data;
+    return [r, g, b, a / 255];
+  };
+  const linear = v => v <= 0.04045 * 255 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4;
+  const luminance = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+  const low = [];
+  for (const element of document.querySelectorAll('body *:not(script, .unseen, :disabled)')) {
+    const has_text = [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim());
+    if (!has_text || !element.checkVisibility()) continue;
+    let back = [0, 0, 0, 0];
+    for (let each = element; each; each = each.parentElement) {
+      const color = rgba(getComputedStyle(each).backgroundColor), share = (1 - back[3]) * color[3];
+      back = [0, 1, 2].map(i => back[i] + share * color[i]).concat(back[3] + share);
+    }
+    const front = rgba(getComputedStyle(element).color);
+    const [bright, dark] = [luminance(front), luminance(back)].sort((a, b) => b - a);
+    const contrast = (bright + 0.05) / (dark + 0.05);
+    if (contrast < 4.5) low.push([element.tagName, element.className, element.textContent.slice(0, 20), contrast]);
+  }
+  return low;
+}"""
