@@ -124,13 +124,18 @@ class TrainConfig(_Network):
     keep_checkpoints: int = 2  # ckpt.pt and those before it, ckpt.prev.pt, ckpt.prev2.pt, …: if one is damaged, the
     # one before it counts
     max_bad_steps: int = 20  # updates in a row that may be skipped because loss or gradient is not finite
-    health_interval: int = 200  # record clipping, relative size of updates, largest activations every so many; 0: never
+    health_interval: int = 200  # record clipping, gradients and updates by layer, largest activations, memory every so
+    # many updates; 0: never
+    sample_interval: int = 1  # show a little text of the model at every so many-th evaluation; 0: never
     dry_run: bool = False  # print the resolved config and what follows from it, then exit
 
     # --- Weights & Biases ---
     wandb_log: bool = False  # also send the metrics there
     wandb_project: str = "owt"  # project that the run is shown in
     wandb_run_name: str = "gpt2"  # name of the run
+
+    # --- TensorBoard ---
+    tensorboard_log: bool = False  # also write the metrics to out_dir/tensorboard
 
     # --- several processes (torchrun) ---
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # how they talk; auto: nccl on CUDA, gloo elsewhere
@@ -201,7 +206,9 @@ class TrainConfig(_Network):
         if not 0 < self.dist_timeout <= 1e6:
             yield f"dist_timeout={self.dist_timeout}: expected minutes"
         rates = "learning_rate min_lr muon_lr weight_decay grad_clip"
-        yield from out_of_range(self, ">= 0", f"max_iters warmup_iters lr_decay_iters {rates} health_interval")
+        yield from out_of_range(
+            self, ">= 0", f"max_iters warmup_iters lr_decay_iters {rates} health_interval sample_interval"
+        )
         if not re.fullmatch(r"\d+|\d+(\.\d+)?m", self.checkpoint_interval):
             yield f"checkpoint_interval={self.checkpoint_interval!r}: expected updates, as 500, or minutes, as 30m"
         yield from out_of_range(self, "in [0, 1)", "beta1 beta2 muon_momentum")

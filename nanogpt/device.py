@@ -82,6 +82,15 @@ class Device:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
+    def vitals(self) -> dict[str, float]:
+        """Memory in use, and of a GPU how busy it is and what it draws, as far as that can be read."""
+        values = {"system/memory_gb": self.peak_memory() / 1e9}
+        if self.type == "cuda":
+            with contextlib.suppress(Exception):  # without the package nvidia-ml-py, or the right to ask
+                values["system/gpu_utilization"] = torch.cuda.utilization(self.name) / 100
+                values["system/gpu_watts"] = torch.cuda.power_draw(self.name) / 1000
+        return values
+
     def total_memory(self) -> int:
         """Bytes that a CUDA GPU has; 0 elsewhere."""
         return torch.cuda.get_device_properties(self.name).total_memory if self.type == "cuda" else 0

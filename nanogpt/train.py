@@ -4,12 +4,11 @@ import dataclasses
 import itertools
 import math
 import os
-import signal
+import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,11 +21,14 @@ from nanogpt.device import Device, choose
 from nanogpt.distributed import World, contact, joined, keep_log, no_gradient_exchange, this_process
 from nanogpt.errors import DivergedError
 from nanogpt.files import locked
-from nanogpt.guards import Guard, health, is_spike
+from nanogpt.guards import Guard, is_spike
+from nanogpt.health import Checkup
+from nanogpt.infer.text import short_sample
 from nanogpt.optim import learning_rate_at
 from nanogpt.report.metrics import Metrics
 from nanogpt.report.progress import Console
 from nanogpt.saver import Saver
+from nanogpt.signals import stop_signals
 from nanogpt.spread import whole
 from nanogpt.start import Run, derived_values, dry_run, start
 
@@ -71,7 +73,7 @@ def train_until_done(run: Run) -> int:
     config, device, world, model, progress = run.config, run.device, run.world, run.model, run.progress
     with (
         owned(run),
-        stop_signals(run) as stopping,
+        stop_signals(world) as stopping,
         Metrics(config, progress if run.resumed_from else None, is_main=world.is_main) as metrics,
         Console(total=config.max_iters, done=progress.step, is_main=world.is_main) as console,
         saving(run) as saver,
@@ -94,7 +96,8 @@ def train_until_done(run: Run) -> int:
             began = time.perf_counter()
             learning_rate = learning_rate_at(step, config)
             x, y = next_batch(run, step)
-            loss, grad_norm, is_bad = update(run, x, y, learning_rate)
+            checkup = Checkup(run) if config.health_interval and (step + 1) % config.health_interval == 0 else None
+            loss, grad_norm, is_bad = update(run, x, y, learning_rate, checkup)
             guard.note(grad_norm, is_bad)
             stopped = stopping()
             is_due = step % config.log_interval == 0 or step + 1 == config.max_iters
@@ -111,9 +114,9 @@ def train_until_done(run: Run) -> int:
                 record(run, metrics, console, values, seconds / updates)
                 guard.check(x, y, document_ids(run, x), learning_rate)
                 seconds, updates = 0.0, 0
-            if config.health_interval and progress.step % config.health_interval == 0:
+            if checkup:
                 inputs = x[: config.batch_size]
-                values = health(run, inputs, document_ids(run, inputs))
+                values = checkup.values(inputs, document_ids(run, inputs)) | device.vitals()
                 metrics.write(progress, {**values, "health/clip_fraction": guard.clip_fraction()})
             evaluation_is_next = progress.step % config.eval_interval == 0 or progress.step >= config.max_iters
             if is_due_everywhere(run, saver) and not evaluation_is_next:
@@ -179,38 +182,6 @@ def saving(run: Run) -> Iterator[Saver]:
         raise
 
 
-@contextmanager
-def stop_signals(run: Run) -> Iterator[Callable[[], bool]]:
-    """Within the block, Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP only ask to stop; a second one interrupts at once.
-
-    Yields a function that tells whether one has come to any process.
-    """
-    received: list[int] = []
-    # clusters announce the end with SIGUSR1; the terminal that goes, with SIGHUP, which nohup ignores
-    names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        numbers.remove(signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        restore()
-        with suppress(OSError):  # print is not safe in a handler
-            os.write(2, b"\nstopping after this step (once more to leave at once)\n")
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield lambda: run.world.any(bool(received))
-    finally:
-        restore()
-
-
 # ---------------------------------------------------------------------------------------------------
 # The steps of the loop
 
@@ -243,7 +214,9 @@ def settle_sums(run: Run) -> None:
     run.optimizer.zero_grad(set_to_none=True)
 
 
-def update(run: Run, x: Tensor, y: Tensor, learning_rate: float) -> tuple[Tensor, Tensor, Tensor]:
+def update(
+    run: Run, x: Tensor, y: Tensor, learning_rate: float, checkup: Checkup | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """One update of the weights from this process's rows x, y (micro-batches * B, T) of the global batch.
 
     Returns, on the device: the mean loss over these rows; the gradient norm (of all rows) before clipping; whether the
@@ -264,6 +237,8 @@ def update(run: Run, x: Tensor, y: Tensor, learning_rate: float) -> tuple[Tensor
             total += loss.detach()
             scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
+    if checkup:
+        checkup.before_step()
     grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
     is_bad = run.world.any_tensor(~torch.isfinite(total + grad_norm))
     optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]  # then it changes nothing
@@ -305,14 +280,21 @@ def record(run: Run, metrics: Metrics, console: Console, values: dict[str, float
     """Print and write down what an update has come to; `seconds` is what one takes."""
     config, progress, shape = run.config, run.progress, run.model.config
     values["tokens_per_second"] = config.rows * shape.block_size / seconds
+    values["epoch"] = progress.tokens / len(run.dataset.train)
     step, loss = progress.step - 1, values["train/loss"]
-    line = f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms"
+    speed = f"{values['tokens_per_second']:,.0f} tokens/s"
     if peak := run.device.peak_flops():
         values["mfu"] = run.model.flops_per_token() * values["tokens_per_second"] / (peak * run.world.size)
-        line += f", mfu {values['mfu'] * 100:.2f}%"
-    console.line(f"{line}, {values['tokens_per_second']:,.0f} tokens/s")
+        speed = f"mfu {values['mfu'] * 100:.2f}%, {speed}"
     average = progress.loss_average
-    if is_spike(progress, loss):
+    is_far_off = is_spike(progress, loss)
+    to_evaluation = min(config.max_iters, (step // config.eval_interval + 1) * config.eval_interval) - step - 1
+    console.report(
+        f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, {speed}",
+        f"loss {progress.loss_average:.4f}, {speed}, {run.device.peak_memory() / 1e9:.1f} GB, "
+        f"evaluation in {to_evaluation:,}",
+    )
+    if is_far_off:
         console.line(f"iter {step}: this loss stands out, the average before was {average:.4f}")
         values["spike"] = True
     metrics.write(progress, values)
@@ -325,7 +307,11 @@ def evaluate_and_save(run: Run, metrics: Metrics, console: Console, saver: Saver
     if losses is None:
         return False
     console.line(f"step {progress.step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-    metrics.write(progress, {"train/eval_loss": losses["train"], "val/loss": losses["val"]})
+    values: dict[str, Any] = {"train/eval_loss": losses["train"], "val/loss": losses["val"]}
+    if text := sample_text(run):
+        console.line(textwrap.indent(text, "  | ", lambda line: True))
+        values["sample"] = text
+    metrics.write(progress, values)
     if not math.isfinite(losses["val"]):
         raise DivergedError(
             f"the loss is {losses['val']} after {progress.step} updates; nothing was saved over the checkpoints in "
@@ -344,6 +330,15 @@ def evaluate_and_save(run: Run, metrics: Metrics, console: Console, saver: Saver
         if run.shards or run.world.is_main:
             saver.save(lambda old: snapshot(run, old, is_best), best=is_best)
     return True
+
+
+def sample_text(run: Run) -> str:
+    """A few words of the model as it is now, if it is time for that; random states are not touched."""
+    config, progress = run.config, run.progress
+    is_due = config.sample_interval and progress.step // config.eval_interval % config.sample_interval == 0
+    if progress.step == 0 or not is_due or run.shards or not run.world.is_main:
+        return ""
+    return short_sample(run.model, run.dataset.tokenizer, tokens=100)
 
 
 def is_due_everywhere(run: Run, saver: Saver) -> bool:

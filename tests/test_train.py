@@ -39,7 +39,7 @@ CPU = Device("cpu", "cpu", torch.float32, False)
 GOLDEN = Path(__file__).parent / "golden" / "tiny_loss.json"
 
 
-def rows(config: TrainConfig, key: str) -> dict[int, float]:
+def rows(config: TrainConfig, key: str) -> dict[int, Any]:
     """`{step: value}` of the run's metrics that have `key`."""
     return {row["step"]: row[key] for row in read_metrics(Path(config.out_dir, "metrics.jsonl")) if key in row}
 
@@ -290,7 +290,7 @@ def test_updates_that_are_not_finite_are_skipped_and_counted(
 ) -> None:
     real, poisoned = train.next_batch, {2, 3}
 
-    def update(run: Any, x: torch.Tensor, y: torch.Tensor, learning_rate: float) -> Any:
+    def update(run: Any, x: torch.Tensor, y: torch.Tensor, learning_rate: float, _: object) -> Any:
         before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
         moments = [{name: t.clone() for name, t in state.items()} for state in run.optimizer.state.values()]
         if run.progress.step in poisoned:
@@ -328,11 +328,36 @@ def test_the_networks_health_is_recorded(recipe: Recipe) -> None:
     train.train(config)
     assert set(rows(config, "health/clip_fraction").items()) == {(10, 1.0), (20, 1.0)}
     assert all(0 < value < 100 for value in rows(config, "health/activation_max").values())
+    for name in ("h.0", "h.1", "wte", "wpe", "ln_f"):
+        assert all(0 < value < 1 for value in rows(config, f"update_ratio/{name}").values())
+    [row] = [
+        row
+        for row in read_metrics(Path(config.out_dir, "metrics.jsonl"))
+        if "grad_norm/h.0" in row and row["step"] == 10
+    ]
+    parts = [value for name, value in row.items() if name.startswith("grad_norm/")]
+    assert sum(part**2 for part in parts) ** 0.5 == pytest.approx(rows(config, "grad_norm")[10], rel=1e-3)
+    assert rows(config, "system/memory_gb")[10] > 0.1
     ratios = rows(config, "health/update_ratio"), rows(config, "health/update_ratio_max")
     assert all(1e-4 < ratios[0][step] <= ratios[1][step] < 1 for step in (10, 20))
     quiet = recipe(max_iters=20, health_interval=0, grad_clip=1e-6, out_dir="quiet")
     train.train(quiet)
     assert same(weights(config), weights(quiet))
+
+
+def test_text_is_shown_while_it_learns(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    config = recipe(max_iters=6, eval_interval=2, dropout=0.1)
+    train.train(config)
+    texts = rows(config, "sample")
+    assert list(texts) == [2, 4, 6]
+    assert all(0 < len(text) <= 100 for text in texts.values())
+    assert texts[4].splitlines()[0] in capsys.readouterr().out
+    seldom = recipe(max_iters=6, eval_interval=2, dropout=0.1, sample_interval=2, out_dir="seldom")
+    train.train(seldom)
+    assert rows(seldom, "sample") == {4: texts[4]}
+    never = recipe(max_iters=6, eval_interval=2, dropout=0.1, sample_interval=0, out_dir="never")
+    train.train(never)
+    assert same(weights(config), weights(never))
 
 
 def test_the_relative_update_is_the_real_one(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -496,7 +521,7 @@ def test_wandb_without_the_package_is_a_warning(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     assert train.train(recipe(wandb_log=True, max_iters=1)) == 0
-    assert "warning: --wandb_log=True needs the package wandb" in capsys.readouterr().err
+    assert "warning: Weights & Biases needs a package (pip install wandb)" in capsys.readouterr().err
 
 
 def test_wandb_gets_the_metrics(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -567,9 +592,10 @@ def test_on_mps_nothing_needs_float64_pinned_memory_or_cuda(recipe: Recipe, monk
     monkeypatch.setattr(torch.mps, "get_rng_state", torch.get_rng_state)
     monkeypatch.setattr(torch.mps, "set_rng_state", torch.set_rng_state)
     monkeypatch.setattr(train, "choose", lambda *_, **__: Device("cpu", "mps", torch.float32, False))
+    config = recipe(dropout=0.1, sample_interval=0)  # drawing goes back to the CPU where the device says mps
     with NoFloat64(), NoPinning():
-        assert train.train(recipe(dropout=0.1)) == 0
-        assert train.train(recipe(dropout=0.1, max_iters=8, init_from="resume")) == 0
+        assert train.train(config) == 0
+        assert train.train(dataclasses.replace(config, max_iters=8, init_from="resume")) == 0
     assert synchronized
 
 

@@ -3,9 +3,13 @@
 from collections import deque
 from collections.abc import Sequence
 
+import torch
+
 from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.errors import DataError
-from nanogpt.infer.engine import Engine, Row
+from nanogpt.infer.engine import Engine, Request, Row
+from nanogpt.infer.sampling import Sampling
+from nanogpt.model import GPT
 
 
 class TextStream:
@@ -75,3 +79,23 @@ def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
         return tokenizer.encode_prompt("\n")
     except DataError:  # a character vocabulary of text without line breaks
         return [0]
+
+
+def short_sample(model: GPT, tokenizer: Tokenizer, tokens: int) -> str:
+    """What a model says by itself, always from the same seed; empty if its output is no number. For a look at it."""
+    end = tokenizer.end_of_text
+    stop = frozenset([] if end is None else [end])
+    prompt = prompt_ids("", tokenizer)
+    engine = Engine(model, 1, length=len(prompt) + tokens, vocab_size=tokenizer.vocab_size)
+    [row] = engine.add([Request(prompt, tokens, Sampling(temperature=0.8, top_k=200), stop=stop)])
+    training = model.training
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):  # compiling again, for one token at a time, would take minutes
+            while engine.step():
+                pass
+    except FloatingPointError:
+        return ""
+    finally:
+        model.train(training)
+    return tokenizer.decode([token for token in row.new_tokens if token not in stop]).strip("\n")

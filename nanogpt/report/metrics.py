@@ -1,4 +1,4 @@
-"""What a run records: one JSON object a line in metrics.jsonl, and Weights & Biases when asked for."""
+"""What a run records: one JSON object a line in metrics.jsonl; Weights & Biases and TensorBoard when asked for."""
 
 import json
 import math
@@ -20,7 +20,7 @@ class Metrics:
     """The records of a run, open for writing. A resumed run goes on in the same file, with no step twice."""
 
     def __init__(self, config: TrainConfig, resumed: Progress | None = None, is_main: bool = True) -> None:
-        self._wandb: Any = None
+        self._trackers: list[Any] = []
         self._file: IO[bytes] | None = None
         if not is_main:
             return  # one process of a run writes
@@ -30,10 +30,15 @@ class Metrics:
             rows = (row for row in read_metrics(self._path) if resumed and _is_before(row, resumed))
             file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
         self._file = open(self._path, "ab", buffering=0)  # row by row: nothing is lost in a crash
-        if config.wandb_log:
-            self._wandb = _start_wandb(config, is_resumed=resumed is not None)
+        for kind in [WandB] * config.wandb_log + [TensorBoard] * config.tensorboard_log:
+            try:
+                self._trackers.append(kind(config, resumed))
+            except ImportError:
+                warn(f"{kind.label} needs a package (pip install {kind.package}); going on without it")
+            except Exception as error:  # not logged in, no network, …: there are many ways
+                warn(f"{kind.label} could not start ({error}); going on without it")
 
-    def write(self, progress: Progress, values: dict[str, float]) -> None:
+    def write(self, progress: Progress, values: dict[str, Any]) -> None:
         """Record `values` after `progress.step` updates; a number that is not finite becomes null."""
         if self._file is None:
             return
@@ -42,8 +47,12 @@ class Metrics:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._pending += json.dumps(finite).encode() + b"\n"
         self._flush()
-        if self._wandb:
-            self._wandb.log(values | {"iter": progress.step, "tokens": progress.tokens}, step=progress.step)
+        for tracker in list(self._trackers):
+            try:
+                tracker.write(progress, values)
+            except Exception as error:  # it must not end the training
+                warn(f"{tracker.label} failed ({error}); going on without it")
+                self._trackers.remove(tracker)
 
     def _flush(self) -> None:
         """Write the pending rows, or keep them for later."""
@@ -78,8 +87,11 @@ class Metrics:
         if self._file:
             self._flush()
             self._file.close()
-        if self._wandb:
-            self._wandb.finish(exit_code=int(error is not None))
+        for tracker in self._trackers:
+            try:
+                tracker.close(error is not None)
+            except Exception as problem:
+                warn(f"{tracker.label} could not finish ({problem})")
 
 
 def _is_before(row: dict[str, Any], resumed: Progress) -> bool:
@@ -103,18 +115,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _start_wandb(config: TrainConfig, is_resumed: bool) -> Any:
-    """A Weights & Biases run, or None with a warning: a tracker that fails must not end the training.
+class WandB:
+    """Weights & Biases. A resumed run goes on in the one that it began."""
 
-    A resumed run goes on in the one that it began.
-    """
-    try:
+    label, package = "Weights & Biases", "wandb"
+
+    def __init__(self, config: TrainConfig, resumed: Progress | None) -> None:
         import wandb
 
         path = Path(config.out_dir) / "wandb_id"
-        name = path.read_text() if is_resumed and path.exists() else secrets.token_hex(4)
+        name = path.read_text() if resumed and path.exists() else secrets.token_hex(4)
         path.write_text(name)
-        return wandb.init(
+        self.run = wandb.init(
             project=config.wandb_project,
             name=config.wandb_run_name,
             dir=config.out_dir,
@@ -122,8 +134,35 @@ def _start_wandb(config: TrainConfig, is_resumed: bool) -> Any:
             id=name,
             resume="allow",
         )
-    except ImportError:
-        warn("--wandb_log=True needs the package wandb (pip install wandb); going on without it")
-    except Exception as error:  # not logged in, no network, …: wandb has many ways
-        warn(f"Weights & Biases could not start ({error}); going on without it")
-    return None
+
+    def write(self, progress: Progress, values: dict[str, Any]) -> None:
+        """Send `values`."""
+        self.run.log(values | {"iter": progress.step, "tokens": progress.tokens}, step=progress.step)
+
+    def close(self, has_failed: bool) -> None:
+        """Send what is left."""
+        self.run.finish(exit_code=int(has_failed))
+
+
+class TensorBoard:
+    """Files for TensorBoard, in `out_dir`/tensorboard. Of what is repeated after resuming, the repetition counts."""
+
+    label, package = "TensorBoard", "tensorboard"
+
+    def __init__(self, config: TrainConfig, resumed: Progress | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = str(Path(config.out_dir) / "tensorboard")
+        self.writer = SummaryWriter(folder, purge_step=resumed.step + 1 if resumed else None)
+
+    def write(self, progress: Progress, values: dict[str, Any]) -> None:
+        """Write `values`, texts among them."""
+        for name, value in values.items():
+            if isinstance(value, str):
+                self.writer.add_text(name, f"```\n{value}\n```", progress.step)
+            else:
+                self.writer.add_scalar(name, float(value), progress.step)
+
+    def close(self, has_failed: bool) -> None:
+        """Write what is left."""
+        self.writer.close()
