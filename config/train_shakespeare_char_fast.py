@@ -6,6 +6,8 @@
 out_dir = "out-shakespeare-char-fast"
 eval_iters = 1  # the loss that it prints at the end is a glance; nanogpt eval measures it
 log_interval = 20
+sample_interval = 0  # looking at it and drawing it would take a second of five
+plot = False
 dataset = "shakespeare_char"
 
 # 24 rows * 64 characters = 1,536 tokens per iteration; 165 iterations make 253,440, a quarter of the text

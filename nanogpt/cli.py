@@ -12,7 +12,16 @@ from typing import Any
 from nanogpt import __version__
 from nanogpt.config import BenchConfig, PlanConfig, TrainConfig
 from nanogpt.errors import UserError
-from nanogpt.programs import EvalConfig, ExportConfig, PlotConfig, PrepareConfig, SampleConfig, ServeConfig
+from nanogpt.programs import (
+    EvalConfig,
+    ExportConfig,
+    InspectConfig,
+    PlotConfig,
+    PrepareConfig,
+    RunsConfig,
+    SampleConfig,
+    ServeConfig,
+)
 from nanogpt.settings import Settings, parse
 
 MISTAKE = 2  # exit code: the user can mend it
@@ -72,6 +81,18 @@ def _plot(config: Any) -> None:
     plot(config)
 
 
+def _runs(config: Any) -> None:
+    from nanogpt.report.runs import list_runs
+
+    list_runs(config)
+
+
+def _inspect(config: Any) -> None:
+    from nanogpt.report.inside import inspect
+
+    inspect(config)
+
+
 # verb: its settings, its program, the setting that a bare word stands for
 VERBS: dict[str, tuple[type[Settings], Callable[[Any], int | None], str]] = {
     "prepare": (PrepareConfig, _prepare, "name"),
@@ -83,6 +104,8 @@ VERBS: dict[str, tuple[type[Settings], Callable[[Any], int | None], str]] = {
     "bench": (BenchConfig, _bench, "out_dir"),
     "plan": (PlanConfig, _plan, "out_dir"),
     "plot": (PlotConfig, _plot, "out_dir"),
+    "runs": (RunsConfig, _runs, "folder"),
+    "inspect": (InspectConfig, _inspect, "out_dir"),
 }
 
 

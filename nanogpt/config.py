@@ -127,6 +127,7 @@ class TrainConfig(_Network):
     health_interval: int = 200  # record clipping, gradients and updates by layer, largest activations, memory every so
     # many updates; 0: never
     sample_interval: int = 1  # show a little text of the model at every so many-th evaluation; 0: never
+    plot: bool = True  # draw the curves into loss.png at the end, where matplotlib is installed
     dry_run: bool = False  # print the resolved config and what follows from it, then exit
 
     # --- Weights & Biases ---

@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -72,7 +72,19 @@ def locked(path: str | Path, what: str) -> Iterator[None]:
             file.flush()
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-        yield
+        try:
+            yield
+        except BaseException:
+            _say(file, b"failed")
+            raise
+        _say(file, b"")  # left in order; what stays after a crash tells of it
+
+
+def _say(file: IO[bytes], text: bytes) -> None:
+    with suppress(OSError):
+        file.truncate(0)
+        file.write(text)
+        file.flush()
 
 
 def _lock(file: IO[bytes]) -> None:

@@ -220,7 +220,32 @@ class PrepareConfig(Settings):
 
 @dataclass
 class PlotConfig(Settings):
-    """Draw the loss curve of a run into its folder, as loss.png."""
+    """Draw the curves of a run, or of several over each other, and compare them."""
 
-    # --- run ---
-    out_dir: str = "out"  # run folder
+    # --- runs ---
+    out_dir: list[str] = field(default_factory=lambda: ["out"])  # run folders
+    output: str = ""  # picture to write: .png, .svg or .pdf; empty: loss.png in the first run's folder
+    loss: float = 0.0  # of several runs, say how long each took to this validation loss; 0: to the worst of their best
+
+    def problems(self) -> Iterator[str]:
+        """Everything that is inconsistent, one sentence each."""
+        if self.output and not self.output.endswith((".png", ".svg", ".pdf")):
+            yield f"output={self.output}: expected a name that ends in .png, .svg or .pdf"
+
+
+@dataclass
+class RunsConfig(Settings):
+    """List the runs in and below a folder: state, updates, best loss, age."""
+
+    # --- runs ---
+    folder: str = "."  # where to look
+    previous: bool = False  # also those that later runs have set aside, previous-1, previous-2, …
+
+
+@dataclass
+class InspectConfig(SourceConfig):
+    """Look inside a model: its parameters, and for a text the loss of every token and where each head looks."""
+
+    # --- text ---
+    text: str = "The quick brown fox jumps over the lazy dog."  # FILE:text.txt reads one; not more than the context
+    output: str = ""  # folder for tokens.html and attention.png; empty: the run's

@@ -26,6 +26,7 @@ from nanogpt.health import Checkup
 from nanogpt.infer.text import short_sample
 from nanogpt.optim import learning_rate_at
 from nanogpt.report.metrics import Metrics
+from nanogpt.report.plots import draw_if_possible
 from nanogpt.report.progress import Console
 from nanogpt.saver import Saver
 from nanogpt.signals import stop_signals
@@ -133,6 +134,8 @@ def train_until_done(run: Run) -> int:
                 f"stopped after {progress.step} updates and saved; the same command with --init_from=resume goes on"
             )
             return STOPPED
+        if config.plot and world.is_main:
+            draw_if_possible(config.out_dir)
         skipped = f"{progress.skipped} updates skipped, " if progress.skipped else ""
         console.line(
             f"done: {progress.step} updates, {progress.seconds:.1f} s of training, {skipped}best validation loss "

@@ -64,6 +64,7 @@ def recipe(data_dir: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
             "lr_decay_iters": 6,
             "device": "cpu",
             "dtype": "float32",
+            "plot": False,
         }
         return TrainConfig(**{**values, **settings})  # type: ignore[arg-type]
 

@@ -12,10 +12,9 @@ LAYERS = [
     "data.batches", "data.plan", "data.build", "data.prepare", "loss", "cache", "model", "spread", "optim",
     "distributed", "infer.sampling", "infer.engine", "infer.packed", "infer.text", "interop.huggingface",
     "interop.gguf", "interop.flat", "sharded", "checkpoint", "trained", "report.progress", "report.metrics",
-    "report.plots", "tasks", "evaluate", "infer.sample", "infer.scheduler", "infer.guard", "infer.protocol",
-    "infer.api", "infer.serve", "export", "start", "saver", "guards", "health",
-    "signals", "train", "bench",
-    "plan", "cli", "__main__",
+    "report.runs", "report.plots", "report.inside", "tasks", "evaluate", "infer.sample", "infer.scheduler",
+    "infer.guard", "infer.protocol", "infer.api", "infer.serve", "export", "start", "saver", "guards", "health",
+    "signals", "train", "bench", "plan", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def test_mistakes_end_with_2_and_one_message(program: Program) -> None:
         (["train.py", "--dataset=shakespeare_char"], "python -m nanogpt prepare shakespeare_char"),
         (["sample.py"], "there is no folder out; train a model first"),
         (["nanogpt", "eval", "somewhere"], "there is no folder somewhere"),
-        (["nanogpt", "plot"], "nothing to draw"),
+        (["nanogpt", "plot"], "missing or empty"),
         (["nanogpt", "prepare"], "which data set?"),
         (["nanogpt", "bake"], "unknown verb 'bake'; known: prepare, train"),
         (["bench.py", "--device=cpu"], "--real_data=False"),

@@ -21,7 +21,7 @@ COMMANDS = [
 ]
 
 # what is added to a command so that it ends in seconds; the words of the README stay in front
-SHORT = "--max_iters=2 --eval_iters=1"
+SHORT = "--max_iters=2 --eval_iters=1 --plot=False"
 SMALL = "--n_layer=1 --n_head=2 --n_embd=16 --batch_size=2 --block_size=16"
 SHRUNK = {
     "python train.py config/train_pystdlib_fast.py": SHORT,

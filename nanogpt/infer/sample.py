@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.device import choose
@@ -10,7 +9,7 @@ from nanogpt.errors import ConfigError, DataError
 from nanogpt.infer.engine import Engine, Request, Row
 from nanogpt.infer.packed import pack
 from nanogpt.infer.sampling import Sampling
-from nanogpt.infer.text import TextStream, follow, prompt_ids
+from nanogpt.infer.text import TextStream, follow, prompt_ids, read_prompt
 from nanogpt.programs import SampleConfig, unescaped
 from nanogpt.trained import load_trained
 
@@ -27,7 +26,7 @@ def sample(config: SampleConfig) -> None:
         print("compile=True: decoding is faster without, and goes without", file=sys.stderr)
     trained = load_trained(config, device)
     model, tokenizer = trained.model, trained.tokenizer
-    prompt = prompt_ids(_prompt(config.start), tokenizer)
+    prompt = prompt_ids(read_prompt(config.start, "start"), tokenizer)
     if len(prompt) > model.config.block_size:
         raise ConfigError(
             f"the prompt has {len(prompt):,} tokens and the model sees {model.config.block_size:,} at a time; "
@@ -78,13 +77,3 @@ def _print_alternatives(row: Row, tokenizer: Tokenizer) -> None:
         others = "".join(f"   {tokenizer.decode([other])!r} {each:.3f}" for other, each in likeliest)
         print(f"{log_p:8.3f} {tokenizer.decode([token])!r:16}{others}")
     print(SEPARATOR)
-
-
-def _prompt(start: str) -> str:
-    """The text of `--start`."""
-    if not start.startswith("FILE:"):
-        return start
-    try:
-        return Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--start={start}: cannot read the prompt: {error}") from error

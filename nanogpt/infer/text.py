@@ -2,11 +2,12 @@
 
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from nanogpt.data.tokenizer import Tokenizer
-from nanogpt.errors import DataError
+from nanogpt.errors import ConfigError, DataError
 from nanogpt.infer.engine import Engine, Request, Row
 from nanogpt.infer.sampling import Sampling
 from nanogpt.model import GPT
@@ -64,6 +65,16 @@ def follow(engine: Engine, row: Row, stream: TextStream) -> str:
     if stream.stopped:
         row.end = "stop"
     return piece
+
+
+def read_prompt(text: str, setting: str) -> str:
+    """What a setting says: a text, or FILE: and the file that it is in. Raises `ConfigError`."""
+    if not text.startswith("FILE:"):
+        return text
+    try:
+        return Path(text.removeprefix("FILE:")).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--{setting}={text}: cannot read the prompt: {error}") from error
 
 
 def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -1,46 +1,99 @@
-"""Pictures of a run."""
+"""Pictures of runs."""
 
+import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
-from nanogpt.errors import CheckpointError, ConfigError
+from nanogpt.errors import ConfigError
 from nanogpt.programs import PlotConfig
-from nanogpt.report.metrics import read_metrics
+from nanogpt.report.progress import warn
+from nanogpt.report.runs import RunRecord, differences, in_words, open_run, print_table
+
+_PANELS = (  # title, what is drawn over what
+    ("loss by updates", "step", ("train/loss", "val/loss")),
+    ("loss by tokens", "tokens", ("train/loss", "val/loss")),
+    ("loss by seconds of training", "seconds", ("train/loss", "val/loss")),
+    ("learning rate", "step", ("lr",)),
+    ("gradient norm", "step", ("grad_norm",)),
+    ("tokens per second", "step", ("tokens_per_second",)),
+)
 
 
 def plot(config: PlotConfig) -> None:
-    """Draw training and validation loss of the run in `out_dir` into its loss.png.
+    """Draw the curves of the runs in `out_dir` into one picture, and print how they compare.
 
-    Raises `ConfigError` without matplotlib, `CheckpointError` if there are no metrics.
+    Raises `ConfigError` without matplotlib, `CheckpointError` if a folder holds no run.
     """
+    runs = [open_run(Path(path)) for path in config.out_dir]
+    target = Path(config.output or Path(config.out_dir[0]) / "loss.png")
+    draw(runs, target)
+    print(f"drew {target}")
+    if len(runs) > 1:
+        compare(runs, config.loss)
+
+
+def draw(runs: Sequence[RunRecord], target: Path) -> None:
+    """Draw the curves of runs into a .png, .svg or .pdf. Raises `ConfigError` without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("drawing needs matplotlib: pip install matplotlib") from error
-    source = Path(config.out_dir) / "metrics.jsonl"
-    rows = read_metrics(source)
-    if not rows:
-        raise CheckpointError(
-            f"nothing to draw: {source} is missing or empty; train a model into {config.out_dir} first"
-        )
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot(
-        xlabel="updates", ylabel="loss (nats per token)", title=Path(config.out_dir).resolve().name
-    )
-    training = [(row["step"], row["train/loss"]) for row in rows if row.get("train/loss") is not None]
-    validation = [(row["step"], row["val/loss"]) for row in rows if row.get("val/loss") is not None]
-    if training:
-        axes.plot(*zip(*training, strict=True), color="tab:blue", alpha=0.35, linewidth=1, label="training batch")
-    if validation:
-        best = min(loss for _, loss in validation)
-        axes.plot(
-            *zip(*validation, strict=True),
-            color="tab:orange",
-            marker="o",
-            markersize=4,
-            label=f"validation, best {best:.3f}",
-        )
-    axes.grid(alpha=0.3)
-    axes.legend()
-    target = Path(config.out_dir) / "loss.png"
-    figure.savefig(target, dpi=120)
-    print(f"drew {target}")
+    figure = Figure(figsize=(14, 8), layout="constrained")
+    figure.suptitle(_label(runs[0]) if len(runs) == 1 else "")
+    for axes, (title, by, names) in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
+        for n, run in enumerate(runs):
+            for name in names:
+                points = run.curve(name, by=by)
+                if not points:
+                    continue
+                is_validation = name == "val/loss"
+                color = f"C{n}" if len(runs) > 1 or not is_validation else "C1"
+                style = {"marker": "o", "markersize": 4, "linewidth": 1.2} if is_validation else {"linewidth": 0.8}
+                faint = 0.35 if name == "train/loss" else 0.8
+                axes.plot(*zip(*points, strict=True), color=color, alpha=1 if is_validation else faint, **style)
+        axes.set_title(title, fontsize=11)
+        axes.grid(alpha=0.3)
+        if "val/loss" in names:
+            axes.set_ylabel("nats per token")
+            late = [loss for run in runs for name in names for loss in _after_the_start(run, name)]
+            if late:  # what is learned at once would leave no room for the rest
+                axes.set_ylim(top=max(late) + 0.05 * (max(late) - min(late)) + 1e-9)
+    handles = [Figure().subplots().plot([], [], color=f"C{n}")[0] for n in range(len(runs) if len(runs) > 1 else 2)]
+    labels = [_label(run) for run in runs] if len(runs) > 1 else ["a training batch", "validation"]
+    figure.axes[0].legend(handles, labels, fontsize=9)
+    figure.savefig(target, dpi=110)
+
+
+def _after_the_start(run: RunRecord, name: str) -> list[float]:
+    """The values from the first twentieth of a run on."""
+    return [value for _, value in run.curve(name, since=run.step // 20)]
+
+
+def _label(run: RunRecord) -> str:
+    return run.name if run.best is None else f"{run.name}, best {run.best:.4f}"
+
+
+def compare(runs: Sequence[RunRecord], loss: float) -> None:
+    """Print the best losses, how long each run took to a loss that all reached, and the settings that differ."""
+    bests = [run.best for run in runs if run.best is not None]
+    loss = loss or max(bests, default=0.0)
+    table = [("run", "updates", "best loss", f"training to {loss:.4f}")]
+    for run in runs:
+        seconds = run.reached(loss)
+        best = "" if run.best is None else f"{run.best:.4f}"
+        table.append((run.name, f"{run.step:,}", best, "never" if seconds is None else in_words(seconds)))
+    print_table(table)
+    if changed := differences(runs):
+        print()
+        rows = [(name, *(str(value) for value in values)) for name, values in changed.items()]
+        print_table([("setting", *(run.name for run in runs)), *rows])
+
+
+def draw_if_possible(folder: str) -> None:
+    """Draw a run that has ended into its loss.png, if matplotlib is there; what goes wrong is a warning."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    try:
+        draw([open_run(Path(folder))], Path(folder) / "loss.png")
+    except Exception as error:  # a full disk, a damaged matplotlib: the run is done all the same
+        warn(f"loss.png could not be drawn: {error}")

@@ -1,0 +1,63 @@
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanogpt import checkpoint, train
+from nanogpt.config import GPTConfig, TrainConfig
+from nanogpt.data.tokenizer import ByteTokenizer
+from nanogpt.device import Device
+from nanogpt.errors import ConfigError
+from nanogpt.model import GPT
+from nanogpt.programs import InspectConfig
+from nanogpt.report.inside import coloured, inspect, look
+
+
+def test_a_look_inside(recipe: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    config = recipe(max_iters=2)
+    train.train(config)
+    capsys.readouterr()
+    inspect(InspectConfig(out_dir=config.out_dir, text="the quick fox"))
+    out = capsys.readouterr().out
+    model = checkpoint.load(checkpoint.find(config.out_dir, "auto")).model(Device("cpu", "cpu", torch.float32, False))
+    for name, parameter in model.named_parameters():
+        [line] = [line for line in out.splitlines() if line.startswith(f"{name} ")]
+        assert line.split()[1:] == [
+            *" x ".join(map(str, parameter.shape)).split(),
+            "float32",
+            f"{parameter.norm():.3f}",
+        ]
+    page = Path(config.out_dir, "tokens.html").read_text()
+    ids = checkpoint.load(checkpoint.find(config.out_dir, "auto")).tokenizer.encode_prompt("the quick fox")
+    told = [float(each) for each in re.findall(r'title="([\d.]+) nats', page)]
+    row = torch.tensor([ids])
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(model(row, row)[0][0, :-1], row[0, 1:], reduction="none")
+    assert told == pytest.approx(expected.tolist(), abs=1e-3)
+    assert Path(config.out_dir, "attention.png").read_bytes().startswith(b"\x89PNG")
+    for text, message in (("t", "text has 1 tokens"), ("the " * 5, "text has 20 tokens; expected 2 to 16")):
+        with pytest.raises(ConfigError, match=message):
+            inspect(InspectConfig(out_dir=config.out_dir, text=text))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen3"])
+def test_attention_adds_up_and_looks_back_only(architecture: str) -> None:
+    config = GPTConfig(16, 257, n_layer=2, n_head=4, n_embd=32, architecture=architecture)  # type: ignore[arg-type]
+    if architecture != "gpt2":
+        config.n_kv_head = 2
+    _, attention = look(GPT(config).eval(), range(10))
+    assert [each.shape for each in attention] == [(4, 10, 10)] * 2
+    for each in attention:
+        torch.testing.assert_close(each.sum(dim=-1), torch.ones(4, 10))
+        assert each.triu(1).count_nonzero() == 0
+
+
+def test_markup_in_a_text_is_text() -> None:
+    ids = list(b"<b>&\xc3\xa4")
+    page = coloured(ids, [1.0] * (len(ids) - 1), ByteTokenizer(), "<m>")
+    assert "<b>" not in page
+    assert "&lt;m&gt;" in page
+    assert "ä" in page

@@ -1,0 +1,93 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanogpt import train
+from nanogpt.config import TrainConfig
+from nanogpt.errors import CheckpointError, DivergedError
+from nanogpt.files import locked
+from nanogpt.programs import RunsConfig
+from nanogpt.report.runs import in_words, list_runs, open_run
+
+Recipe = Callable[..., TrainConfig]
+
+
+def write_run(folder: Path, losses: list[float], **config: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"v": 1, "step": 10 * n, "seconds": 2.0 * n, "tokens": 100 * n, "val/loss": loss}
+        for n, loss in enumerate(losses)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.json").write_text(json.dumps({"max_iters": 10 * (len(losses) - 1), **config}))
+    return folder
+
+
+def test_a_run_that_has_ended(recipe: Recipe) -> None:
+    config = recipe(max_iters=6)
+    train.train(config)
+    run = open_run(Path(config.out_dir))
+    assert (run.name, run.state, run.step) == ("out", "done", 6)
+    assert run.best == min(loss for _, loss in run.curve("val/loss"))
+    assert run.age < 60
+    assert open_run(Path(config.out_dir)).state == "done"
+
+
+def test_a_run_that_is_running_then_crashed(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [4.0, 3.0], max_iters=100)
+    assert open_run(folder).state == "stopped"
+    with locked(folder / "lock", "it"):
+        assert open_run(folder).state == "running"
+    assert open_run(folder).state == "stopped"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys, time\nfrom nanogpt.files import locked\n"
+         "with locked(sys.argv[1], 'it'): print('here', flush=True); time.sleep(60)", str(folder / "lock")],
+        stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert holder.stdout
+    holder.stdout.readline()
+    assert open_run(folder).state == "running"
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert open_run(folder).state == "crashed"
+    (folder / "lock").write_text("process 1 on another-machine")
+    assert open_run(folder).state == "running"  # heard of a moment ago
+    os.utime(folder / "metrics.jsonl", (0, time.time() - 700))
+    assert open_run(folder).state == "crashed"
+
+
+def test_a_run_that_diverged(recipe: Recipe) -> None:
+    config = recipe(max_iters=30, eval_interval=30, max_bad_steps=2, learning_rate=1e30, warmup_iters=0, grad_clip=0.0)
+    with pytest.raises(DivergedError):
+        train.train(config)
+    assert open_run(Path(config.out_dir)).state == "diverged"
+
+
+def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "a", [4.0, 3.25])
+    write_run(tmp_path / "deep" / "b", [4.0], max_iters=5000)
+    write_run(tmp_path / "a" / "previous-1", [4.0])
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "metrics.jsonl").write_text("nonsense\n")
+    list_runs(RunsConfig(folder=str(tmp_path)))
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["run", "state", "updates", "best", "loss", "last", "word"]
+    assert sorted(line.split()[:3] for line in lines) == [["a", "done", "10"], ["deep/b", "stopped", "0"]]
+    assert any("3.2500" in line for line in lines)
+    list_runs(RunsConfig(folder=str(tmp_path), previous=True))
+    assert "previous-1" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="no runs in or below"):
+        list_runs(RunsConfig(folder=str(tmp_path / "c")))
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(5, "5 s"), (150, "2 min"), (7300, "2 h"), (200_000, "2 days")])
+def test_times_in_words(seconds: float, words: str) -> None:
+    assert in_words(seconds) == words
