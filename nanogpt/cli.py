@@ -1,13 +1,13 @@
 """The command `nanogpt VERB …` and the doors beside it: a table of programs.
 
-Imports of the programs stand inside functions, so that `--help` and mistakes answer without loading torch.
+The programs are named and imported when they run, so that `--help` and mistakes answer without loading torch.
 """
 
+import importlib
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from nanogpt import __version__
 from nanogpt.config import BenchConfig, PlanConfig, TrainConfig
@@ -27,85 +27,19 @@ from nanogpt.settings import Settings, parse
 MISTAKE = 2  # exit code: the user can mend it
 
 
-def _train(config: Any) -> int:
-    from nanogpt.train import train
-
-    return train(config)
-
-
-def _sample(config: Any) -> None:
-    from nanogpt.infer.sample import sample
-
-    sample(config)
-
-
-def _serve(config: Any) -> None:
-    from nanogpt.infer.serve import serve
-
-    serve(config)
-
-
-def _evaluate(config: Any) -> None:
-    from nanogpt.evaluate import evaluate
-
-    evaluate(config)
-
-
-def _export(config: Any) -> None:
-    from nanogpt.export import export
-
-    export(config)
-
-
-def _bench(config: Any) -> None:
-    from nanogpt.bench import bench
-
-    bench(config)
-
-
-def _plan(config: Any) -> None:
-    from nanogpt.plan import plan
-
-    plan(config)
-
-
-def _prepare(config: Any) -> None:
-    from nanogpt.data.prepare import prepare
-
-    prepare(config)
-
-
-def _plot(config: Any) -> None:
-    from nanogpt.report.plots import plot
-
-    plot(config)
-
-
-def _runs(config: Any) -> None:
-    from nanogpt.report.runs import list_runs
-
-    list_runs(config)
-
-
-def _inspect(config: Any) -> None:
-    from nanogpt.report.inside import inspect
-
-    inspect(config)
-
-
 # verb: its settings, its program, the setting that a bare word stands for
-VERBS: dict[str, tuple[type[Settings], Callable[[Any], int | None], str]] = {
-    "prepare": (PrepareConfig, _prepare, "name"),
-    "train": (TrainConfig, _train, "out_dir"),
-    "sample": (SampleConfig, _sample, "out_dir"),
-    "serve": (ServeConfig, _serve, "out_dir"),
-    "eval": (EvalConfig, _evaluate, "out_dir"),
-    "export": (ExportConfig, _export, "out_dir"),
-    "bench": (BenchConfig, _bench, "out_dir"),
-    "plan": (PlanConfig, _plan, "out_dir"),
-    "plot": (PlotConfig, _plot, "out_dir"),
-    "runs": (RunsConfig, _runs, "folder"),
-    "inspect": (InspectConfig, _inspect, "out_dir"),
+VERBS: dict[str, tuple[type[Settings], str, str]] = {
+    "prepare": (PrepareConfig, "nanogpt.data.prepare:prepare", "name"),
+    "train": (TrainConfig, "nanogpt.train:train", "out_dir"),
+    "sample": (SampleConfig, "nanogpt.infer.sample:sample", "out_dir"),
+    "serve": (ServeConfig, "nanogpt.infer.serve:serve", "runs"),
+    "eval": (EvalConfig, "nanogpt.evaluate:evaluate", "out_dir"),
+    "export": (ExportConfig, "nanogpt.export:export", "out_dir"),
+    "bench": (BenchConfig, "nanogpt.bench:bench", "out_dir"),
+    "plan": (PlanConfig, "nanogpt.plan:plan", "out_dir"),
+    "plot": (PlotConfig, "nanogpt.report.plots:plot", "out_dir"),
+    "runs": (RunsConfig, "nanogpt.report.runs:list_runs", "folder"),
+    "inspect": (InspectConfig, "nanogpt.report.inside:inspect", "out_dir"),
 }
 
 
@@ -138,12 +72,14 @@ def run(verb: str, arguments: Sequence[str] | None = None, *, program: str = "")
 
     Exit codes: 0 done, 2 the user's mistake, 75 stopped by a signal and resumable, 130 interrupted.
     """
-    settings, function, positional = VERBS[verb]
+    settings, program_at, positional = VERBS[verb]
     _survive_narrow_encodings()
     usage = f"{program or f'python {os.path.basename(sys.argv[0])}'} [config.py …] [{positional}] [--key=value …]"
     try:
         config = parse(settings, sys.argv[1:] if arguments is None else arguments, usage, positional=positional)
-        code = function(config)
+        module, _, function = program_at.partition(":")
+        result = getattr(importlib.import_module(module), function)(config)
+        code = result if isinstance(result, int) else 0
         sys.stdout.flush()
     except UserError as error:
         sys.stdout.flush()

@@ -103,6 +103,10 @@ class SampleConfig(TrainedModelConfig):
 class ServeConfig(TrainedModelConfig):
     """Serve a trained model: an API that OpenAI's clients speak, and a page to play with."""
 
+    # --- runs ---
+    runs: list[str] = field(default_factory=list)  # run folders whose curves the page shows; the model is the first
+    # one's, unless init_from names another
+
     # --- address ---
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: all of this machine, then choose an api_key
     port: int = 8000  # 0: any that is free

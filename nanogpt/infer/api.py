@@ -194,10 +194,39 @@ class Answer(Response):
         return {"index": job.index, "text": text, "logprobs": likelihoods, "finish_reason": piece.end or None}
 
 
-def create_app(service: Service, page: str) -> FastAPI:
-    """The server's paths."""
+def create_app(service: Service | None, page: str) -> FastAPI:
+    """The server's paths; without a service, those that need no model."""
     # no pages that load their scripts from elsewhere
     app = FastAPI(title="nanoGPT", version=__version__, docs_url=None, redoc_url=None)
+    if service:
+        _add_service(app, service)
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def playground() -> Response:
+        return HTMLResponse(page, headers={"content-security-policy": content_security_policy(page)})
+
+    @app.exception_handler(RefusedError)
+    async def refuse(_: Request, refusal: RefusedError) -> Response:
+        return refusal.response
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        return RefusedError(400, "; ".join(dict.fromkeys(mistakes(error)))).response
+
+    @app.exception_handler(HTTPException)
+    async def other(_: Request, error: HTTPException) -> Response:
+        response = RefusedError(error.status_code, error.detail).response
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def bug(_: Request, error: Exception) -> Response:
+        return RefusedError(500, "the server has a bug; its own output says where").response
+
+    return app
+
+
+def _add_service(app: FastAPI, service: Service) -> None:
     about = {
         "id": service.name,
         "object": "model",
@@ -248,30 +277,6 @@ def create_app(service: Service, page: str) -> FastAPI:
     async def metrics() -> Response:
         """Counters and times for Prometheus."""
         return Response(generate_latest(service.scheduler.registry), media_type="text/plain; version=0.0.4")
-
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def playground() -> Response:
-        return HTMLResponse(page, headers={"content-security-policy": content_security_policy(page)})
-
-    @app.exception_handler(RefusedError)
-    async def refuse(_: Request, refusal: RefusedError) -> Response:
-        return refusal.response
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return RefusedError(400, "; ".join(dict.fromkeys(mistakes(error)))).response
-
-    @app.exception_handler(HTTPException)
-    async def other(_: Request, error: HTTPException) -> Response:
-        response = RefusedError(error.status_code, error.detail).response
-        response.headers.update(error.headers or {})
-        return response
-
-    @app.exception_handler(Exception)
-    async def bug(_: Request, error: Exception) -> Response:
-        return RefusedError(500, "the server has a bug; its own output says where").response
-
-    return app
 
 
 def content_security_policy(page: str) -> str:

@@ -1,5 +1,6 @@
 """The program behind `nanogpt serve`: a trained model for other programs, and a page to play with."""
 
+import dataclasses
 import os
 import signal
 import socket
@@ -8,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nanogpt.checkpoint import kept
 from nanogpt.device import choose
 from nanogpt.errors import ConfigError
 from nanogpt.infer.engine import Engine
@@ -16,6 +18,7 @@ from nanogpt.programs import ServeConfig
 from nanogpt.trained import load_trained
 
 if TYPE_CHECKING:
+    from nanogpt.infer.api import Service
     from nanogpt.infer.guard import Guard
     from nanogpt.infer.scheduler import Scheduler
 
@@ -53,13 +56,38 @@ def serve(config: ServeConfig) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn hands them on after it has ended because of them
     server.run(sockets=[listener])
-    scheduler.close()
+    if scheduler:
+        scheduler.close()
 
 
-def load(config: ServeConfig) -> "tuple[Guard, Scheduler]":
-    """The model behind its API, and what runs it."""
-    from nanogpt.infer.api import Service, create_app
+def load(config: ServeConfig) -> "tuple[Guard, Scheduler | None]":
+    """The model behind its API, and what runs it; of a run that has no checkpoint yet, the curves alone."""
+    from prometheus_client import CollectorRegistry
+
+    from nanogpt.infer.api import create_app
+    from nanogpt.infer.board import add_board
     from nanogpt.infer.guard import Guard
+
+    runs = [Path(path) for path in config.runs or [config.out_dir]]
+    config = dataclasses.replace(config, out_dir=str(runs[0]))
+    service = None
+    has_checkpoint = bool(kept(config.out_dir)) or (runs[0] / "best.pt").exists()
+    if config.init_from == "resume" and not has_checkpoint and (runs[0] / "metrics.jsonl").exists():
+        print(f"{config.out_dir} has no checkpoint yet: its curves are shown, nothing can be generated")
+    else:
+        service = _service(config)
+    app = create_app(service, resources.files("nanogpt.infer").joinpath("page.html").read_text(encoding="utf-8"))
+    add_board(app, runs)
+    key = config.api_key or os.environ.get("NANOGPT_API_KEY", "")
+    scheduler = service.scheduler if service else None
+    registry = scheduler.registry if scheduler else CollectorRegistry()
+    names = [config.host, *config.allow_host]
+    return Guard(app, registry, names=names, api_key=key, max_body=config.max_body), scheduler
+
+
+def _service(config: ServeConfig) -> "Service":
+    """The model, ready to answer."""
+    from nanogpt.infer.api import Service
     from nanogpt.infer.scheduler import Scheduler
 
     device = choose(config.device, config.dtype, False)
@@ -78,12 +106,7 @@ def load(config: ServeConfig) -> "tuple[Guard, Scheduler]":
     )
     # a small model computes no faster with more threads, and the connections need a core, too
     scheduler = Scheduler(engine, tokenizer, config.queue, threads=1 if size < _SMALL else 0)
-    service = Service(name, scheduler, tokenizer, config.max_new_tokens, config.timeout, int(time.time()))
-    page = resources.files("nanogpt.infer").joinpath("page.html").read_text(encoding="utf-8")
-    names = [config.host, *config.allow_host]
-    key = config.api_key or os.environ.get("NANOGPT_API_KEY", "")
-    app = create_app(service, page)
-    return Guard(app, scheduler.registry, names=names, api_key=key, max_body=config.max_body), scheduler
+    return Service(name, scheduler, tokenizer, config.max_new_tokens, config.timeout, int(time.time()))
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +20,19 @@ import uvicorn
 from nanogpt import train
 from nanogpt.config import TrainConfig
 from nanogpt.data.tokenizer import ByteTokenizer
+from nanogpt.errors import CheckpointError
+from nanogpt.infer import serve
 from nanogpt.infer.api import Service, create_app
+from nanogpt.infer.board import add_board
 from nanogpt.infer.engine import Engine, Request
 from nanogpt.infer.guard import Guard
 from nanogpt.infer.sampling import Sampling
 from nanogpt.infer.scheduler import Scheduler
 from nanogpt.model import GPT
+from nanogpt.programs import ServeConfig
 from nanogpt.shape import GPTConfig
 from tests.conftest import ROOT
+from tests.report.test_runs import write_run
 
 TOKENIZER = ByteTokenizer()
 PAGE = (ROOT / "nanogpt" / "infer" / "page.html").read_text(encoding="utf-8")
@@ -83,12 +88,20 @@ class Server:
 
 @contextmanager
 def serving(
-    model: GPT, rows: int = 4, queue: int = 32, seconds: int = 60, key: str = "", max_body: int = 20_000
+    model: GPT,
+    rows: int = 4,
+    queue: int = 32,
+    seconds: int = 60,
+    key: str = "",
+    max_body: int = 20_000,
+    runs: Sequence[Path] = (),
 ) -> Iterator[Server]:
     scheduler = Scheduler(Engine(model, rows, vocab_size=TOKENIZER.vocab_size), TOKENIZER, queue)
     service = Service("m", scheduler, TOKENIZER, max_new_tokens=3000, seconds=seconds, created=0)
-    app = Guard(create_app(service, PAGE), scheduler.registry, names=["me.example"], api_key=key, max_body=max_body)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off", ws="none", http="h11"))
+    app = create_app(service, PAGE)
+    add_board(app, runs)
+    guard = Guard(app, scheduler.registry, names=["me.example"], api_key=key, max_body=max_body)
+    server = uvicorn.Server(uvicorn.Config(guard, port=0, log_level="error", lifespan="off", ws="none", http="h11"))
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -474,6 +487,33 @@ def test_the_page(server: Server) -> None:
     assert answer.status == 200
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert "connect-src 'self'" in answer.headers["content-security-policy"]
+
+
+def test_runs_are_read_from_the_named_folders_only(tmp_path: Path) -> None:
+    losses = [5 - n / 1000 for n in range(2000)]
+    run = write_run(tmp_path / "run", losses, max_iters=10**6)
+    write_run(tmp_path / "other", [1.0])
+    with serving(make_model(), runs=[run, tmp_path / "nothing"]) as server:
+        [summary] = server.ask("/runs")[1]["runs"]
+        assert (summary["name"], summary["step"], summary["best"]) == ("run", 19990, min(losses))
+        status, one = server.ask("/runs/0")
+        assert status == 200
+        curve = one["curves"]["val/loss"]
+        assert len(curve) <= 601
+        assert curve[-1] == [19990, 199900, 3998.0, min(losses)]
+        for number in ("1", "2", "-1", "../other", "99999999999999999999"):
+            assert server.ask(f"/runs/{number}")[0] in (400, 404)
+
+
+def test_a_run_without_a_checkpoint_shows_its_curves(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [4.0, 3.0])
+    app, scheduler = serve.load(ServeConfig(runs=[str(run)]))
+    assert scheduler is None
+    paths = {route.path for route in app.app.routes}  # type: ignore[attr-defined]
+    assert {"/", "/runs", "/runs/{number}"} <= paths
+    assert "/v1/completions" not in paths
+    with pytest.raises(CheckpointError):
+        serve.load(ServeConfig(runs=[str(tmp_path)]))
 
 
 def test_the_program_drains_and_ends(tmp_path: Path, out_dir: str) -> None:
