@@ -13,7 +13,7 @@ LAYERS = [
     "distributed", "infer.sampling", "infer.engine", "infer.packed", "infer.text", "interop.huggingface",
     "interop.gguf", "interop.flat", "sharded", "checkpoint", "trained", "report.progress", "report.metrics",
     "report.runs", "report.plots", "report.inside", "tasks", "evaluate", "infer.sample", "infer.scheduler",
-    "infer.guard", "infer.protocol", "infer.api", "infer.board", "infer.serve", "export", "start", "saver", "guards",
+    "infer.protocol", "infer.guard", "infer.api", "infer.board", "infer.serve", "export", "start", "saver", "guards",
     "health", "signals", "train", "bench", "plan", "cli", "__main__",
 ]  # fmt: skip
 

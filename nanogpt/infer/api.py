@@ -3,10 +3,12 @@
 import asyncio
 import base64
 import hashlib
+import itertools
 import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,11 +24,22 @@ from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.errors import UserError
 from nanogpt.infer import engine
 from nanogpt.infer.engine import Likelihood
-from nanogpt.infer.guard import RefusedError
-from nanogpt.infer.protocol import Completion, CompletionRequest, ErrorReply, extend, logprobs, mistakes, offsets
+from nanogpt.infer.protocol import (
+    Completion,
+    CompletionRequest,
+    ErrorReply,
+    RefusedError,
+    extend,
+    logprobs,
+    mistakes,
+    pieces_of,
+)
 from nanogpt.infer.sampling import Sampling
 from nanogpt.infer.scheduler import Job, OverloadedError, Piece, Scheduler
 from nanogpt.infer.text import prompt_ids
+
+_MOST = 2**19  # values in one answer, which is put together in memory
+_SECONDS_TO_READ = 60  # for a caller to take in what is sent
 
 
 @dataclass(frozen=True)
@@ -78,12 +91,16 @@ class Service:
             raise RefusedError(400, f"max_tokens: at most {self.max_new_tokens:,} here")
         if body.best_of not in (None, n):
             raise RefusedError(400, "best_of: continuations are not compared here; leave it out")
+        echoed = sum(map(len, prompts)) if body.echo and body.logprobs is not None else 0
+        told = (n * (echoed + len(prompts) * max_tokens)) * (1 + (body.logprobs or 0))
+        if told > _MOST:
+            raise RefusedError(400, f"{told:,} values in one answer; at most {_MOST:,}: tokens times 1 + logprobs")
         temperature = 1.0 if body.temperature is None else body.temperature
         end = self.tokenizer.end_of_text
         request = engine.Request(
             [],
             max_tokens,
-            Sampling(temperature, body.top_k or 0, body.top_p or 1.0, body.min_p or 0.0),
+            Sampling(temperature, max(body.top_k or 0, 0), body.top_p or 1.0, body.min_p or 0.0),
             secrets.randbits(62) if body.seed is None else body.seed,
             frozenset([] if end is None else [end]),
             body.logprobs,
@@ -111,9 +128,7 @@ class Answer(Response):
         self.service, self.asked, self.jobs = service, body, jobs
         self.id = f"cmpl-{secrets.token_hex(12)}"
         self.created = int(time.time())
-        self.before = [""] * len(jobs)  # the texts of the prompts, if they are needed
-        if body.echo or body.logprobs is not None:
-            self.before = [service.tokenizer.decode(job.request.prompt) for job in jobs]
+        self.before: dict[Job, list[str]] = {}  # the texts of the prompts' tokens
         self.echoed: set[Job] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102
@@ -122,7 +137,8 @@ class Answer(Response):
         try:
             await asyncio.wait({say, gone}, return_when=asyncio.FIRST_COMPLETED)
             if say.done():
-                say.result()
+                with suppress(TimeoutError):  # who does not read what is sent is taken to have gone
+                    say.result()
         finally:
             say.cancel()
             gone.cancel()
@@ -144,8 +160,9 @@ class Answer(Response):
         choices: dict[int, dict[str, Any]] = {}
         try:
             async for piece in self._pieces():
-                extend(choices.setdefault(piece.job.index, {}), self._choice(piece))
-            response = JSONResponse(self._completion([choices[n] for n in sorted(choices)], usage=True))
+                extend(choices.setdefault(piece.job.index, {}), await self._choice(piece))
+            content = self._completion([choices[n] for n in sorted(choices)], usage=True)
+            response = await asyncio.to_thread(JSONResponse, content)  # it may be long, and the others' events go on
         except RefusedError as refusal:
             response = refusal.response
         await response(scope, receive, send)
@@ -155,12 +172,13 @@ class Answer(Response):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
 
         async def event(content: Any, more: bool = True) -> None:
-            text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, allow_nan=False)
-            await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": more})
+            text = content if isinstance(content, str) else json.dumps(content, allow_nan=False)
+            async with asyncio.timeout(_SECONDS_TO_READ):
+                await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": more})
 
         try:
             async for piece in self._pieces():
-                choice = self._choice(piece)
+                choice = await self._choice(piece)
                 if choice["text"] or choice["logprobs"] or choice["finish_reason"]:
                     await event(self._completion([choice]))
             if self.asked.stream_options and self.asked.stream_options.include_usage:
@@ -178,17 +196,25 @@ class Answer(Response):
             reply["usage"] = {"prompt_tokens": read, "completion_tokens": drawn, "total_tokens": read + drawn}
         return reply
 
-    def _choice(self, piece: Piece) -> dict[str, Any]:
+    async def _choice(self, piece: Piece) -> dict[str, Any]:
         """A piece of a continuation in OpenAI's form; before the first, the prompt if that was asked for."""
+        job, is_echo = piece.job, bool(self.asked.echo) and piece.job not in self.echoed
+        self.echoed.add(job)
+        if is_echo and job.score:  # a long list
+            return await asyncio.to_thread(self._form, piece, is_echo)
+        return self._form(piece, is_echo)
+
+    def _form(self, piece: Piece, is_echo: bool) -> dict[str, Any]:
         job, tokenizer, text = piece.job, self.service.tokenizer, piece.text
-        before = self.before[job.index]
-        told: list[tuple[int, int, Likelihood | None]]
-        told = [(len(before) + token.offset, token.id, token.likelihood) for token in piece.tokens]
-        if self.asked.echo and job not in self.echoed:
-            self.echoed.add(job)
-            text = before + text
-            if job.score:
-                places = offsets(job.request.prompt, tokenizer)
+        told: list[tuple[int, int, Likelihood | None]] = []
+        if is_echo or self.asked.logprobs is not None:
+            if job not in self.before:
+                self.before[job] = pieces_of(job.request.prompt, tokenizer)
+            *places, length = itertools.accumulate(map(len, self.before[job]), initial=0)
+            told = [(length + token.offset, token.id, token.likelihood) for token in piece.tokens]
+            if is_echo:
+                text = "".join(self.before[job]) + text
+            if is_echo and job.score:
                 told = [*zip(places, job.request.prompt, [None, *job.scores], strict=True), *told]
         likelihoods = logprobs(told, tokenizer) if self.asked.logprobs is not None and told else None
         return {"index": job.index, "text": text, "logprobs": likelihoods, "finish_reason": piece.end or None}
@@ -243,11 +269,12 @@ def _add_service(app: FastAPI, service: Service) -> None:
         """Continue a text."""
         # reading a long prompt takes its time; the others' events go on meanwhile
         jobs = service.jobs(body, await asyncio.to_thread(service.prompts, body))
+        answer = Answer(service, body, jobs)
         try:
             service.scheduler.submit(jobs)
         except OverloadedError as error:
             raise RefusedError(429, str(error), "overloaded") from error
-        return Answer(service, body, jobs)
+        return answer
 
     @app.post("/v1/chat/completions", responses=refusals)
     async def chat() -> None:

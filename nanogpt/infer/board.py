@@ -8,8 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from nanogpt.errors import UserError
-from nanogpt.infer.guard import RefusedError
-from nanogpt.infer.protocol import ErrorReply
+from nanogpt.infer.protocol import ErrorReply, RefusedError
 from nanogpt.report.runs import RunRecord, differences, open_run
 
 _CURVES = ("train/loss", "val/loss", "lr", "grad_norm", "tokens_per_second")

@@ -44,7 +44,8 @@ class Row:
     stream: random.Random
     begin: int = 0  # where the window that the network sees begins
     seen: int = 0  # how many tokens of the window are in the cache
-    end: str = ""  # why it ended: "length", "stop" or "cancelled"; empty while it goes on
+    end: str = ""  # why it ended: "length", "stop", "cancelled", or "error": the model's output was not a number; empty
+    # while it goes on
     alternatives: list[Likelihood] = field(default_factory=list)  # per new token, if the request asks for them
 
     @property
@@ -85,7 +86,7 @@ class Engine:
             length = min(len(request.prompt) + request.max_new_tokens, self.block_size)
             if length > self.cache.length:
                 raise ValueError(f"{length} tokens in a cache of {self.cache.length}")
-        added = [Row(each, list(each.prompt), random.Random(each.seed)) for each in requests]
+        added = [Row(each, list(each.prompt), random.Random(each.seed % 2**64)) for each in requests]
         for row in added:
             row.begin = max(0, len(row.tokens) - self.block_size)
             row.end = "" if row.request.max_new_tokens else "length"
@@ -112,6 +113,9 @@ class Engine:
             row.seen += 1
         chosen = draw(logits, [row.request.sampling for row in rows], [row.stream for row in rows])
         for n, (row, token) in enumerate(zip(rows, chosen, strict=True)):
+            if token < 0:
+                self.finish(row, "error")
+                continue
             row.tokens.append(token)
             if row.request.alternatives is not None:
                 row.alternatives.append(_alternatives(logits[n], token, row.request.alternatives))
@@ -200,6 +204,8 @@ def stream(
     try:
         rows = engine.add([Request(row, max_new_tokens, sampling, seed + n) for n, row in enumerate(idx.tolist())])
         while engine.step():
+            if any(row.end == "error" for row in rows):
+                raise FloatingPointError("the model's output is not a number; its weights may be damaged")
             yield torch.tensor([row.tokens[-1:] for row in rows], device=idx.device)
     finally:
         model.train(training)

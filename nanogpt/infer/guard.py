@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry, Counter
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nanogpt.data.tokenizer import well_formed
+from nanogpt.infer.protocol import RefusedError
 
 _SECONDS_FOR_A_BODY = 30
 _OPEN = ("/", "/health")  # paths that ask for no key
@@ -20,26 +19,6 @@ _HEADERS = [
     (b"referrer-policy", b"no-referrer"),
     (b"cache-control", b"no-store"),
 ]
-
-
-class RefusedError(Exception):
-    """An answer other than what was asked for."""
-
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code = status, well_formed(message), code
-
-    @property
-    def content(self) -> dict[str, object]:
-        """The body, in OpenAI's form."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
-
-    @property
-    def response(self) -> JSONResponse:
-        """The whole answer."""
-        headers = {429: {"retry-after": "1"}, 401: {"www-authenticate": "Bearer"}}.get(self.status)
-        return JSONResponse(self.content, self.status, headers)
 
 
 class Guard:

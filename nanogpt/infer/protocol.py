@@ -4,20 +4,36 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WrapValidator
+from starlette.responses import JSONResponse
 
-from nanogpt.data.tokenizer import Tokenizer
+from nanogpt.data.tokenizer import Tokenizer, well_formed
 from nanogpt.infer.engine import Likelihood
 
 _Text = Annotated[str, Field(min_length=1)]
 _Id = Annotated[int, Field(ge=0)]
 
 
+def _checked(prompt: Any, _: object) -> Any:
+    """A prompt of one of its four forms; a long list is looked at once, where pydantic would try them all."""
+
+    def are_ids(values: Any) -> bool:
+        return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+    is_list = isinstance(prompt, list)
+    if prompt is None or isinstance(prompt, str) or are_ids(prompt):
+        return prompt
+    if is_list and (all(isinstance(each, str) for each in prompt) or all(are_ids(each) for each in prompt)):
+        return prompt
+    raise ValueError("expected a text, a list of texts, a list of token ids, or a list of such lists")
+
+
 class StreamOptions(BaseModel):
     """What else a stream tells."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
-    include_usage: bool = False  # a last event counts the tokens
+    include_usage: bool | None = False  # a last event counts the tokens
+    include_obfuscation: bool | None = Field(None, description="ignored")
 
 
 class CompletionRequest(BaseModel):
@@ -25,13 +41,13 @@ class CompletionRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     model: str = Field(description="the name that /v1/models gives")
-    prompt: str | list[_Id] | list[str] | list[list[_Id]] | None = Field(
+    prompt: Annotated[str | list[_Id] | list[str] | list[list[_Id]] | None, WrapValidator(_checked)] = Field(
         None, description="text or token ids, or a list"
     )
     max_tokens: int | None = Field(16, ge=0)
     n: int | None = Field(1, ge=1, description="continuations of each prompt")
     temperature: float | None = Field(1.0, ge=0, le=2, description="0: always the likeliest token")
-    top_k: int | None = Field(0, ge=0, description="draw from the k likeliest tokens; 0: from all")
+    top_k: int | None = Field(0, ge=-1, description="draw from the k likeliest tokens; 0 or -1: from all")
     top_p: float | None = Field(
         1.0, gt=0, le=1, description="draw from the likeliest that have this probability together"
     )
@@ -53,6 +69,7 @@ class CompletionRequest(BaseModel):
     suffix: Literal[""] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
 
 
@@ -108,18 +125,38 @@ class ErrorReply(BaseModel):
     error: Error
 
 
+class RefusedError(Exception):
+    """An answer other than what was asked for."""
+
+    def __init__(self, status: int, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code = status, well_formed(message), code
+
+    @property
+    def content(self) -> dict[str, object]:
+        """The body, in OpenAI's form."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
+
+    @property
+    def response(self) -> JSONResponse:
+        """The whole answer."""
+        headers = {429: {"retry-after": "1"}, 401: {"www-authenticate": "Bearer"}}.get(self.status)
+        return JSONResponse(self.content, self.status, headers)
+
+
 def mistakes(error: RequestValidationError) -> Iterator[str]:
     """What is wrong with a body, a sentence for each."""
     for each in error.errors():
-        where = [str(part) for part in each["loc"][1:2]]
-        if where == ["prompt"]:
-            yield "prompt: expected a text, a list of texts, a list of token ids, or a list of such lists"
-        elif each["type"] == "extra_forbidden":
-            yield f"{where[0][:100]}: unknown; /openapi.json lists what there is"
+        path = [str(part) for part in each["loc"][1:]]
+        where = "".join(path[:1])[:100]
+        if each["type"] == "extra_forbidden":
+            yield f"{'.'.join(path)[:100]}: unknown; /openapi.json lists what there is"
         elif each["type"] in ("missing", "model_attributes_type") and not where:
             yield "expected a JSON object, with the header content-type: application/json"
         else:
-            yield ": ".join([*where, each["msg"]])
+            message = each["msg"].removeprefix("Value error, ")
+            yield f"{where}: {message}" if where else message
 
 
 def extend(whole: dict[str, Any], piece: dict[str, Any]) -> None:
@@ -164,9 +201,6 @@ def logprobs(told: Sequence[tuple[int, int, Likelihood | None]], tokenizer: Toke
     }
 
 
-def offsets(ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[int]:
-    """Where the text of each token begins, in characters."""
-    offset = 0
-    for _, text in zip(ids, tokenizer.decode_stream(ids), strict=False):
-        yield offset
-        offset += len(text)
+def pieces_of(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """The text of each token as far as it is certain: a character whose end is missing is not."""
+    return [text for _, text in zip(ids, tokenizer.decode_stream(ids), strict=False)]

@@ -56,11 +56,9 @@ def sample(config: SampleConfig) -> None:
     texts = {row: tokenizer.decode(prompt) for row in rows}
     print(texts[rows[0]], end="", flush=True)
     while engine.rows:
-        try:
-            stepped = engine.step()
-        except FloatingPointError as error:
-            raise DataError(f"{trained.name}: {error}; its weights may be damaged") from error
-        for row in stepped:
+        for row in engine.step():
+            if row.end == "error":
+                raise DataError(f"{trained.name}: the model's output is not a number; its weights may be damaged")
             piece = follow(engine, row, streams[row])
             texts[row] += piece
             if row is rows[0]:

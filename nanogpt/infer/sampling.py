@@ -32,7 +32,7 @@ class Sampling:
 def draw(logits: Tensor, settings: Sequence[Sampling], streams: Sequence[random.Random]) -> list[int]:
     """Choose one id per row of logits (B, V), each as its settings say and from its own random stream.
 
-    Raises `FloatingPointError` if a row's logits are no numbers.
+    For a row whose logits are no numbers, that is -1.
     """
     kinds = [each.kind for each in settings]
     if len(set(kinds)) > 1:
@@ -43,8 +43,9 @@ def draw(logits: Tensor, settings: Sequence[Sampling], streams: Sequence[random.
             for row, token in zip(rows, chosen, strict=True):
                 drawn[row] = token
         return drawn
+    bad = ~logits.amax(dim=-1).isfinite()
     if kinds[0] == "greedy":
-        return logits.argmax(dim=-1).tolist()
+        return logits.argmax(dim=-1).masked_fill(bad, -1).tolist()
     if logits.device.type == "mps":  # which has no float64
         logits = logits.cpu()
 
@@ -69,7 +70,5 @@ def draw(logits: Tensor, settings: Sequence[Sampling], streams: Sequence[random.
     place = (
         column([stream.getrandbits(32) / 2**32 for stream in streams]) * total[:, -1:]
     )  # below the total, also rounded
-    index = torch.searchsorted(total, place, right=True)
-    if (bad := index >= p.shape[-1]).any():
-        raise FloatingPointError(f"the model's output is not a number in {int(bad.sum())} rows")
-    return (index if ids is None else ids.gather(1, index))[:, 0].tolist()
+    index = torch.searchsorted(total, place, right=True).clamp(max=p.shape[-1] - 1)
+    return (index if ids is None else ids.gather(1, index))[:, 0].masked_fill(bad.to(index.device), -1).tolist()

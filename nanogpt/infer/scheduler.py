@@ -10,6 +10,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -52,7 +53,7 @@ class Job:
 
     request: Request
     pieces: "asyncio.Queue[Piece]"  # where what is new of it goes; jobs may share one
-    seconds: float  # after which it ends as if its length were reached
+    seconds: float  # that it may wait for a row, and then that it may take, after which it ends as if by its length
     index: int = 0  # for the caller's use
     stop: Sequence[str] = ()  # texts that end it
     score: bool = False  # also tell how likely the prompt's tokens are, in `scores`, before the first piece
@@ -64,6 +65,7 @@ class Job:
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
 
     # while it is under way; the scheduler's
+    started: float = 0.0
     stream: TextStream | None = None
     said: int = 0  # characters that have gone to the caller
     unsaid: deque[tuple[int, Token]] = field(default_factory=deque)  # tokens whose text has not, and where that ends
@@ -72,22 +74,23 @@ class Job:
     @property
     def late(self) -> bool:
         """Whether its time is over."""
-        return time.monotonic() > self.arrived + self.seconds
+        return time.monotonic() > (self.started or self.arrived) + self.seconds
 
 
 class Scheduler:
-    """Runs jobs on an engine, first come, first served, of which up to `queue` wait for a free row.
+    """Runs jobs on an engine. Up to `queue` wait for a free row; those of several callers take turns.
 
     threads: that the engine computes with; 0: as many as torch takes by itself.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, queue: int, threads: int = 0) -> None:
         self.engine, self.tokenizer, self.queue, self.threads = engine, tokenizer, queue, threads
-        self._waiting: deque[Job] = deque()
+        self._waiting: deque[deque[Job]] = deque()  # by caller
         self._running: dict[Row, Job] = {}
         self._news: list[Piece] = []
         self._changed = threading.Condition()
         self._closing = False
+        self._failures = 0  # in a row
         self.registry = CollectorRegistry()
         self._measure()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -96,13 +99,13 @@ class Scheduler:
     def submit(self, jobs: Sequence[Job]) -> None:
         """Take jobs in, all or none. Raises `OverloadedError`."""
         with self._changed:
-            if self._closing:
+            if self._closing or not self._thread.is_alive():
                 raise OverloadedError("the server is going down")
-            if len(self._waiting) + len(jobs) > self.queue:
+            if self.waiting + len(jobs) > self.queue:
                 raise OverloadedError(
-                    f"{len(self._waiting)} requests are waiting already, and {self.queue} may; try again"
+                    f"{self.waiting} continuations are waiting already, and {self.queue} may; try again"
                 )
-            self._waiting += jobs
+            self._waiting.append(deque(jobs))
             self._changed.notify()
 
     def cancel(self, jobs: Sequence[Job]) -> None:
@@ -110,8 +113,13 @@ class Scheduler:
         with self._changed:
             for job in jobs:
                 job.cancelled = True
-                if job in self._waiting:
-                    self._waiting.remove(job)
+            remaining = [deque(job for job in group if not job.cancelled) for group in self._waiting]
+            self._waiting = deque(group for group in remaining if group)
+
+    @property
+    def waiting(self) -> int:
+        """Continuations that wait for a free row."""
+        return sum(len(group) for group in self._waiting)
 
     def close(self) -> None:
         """Finish what is there, take nothing in, and end the thread."""
@@ -122,8 +130,8 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
-        """Whether the engine's thread runs."""
-        return self._thread.is_alive()
+        """Whether the engine works: it runs, and has not failed three times in a row."""
+        return self._thread.is_alive() and self._failures < 3
 
     def _measure(self) -> None:
         def counter(name: str, what: str) -> Counter:
@@ -139,7 +147,7 @@ class Scheduler:
         busy = Gauge("nanogpt_rows_busy", "Continuations under way", registry=self.registry)
         busy.set_function(lambda: len(self._running))
         waiting = Gauge("nanogpt_waiting", "Continuations that wait for a free row", registry=self.registry)
-        waiting.set_function(lambda: len(self._waiting))
+        waiting.set_function(lambda: self.waiting)
 
     # --- the engine's thread ---
 
@@ -153,43 +161,64 @@ class Scheduler:
                         return
                     self._changed.wait()
                 jobs = self._admit()
+            self._start(jobs)
             try:
-                self._start(jobs)
                 self._step()
-            except Exception as error:  # the callers hear of it, the others go on
-                self._fail(jobs, error)
+                self._failures = 0
+            except Exception as error:
+                self._fail(list(self._running.values()), error)
+                self._running.clear()
+                self.engine.rows.clear()
             self._deliver()
 
     def _admit(self) -> list[Job]:
         """Those whose turn it is: as many as there are free rows, and not more prompts than make the others wait."""
-        while self._waiting and self._waiting[0].late:
-            job = self._waiting.popleft()
-            error = OverloadedError(f"no row came free within {job.seconds} seconds; try again")
-            self._news.append(Piece(job, end="error", error=error))
         admitted: list[Job] = []
-        tokens = 0
-        while self._waiting and len(admitted) < self.engine.room and tokens < self.engine.block_size:
-            admitted.append(self._waiting.popleft())
-            tokens += len(admitted[-1].request.prompt)
+        room = self.engine.block_size  # tokens to read before the others go on
+        while self._waiting:
+            group = self._waiting[0]
+            job = group[0]
+            if job.late:
+                error = OverloadedError(f"no row came free within {job.seconds} seconds; try again")
+                self._news.append(Piece(job, end="error", error=error))
+            elif len(admitted) == self.engine.room or (admitted and len(job.request.prompt) > room):
+                break
+            else:
+                job.started = time.monotonic()
+                admitted.append(job)
+                room -= len(job.request.prompt)
+            group.popleft()
+            self._waiting.rotate(-1)
+            if not group:
+                self._waiting.pop()
         return admitted
 
     def _start(self, jobs: Sequence[Job]) -> None:
-        """Read the prompts; equal ones that came together are read once."""
+        """Read the prompts; equal ones that came together are read once. One that fails disturbs no other."""
         groups: dict[tuple[int, ...], list[Job]] = {}
         for job in jobs:
             groups.setdefault(tuple(job.request.prompt), []).append(job)
         for prompt, group in groups.items():
-            self.prompt_tokens.inc(len(prompt))
-            if any(job.score for job in group):
-                scores = self.engine.score(prompt, max(job.request.alternatives or 0 for job in group))
-                for job in group:
-                    job.scores = scores
-            for row, job in zip(self.engine.add([job.request for job in group]), group, strict=True):
-                job.stream = TextStream(self.tokenizer, prompt, job.stop)
-                if row.end:  # nothing is to be drawn
-                    self._news.append(Piece(job, end=row.end))
-                else:
-                    self._running[row] = job
+            try:
+                self._read(prompt, group)
+            except Exception as error:
+                self._fail(group, error)
+                self.engine.rows = [row for row in self.engine.rows if row in self._running]
+
+    def _read(self, prompt: Sequence[int], group: Sequence[Job]) -> None:
+        """Read a prompt for all jobs that continue it."""
+        self.prompt_tokens.inc(len(prompt))
+        if any(job.score for job in group):
+            scores = self.engine.score(prompt, max(job.request.alternatives or 0 for job in group))
+            for job in group:
+                job.scores = scores
+        rows = self.engine.add([job.request for job in group])
+        for row, job in zip(rows, group, strict=True):
+            job.stream = TextStream(self.tokenizer, prompt, job.stop)
+            if row.end:  # nothing is to be drawn
+                self._news.append(Piece(job, end=row.end))
+            else:
+                self._running[row] = job
 
     def _step(self) -> None:
         """A token for everyone."""
@@ -197,42 +226,49 @@ class Scheduler:
             if job.cancelled or job.late:
                 del self._running[row]
                 self.engine.finish(row)
+                assert job.stream is not None
                 if not job.cancelled:
-                    self._news.append(self._piece(job, job.stream.push([], final=True), "length"))  # type: ignore[union-attr]
+                    self._news.append(self._piece(job, job.stream.push([], final=True), "length"))
         stepped = self.engine.step()
         self.drawn_tokens.inc(len(stepped))
         now = time.monotonic()
         for row in stepped:
             job = self._running[row]
+            if row.end:
+                del self._running[row]
+            if row.end == "error":
+                error = FloatingPointError("the model's output is not a number; its weights may be damaged")
+                self._news.append(Piece(job, end="error", error=error))
+                continue
             (self.next_token if job.drawn else self.first_token).observe(now - (job.latest or job.arrived))
             job.latest, job.drawn = now, job.drawn + 1
             assert job.stream is not None
             start = job.stream.length
             text = follow(self.engine, row, job.stream)
-            if row.alternatives and row.tokens[-1] not in job.request.stop:
+            if row.end:  # a stop string may have come
+                self._running.pop(row, None)
+            if row.alternatives:
                 job.unsaid.append((job.stream.length, Token(row.tokens[-1], start, row.alternatives[-1])))
             self._news.append(self._piece(job, text, row.end))
-            if row.end:
-                del self._running[row]
 
     def _piece(self, job: Job, text: str, end: str) -> Piece:
-        """What is certain now, tokens with it; those of a stop string are never told."""
+        """What is certain now, and its tokens: not those of what may become a stop string, nor parts of a character."""
         job.said += len(text)
-        tokens = []
-        while job.unsaid and (job.unsaid[0][0] <= job.said or (end and job.unsaid[0][1].offset < job.said)):
-            tokens.append(job.unsaid.popleft()[1])
-        return Piece(job, text, tokens, end)
+        assert job.stream is not None
+        told = 0
+        for n, (until, token) in enumerate(job.unsaid, start=1):
+            is_whole = token.offset < until <= job.said
+            is_left = end and (not job.stream.stopped or token.offset < job.said)
+            told = n if is_whole or is_left else told
+        return Piece(job, text, [job.unsaid.popleft()[1] for _ in range(told)], end)
 
     def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
-        """Tell everyone under way, and start anew."""
-        if isinstance(error, FloatingPointError):
-            error = FloatingPointError(f"{error}; its weights may be damaged")
-        else:
+        """Tell those whom it concerns."""
+        self._failures += 1
+        with suppress(Exception):  # nobody may be reading there any more
             traceback.print_exception(error, file=sys.stderr)
-            error = RuntimeError("the model failed; the server's own output says how")
-        self._news += [Piece(job, end="error", error=error) for job in {*self._running.values(), *jobs}]
-        self._running.clear()
-        self.engine.rows.clear()
+        told = RuntimeError("the model failed; the server's own output says how")
+        self._news += [Piece(job, end="error", error=told) for job in jobs]
 
     def _deliver(self) -> None:
         news, self._news = self._news, []

@@ -33,6 +33,7 @@ def serve(config: ServeConfig) -> None:
         import nanogpt.infer.api  # noqa: F401  # what it needs, too
     except ImportError as error:
         raise ConfigError(f"serving needs FastAPI and others: pip install 'nanogpt[serve]' ({error})") from error
+    config = dataclasses.replace(config, api_key=config.api_key or os.environ.get("NANOGPT_API_KEY", ""))
     listener = _listen(config.host, config.port)
     app, scheduler = load(config)
     server = uvicorn.Server(
@@ -45,6 +46,7 @@ def serve(config: ServeConfig) -> None:
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            limit_concurrency=4 * (config.queue + config.rows),  # connections; more are answered with 503
             timeout_graceful_shutdown=config.timeout,
         )
     )
@@ -78,11 +80,10 @@ def load(config: ServeConfig) -> "tuple[Guard, Scheduler | None]":
         service = _service(config)
     app = create_app(service, resources.files("nanogpt.infer").joinpath("page.html").read_text(encoding="utf-8"))
     add_board(app, runs)
-    key = config.api_key or os.environ.get("NANOGPT_API_KEY", "")
     scheduler = service.scheduler if service else None
     registry = scheduler.registry if scheduler else CollectorRegistry()
     names = [config.host, *config.allow_host]
-    return Guard(app, registry, names=names, api_key=key, max_body=config.max_body), scheduler
+    return Guard(app, registry, names=names, api_key=config.api_key, max_body=config.max_body), scheduler
 
 
 def _service(config: ServeConfig) -> "Service":

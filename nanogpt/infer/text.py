@@ -58,8 +58,8 @@ class TextStream:
 
 def follow(engine: Engine, row: Row, stream: TextStream) -> str:
     """The text that the engine's latest step has made certain; ends the row where a stop string is complete."""
-    # the token that ends a text is no part of it
-    piece = stream.push([] if row.end == "stop" else row.tokens[-1:], final=bool(row.end))
+    # the token that ends a text is no part of it, and where the model fails there is none
+    piece = stream.push([] if row.end in ("stop", "error") else row.tokens[-1:], final=bool(row.end))
     if stream.stopped and not row.end:
         engine.finish(row)
     if stream.stopped:
@@ -93,7 +93,7 @@ def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def short_sample(model: GPT, tokenizer: Tokenizer, tokens: int) -> str:
-    """What a model says by itself, always from the same seed; empty if its output is no number. For a look at it."""
+    """What a model says by itself, always from the same seed. For a look at it."""
     end = tokenizer.end_of_text
     stop = frozenset([] if end is None else [end])
     prompt = prompt_ids("", tokenizer)
@@ -105,8 +105,6 @@ def short_sample(model: GPT, tokenizer: Tokenizer, tokens: int) -> str:
         with torch.compiler.set_stance("force_eager"):  # compiling again, for one token at a time, would take minutes
             while engine.step():
                 pass
-    except FloatingPointError:
-        return ""
     finally:
         model.train(training)
     return tokenizer.decode([token for token in row.new_tokens if token not in stop]).strip("\n")

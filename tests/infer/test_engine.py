@@ -193,7 +193,10 @@ def test_a_broken_network_is_an_error() -> None:
     model = make("gpt2")
     with torch.no_grad():
         model.transformer.ln_f.weight[0] = torch.nan
-    engine = Engine(model, 1)
-    engine.add([Request([1], 1, Sampling(top_k=5))])
-    with pytest.raises(FloatingPointError, match="not a number in 1 rows"):
-        engine.step()
+    for sampling in (Sampling(), Sampling(temperature=0), Sampling(top_k=5)):
+        engine = Engine(model, 1)
+        [row] = engine.add([Request([1], 1, sampling)])
+        assert engine.step() == [row]
+        assert (row.end, row.new_tokens, engine.rows) == ("error", [], [])
+    with pytest.raises(FloatingPointError, match="not a number"):
+        model.generate(random_ids(1, 3), 2)

@@ -80,7 +80,7 @@ class Server:
 
     def wait_until_idle(self) -> None:
         for _ in range(500):
-            if not self.scheduler._running and not self.scheduler._waiting:
+            if not self.scheduler._running and not self.scheduler.waiting:
                 return
             time.sleep(0.01)
         raise AssertionError("rows are still busy")
@@ -251,6 +251,10 @@ def test_a_request_does_not_notice_its_neighbours(server: Server) -> None:
         ({"stop": ""}, 400, "stop"),
         ({"stop": ["a"] * 17}, 400, "stop"),
         ({"logprobs": 21}, 400, "logprobs"),
+        ({"n": 30, "max_tokens": 3000, "logprobs": 20}, 400, "1,890,000 values in one answer"),
+        ({"prompt": ["a"] * 2000 + [1]}, 400, "prompt: expected a text"),
+        ({"stream_options": {"include_all": True}}, 400, "stream_options.include_all: unknown"),
+        ({"top_k": -2}, 400, "top_k"),
         ({"temprature": 1}, 400, "temprature: unknown"),
         ({"presence_penalty": 0.5}, 400, "presence_penalty"),
         ({"best_of": 3}, 400, "best_of"),
@@ -354,6 +358,15 @@ def test_nothing_else_is_readable(server: Server, tmp_path: Path) -> None:
     assert server.ask("/v1/completions")[0] == 405
 
 
+def test_what_changes_nothing_is_taken(server: Server) -> None:
+    neutral = {"top_k": -1, "repetition_penalty": 1.0, "presence_penalty": 0, "frequency_penalty": 0.0, "best_of": 1}
+    neutral |= {"suffix": None, "logit_bias": {}, "user": "me", "stop": None, "max_tokens": None, "seed": -1}
+    status, _ = server.complete(prompt="a", stream_options={"include_obfuscation": False}, **neutral)
+    assert status == 200
+    choices = server.complete(prompt="a", max_tokens=20, n=3, seed=-1)[1]["choices"]
+    assert len({choice["text"] for choice in choices}) == 3
+
+
 def test_long_prompts_are_cut_on_demand(server: Server) -> None:
     text = "the quick brown fox jumps over the lazy dog"
     _, cut = server.complete(prompt=text, max_tokens=20, seed=1, truncate_prompt_tokens=-1)
@@ -380,6 +393,22 @@ def test_a_key() -> None:
             assert server.ask("/v1/models", authorization=wrong)[0] == 401
         client = server.client.with_options(api_key="s3cret")
         assert client.completions.create(model="m", prompt="a", max_tokens=1).choices
+
+
+@contextmanager
+def slow(server: Server) -> Iterator[None]:
+    """An engine that takes ten milliseconds for a token, and never draws the end of a text."""
+    step = server.scheduler.engine.step
+
+    def wait() -> Any:
+        time.sleep(0.01)
+        return step()
+
+    server.scheduler.engine.step, server.scheduler.engine.vocab_size = wait, 256  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        server.scheduler.engine.step, server.scheduler.engine.vocab_size = step, 257  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -410,7 +439,7 @@ def test_overload() -> None:
                 or server.scheduler.registry.get_sample_value("nanogpt_prompt_tokens_total") != 1
             ):
                 time.sleep(0.005)
-        with pytest.raises(openai.RateLimitError, match="2 requests are waiting already"):
+        with pytest.raises(openai.RateLimitError, match="2 continuations are waiting already"):
             server.client.completions.create(model="m", prompt="a")
         metrics = server.ask("/metrics")[1].decode()
         assert "nanogpt_waiting 2.0" in metrics
@@ -423,7 +452,12 @@ def test_overload() -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_hangs_up_frees_the_row(server: Server, stream: bool) -> None:
+def test_who_hangs_up_frees_the_row(stream: bool) -> None:
+    with serving(make_model()) as server, slow(server):
+        hang_up(server, stream)
+
+
+def hang_up(server: Server, stream: bool) -> None:
     body = json.dumps({"model": "m", "prompt": "a", "max_tokens": 3000, "n": 6, "stream": stream, "logit_bias": {}})
     for _ in range(3):
         connection = socket.create_connection(("127.0.0.1", server.port))
@@ -436,7 +470,7 @@ def test_who_hangs_up_frees_the_row(server: Server, stream: bool) -> None:
         connection.close()
         started = time.monotonic()
         server.wait_until_idle()
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 2  # where all of it would take half a minute
     assert server.complete(prompt="a")[0] == 200
 
 
@@ -445,12 +479,11 @@ def test_time_limits() -> None:
         status, answer = server.complete(prompt="a", max_tokens=3000)
         assert status == 429
         assert "no row came free within 0 seconds" in answer["error"]["message"]
-    with serving(make_model(), rows=1, seconds=1) as server:
-        with torch.no_grad():
-            server.scheduler.engine.model.lm_head.weight[256] = 0  # the end of a text is unlikely
-        status, answer = server.complete(prompt="a", max_tokens=3000, n=1, temperature=0)
+    with serving(make_model(), rows=1, seconds=1) as server, slow(server):
+        status, answer = server.complete(prompt="a", max_tokens=3000, temperature=0)
         assert status == 200
         assert answer["choices"][0]["finish_reason"] == "length"
+        assert 0 < answer["usage"]["completion_tokens"] < 3000
 
 
 def test_damaged_weights_are_an_error_not_the_end() -> None:
@@ -459,15 +492,97 @@ def test_damaged_weights_are_an_error_not_the_end() -> None:
         weight = model.lm_head.weight.detach().clone()
         with torch.no_grad():
             model.lm_head.weight.fill_(float("nan"))
-        status, answer = server.complete(prompt="a")
-        assert status == 500
-        assert "its weights may be damaged" in answer["error"]["message"]
+        for temperature in (0, 1):
+            status, answer = server.complete(prompt="a", temperature=temperature, logprobs=1)
+            assert status == 500
+            assert "its weights may be damaged" in answer["error"]["message"]
         with pytest.raises(openai.APIError, match="not a number"):
             list(server.client.completions.create(model="m", prompt="a", stream=True))
         with torch.no_grad():
             model.lm_head.weight.copy_(weight)
         assert server.complete(prompt="a")[0] == 200
         assert server.ask("/health") == (200, {"status": "ok"})
+
+
+def test_who_fails_disturbs_no_other(server: Server) -> None:
+    engine = server.scheduler.engine
+    score, step = engine.score, engine.step
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    engine.score = fail  # type: ignore[method-assign]
+    alone = server.complete(prompt="q", max_tokens=40, seed=4)[1]["choices"]
+    events = iter(server.client.completions.create(model="m", prompt="q", max_tokens=40, seed=4, stream=True))
+    text = next(events).choices[0].text
+    try:
+        assert server.complete(prompt="q", echo=True, logprobs=1)[0] == 500
+    finally:
+        engine.score = score  # type: ignore[method-assign]
+    assert text + "".join(event.choices[0].text for event in events) == alone[0]["text"]
+    assert server.ask("/health")[0] == 200
+    engine.step = fail  # type: ignore[method-assign]
+    try:
+        for _ in range(3):
+            assert server.complete(prompt="q")[0] == 500
+        assert server.ask("/health")[0] == 503
+    finally:
+        engine.step = step  # type: ignore[method-assign]
+    assert server.complete(prompt="q")[0] == 200
+    assert server.ask("/health")[0] == 200
+
+
+def test_tokens_and_text_belong_together(server: Server) -> None:
+    """Whatever ends it, offsets point at the tokens' texts, in a stream as well; the end of a text is a token, too."""
+    ended = 0
+    for seed in range(12):
+        settings: dict[str, Any] = {"prompt": [104, 195], "max_tokens": 60, "seed": seed, "logprobs": 1, "echo": True}
+        whole = server.complete(**settings)[1]
+        [choice] = whole["choices"]
+        told = choice["logprobs"]
+        assert len(told["tokens"]) == whole["usage"]["total_tokens"]
+        ended += told["tokens"][-1] == "<|endoftext|>"
+        content = b"".join(_bytes(token) for token in told["tokens"] if token != "<|endoftext|>")
+        assert choice["text"] == content.decode(errors="replace")
+        for token, offset in zip(told["tokens"], told["text_offset"], strict=True):
+            if len(token) == 1 and token.isascii():
+                assert token in choice["text"][offset : offset + 2]  # after what may be left of a character
+        parts = []
+        for event in server.client.completions.create(model="m", stream=True, **settings):
+            parts.append(event.choices[0].logprobs)
+        assert [token for part in parts if part for token in part.tokens or []] == told["tokens"]
+        assert [at for part in parts if part for at in part.text_offset or []] == told["text_offset"]
+        if stop := choice["text"][10:12]:
+            cut = server.complete(**settings, stop=stop)[1]["choices"][0]
+            shown = b"".join(_bytes(token) for token in cut["logprobs"]["tokens"] if token != "<|endoftext|>")
+            assert shown.decode(errors="replace").startswith(cut["text"].rstrip("\ufffd"))
+    assert 0 < ended < 12
+
+
+def _bytes(token: str) -> bytes:
+    return bytes([_id(token)]) if token.startswith("bytes:") else token.encode()
+
+
+def test_callers_take_turns() -> None:
+    with serving(make_model(), rows=2, queue=30) as server, halted(server) as go_on:
+        order: list[str] = []
+
+        def ask(name: str, n: int) -> None:
+            for event in server.client.completions.create(model="m", prompt=name, n=n, max_tokens=1, stream=True):
+                order.append(name if event.choices[0].finish_reason else "")
+
+        many = threading.Thread(target=ask, args=("many", 20))
+        many.start()
+        while server.scheduler.waiting < 18:
+            time.sleep(0.005)
+        one = threading.Thread(target=ask, args=("one", 1))
+        one.start()
+        while server.scheduler.waiting < 19:
+            time.sleep(0.005)
+        go_on()
+        many.join()
+        one.join()
+        assert order.index("one") < 8
 
 
 def test_bugs_do_not_show_their_inside(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
