@@ -116,7 +116,7 @@ def train_until_done(run: Run) -> int:
                 guard.check(x, y, document_ids(run, x), learning_rate)
                 seconds, updates = 0.0, 0
             if checkup:
-                inputs = x[: config.batch_size]
+                inputs = x[:1]  # one row tells as much
                 values = checkup.values(inputs, document_ids(run, inputs)) | device.vitals()
                 metrics.write(progress, {**values, "health/clip_fraction": guard.clip_fraction()})
             evaluation_is_next = progress.step % config.eval_interval == 0 or progress.step >= config.max_iters
@@ -289,15 +289,14 @@ def record(run: Run, metrics: Metrics, console: Console, values: dict[str, float
     if peak := run.device.peak_flops():
         values["mfu"] = run.model.flops_per_token() * values["tokens_per_second"] / (peak * run.world.size)
         speed = f"mfu {values['mfu'] * 100:.2f}%, {speed}"
-    average = progress.loss_average
-    is_far_off = is_spike(progress, loss)
     to_evaluation = min(config.max_iters, (step // config.eval_interval + 1) * config.eval_interval) - step - 1
     console.report(
+        loss,
         f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, {speed}",
-        f"loss {progress.loss_average:.4f}, {speed}, {run.device.peak_memory() / 1e9:.1f} GB, "
-        f"evaluation in {to_evaluation:,}",
+        f"{speed}, {run.device.peak_memory() / 1e9:.1f} GB, evaluation in {to_evaluation:,}",
     )
-    if is_far_off:
+    average = progress.loss_average
+    if is_spike(progress, loss):
         console.line(f"iter {step}: this loss stands out, the average before was {average:.4f}")
         values["spike"] = True
     metrics.write(progress, values)

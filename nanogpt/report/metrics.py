@@ -4,6 +4,7 @@ import json
 import math
 import os
 import secrets
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,8 @@ from nanogpt.files import atomic_write, parse_json
 from nanogpt.report.progress import warn
 from nanogpt.settings import as_json
 
+_PAUSE = 0.2  # seconds between two times of writing: at hundreds of updates per second, each would be felt
+
 
 class Metrics:
     """The records of a run, open for writing. A resumed run goes on in the same file, with no step twice."""
@@ -24,12 +27,14 @@ class Metrics:
         self._file: IO[bytes] | None = None
         if not is_main:
             return  # one process of a run writes
+        self._rows: list[dict[str, Any]] = []  # since the last writing
+        self._next = 0.0  # when to write again
         self._pending, self._has_warned = b"", False  # rows that could not be written yet
         self._path = Path(config.out_dir) / "metrics.jsonl"
         with atomic_write(self._path) as file:
             rows = (row for row in read_metrics(self._path) if resumed and _is_before(row, resumed))
             file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
-        self._file = open(self._path, "ab", buffering=0)  # row by row: nothing is lost in a crash
+        self._file = open(self._path, "ab", buffering=0)  # what is written is not lost in a crash
         for kind in [WandB] * config.wandb_log + [TensorBoard] * config.tensorboard_log:
             try:
                 self._trackers.append(kind(config, resumed))
@@ -44,9 +49,10 @@ class Metrics:
             return
         row: dict[str, Any] = {"v": 1, "step": progress.step, "seconds": round(progress.seconds, 3)}
         row |= {"tokens": progress.tokens, **values}
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._pending += json.dumps(finite).encode() + b"\n"
-        self._flush()
+        self._rows.append(row)
+        if time.monotonic() >= self._next:
+            self._flush()
+            self._next = time.monotonic() + _PAUSE
         for tracker in list(self._trackers):
             try:
                 tracker.write(progress, values)
@@ -56,6 +62,10 @@ class Metrics:
 
     def _flush(self) -> None:
         """Write the pending rows, or keep them for later."""
+        for row in self._rows:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            self._pending += json.dumps(finite).encode() + b"\n"
+        self._rows = []
         if self._file is None or not self._pending:
             return
         try:

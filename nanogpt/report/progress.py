@@ -21,18 +21,20 @@ class Console:
     """Prints lines to standard output, above one live line on standard error if that is a terminal."""
 
     def __init__(self, total: int, done: int = 0, is_main: bool = True) -> None:
+        self._loss: float | None = None
         hidden = None if is_main else True  # None: shown on a terminal only
         live = "{percentage:3.0f}% |{bar:20}| {n_fmt} of {total_fmt}, {remaining} left{postfix}"
         self._bar = tqdm(
             total=total, initial=done, dynamic_ncols=True, disable=hidden, smoothing=0.05, bar_format=live, leave=False
         )
 
-    def report(self, plain: str, live: str) -> None:
+    def report(self, loss: float, plain: str, live: str) -> None:
         """What an update has come to: a line of its own, or, where someone is watching, a part of the live one."""
         if self._bar.disable:
             self.line(plain)
-        else:
-            self._bar.set_postfix_str(live, refresh=False)
+        else:  # a running average of the loss: single batches differ
+            self._loss = loss if self._loss is None else 0.8 * self._loss + 0.2 * loss
+            self._bar.set_postfix_str(f"loss {self._loss:.4f}, {live}", refresh=False)
 
     def line(self, text: str) -> None:
         """Print one line, at once. Training goes on even when nobody listens any more."""

@@ -8,6 +8,7 @@ import pytest
 
 from nanogpt.checkpoint import Progress
 from nanogpt.config import TrainConfig
+from nanogpt.report import metrics as module
 from nanogpt.report.metrics import Metrics, read_metrics
 
 Recipe = Callable[..., TrainConfig]
@@ -47,8 +48,9 @@ def test_an_evaluation_that_the_checkpoint_does_not_know_will_be_done_again(reci
 
 
 def test_a_folder_that_vanishes_or_is_blocked_does_not_end_the_run(
-    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(module, "_PAUSE", 0.0)
     config = recipe()
     folder = Path(config.out_dir)
     with Metrics(config) as metrics:

@@ -1,6 +1,7 @@
 """What Weights & Biases and TensorBoard get, read back from their files."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def test_wandb_offline_has_every_step_once(recipe: Recipe, monkeypatch: pytest.M
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     train.train(recipe(wandb_log=True, max_iters=4))
+    time.sleep(1.1)  # wandb names its folders by the second
     train.train(recipe(wandb_log=True, max_iters=8, init_from="resume"))
     files = sorted(Path(recipe().out_dir).glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 2
