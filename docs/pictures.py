@@ -4,21 +4,24 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Page, sync_playwright
 
 DOCS = Path(__file__).resolve().parent
+NANOGPT = [sys.executable, "-m", "nanogpt"]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
 
 
 @contextmanager
 def server(run: str) -> Iterator[str]:
     """The address of `nanogpt serve RUN`."""
-    command = [sys.executable, "-m", "nanogpt", "serve", run, "--port=0", "--dtype=float32"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*NANOGPT, "serve", run, "--port=0", "--dtype=float32"], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout
     try:
         yield next(found[1] for line in process.stdout if (found := re.match(r"page at (http:\S+),", line)))
@@ -27,25 +30,47 @@ def server(run: str) -> Iterator[str]:
         process.wait()
 
 
-def playground(run: str) -> None:
+def playground(page: Page, address: str) -> None:
     """The page with a text, and what one of its tokens might have been."""
-    chromium = shutil.which("chromium")
-    with server(run) as address, sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=FLAGS)
+    page.goto(address)
+    page.wait_for_selector("#about:not(:empty)")
+    for name, value in {"prompt": "ROMEO:", "max_tokens": "260", "seed": "7"}.items():
+        page.fill(f"#{name}", value)
+    page.click("#generate")
+    page.locator("#status", has_text=re.compile("^Done")).wait_for()
+    surprise = page.evaluate("tokens.map(token => token.logp)")
+    page.locator(".token").nth(min(range(10, 70), key=surprise.__getitem__)).click()
+    page.screenshot(path=DOCS / "playground.png")
+
+
+def runs(page: Page, address: str) -> None:
+    """The page with the run's curves."""
+    page.goto(f"{address}/#runs")
+    page.reload()
+    page.wait_for_selector("#charts polyline")
+    page.screenshot(path=DOCS / "runs.png")
+
+
+def tokens(page: Page, run: str, folder: str) -> None:
+    """The loss of each token of a text."""
+    text = "ROMEO:\nBut, soft! what light through yonder window breaks?\nIt is the east, and Juliet is the sun."
+    subprocess.run([*NANOGPT, "inspect", run, f"--output={folder}", f"--text={text}"], check=True)
+    page.set_viewport_size({"width": 1000, "height": 210})
+    page.goto(f"file://{folder}/tokens.html")
+    page.screenshot(path=DOCS / "tokens.png")
+
+
+def main(run: str) -> None:
+    """Make them all."""
+    subprocess.run([*NANOGPT, "plot", run, f"--output={DOCS / 'curves.png'}"], check=True)
+    with server(run) as address, sync_playwright() as driver, tempfile.TemporaryDirectory() as folder:
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         page = browser.new_page(viewport={"width": 1100, "height": 720}, color_scheme="light", device_scale_factor=1.5)
-        page.goto(address)
-        page.wait_for_selector("#about:not(:empty)")
-        for name, value in {"prompt": "ROMEO:", "max_tokens": "260", "seed": "7"}.items():
-            page.fill(f"#{name}", value)
-        page.click("#generate")
-        page.locator("#status", has_text=re.compile("^Done")).wait_for()
-        tokens = page.locator(".token")
-        surprise = page.evaluate("tokens.map(token => token.logp)")
-        middle = range(10, 70)
-        tokens.nth(min(middle, key=surprise.__getitem__)).click()
-        page.screenshot(path=DOCS / "playground.png")
+        playground(page, address)
+        runs(page, address)
+        tokens(page, run, folder)
         browser.close()
 
 
 if __name__ == "__main__":
-    playground(sys.argv[1])
+    main(sys.argv[1])

@@ -33,8 +33,8 @@ class Checkup:
         A healthy update changes a layer by about a thousandth of its norm.
         """
         named = dict(self.run.model.named_parameters())
-        changes = {name: whole((p - self.weights[name]).norm()) for name, p in named.items()}
         weights = {name: whole(before.norm()) for name, before in self.weights.items()}
+        changes = {name: whole(before.sub_(named[name]).norm()) for name, before in self.weights.items()}
         self.weights = {}
         layers: dict[str, list[str]] = {}
         for name in named:
