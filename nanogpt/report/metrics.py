@@ -25,11 +25,11 @@ class Metrics:
     def __init__(self, config: TrainConfig, resumed: Progress | None = None, is_main: bool = True) -> None:
         self._trackers: list[Any] = []
         self._file: IO[bytes] | None = None
-        if not is_main:
-            return  # one process of a run writes
         self._rows: list[dict[str, Any]] = []  # since the last writing
         self._next = 0.0  # when to write again
-        self._pending, self._has_warned = b"", False  # rows that could not be written yet
+        self._pending, self._has_warned = b"", False  # what could not be written yet
+        if not is_main:
+            return  # one process of a run writes
         self._path = Path(config.out_dir) / "metrics.jsonl"
         with atomic_write(self._path) as file:
             rows = (row for row in read_metrics(self._path) if resumed and _is_before(row, resumed))

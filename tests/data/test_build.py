@@ -296,7 +296,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_files(num_proc: int) -> 
         while attempt < 6 and process.poll() is None and not journal.exists():
             time.sleep(0.01)  # there is something to lose
         try:
-            assert process.wait(moments.uniform(0, 0.4 + attempt / 10) * duration) == 0
+            pause = moments.uniform(0, 0.4 + attempt / 10) * duration if attempt else 0.0
+            assert process.wait(pause) == 0
             break
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)  # the main process alone: its workers must notice

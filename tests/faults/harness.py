@@ -34,7 +34,7 @@ from nanogpt.report.metrics import read_metrics
 from tests.conftest import write_dataset
 
 PHASES = ["start", "data", "step", "evaluation", "between", "write", "rename"]
-TIMES = ("seconds", "tokens_per_second")  # of a record: what is no function of the config
+TIMES = ("seconds", "tokens_per_second", "system/memory_gb")  # of a record: what is no function of the config
 
 
 @dataclass
