@@ -1,6 +1,7 @@
 """How fast is the training step on this machine? Times the very function that training calls."""
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ from nanogpt.optim import optimizer_for
 from nanogpt.start import Run, loader, open_or_prepare
 from nanogpt.train import next_batch, update
 
+log = logging.getLogger(__name__)
+
 
 def run_of(config: TrainConfig, dataset: Dataset, vocab_size: int, device: Device) -> Run:
     """A run from scratch in a single process, without a folder: what there is to time."""
@@ -30,7 +33,7 @@ def run_of(config: TrainConfig, dataset: Dataset, vocab_size: int, device: Devic
     model = GPT(config.model_config(vocab_size), config.zero_init).to(device.name)
     model.transformer.gradient_checkpointing = config.gradient_checkpointing
     if device.compile:
-        print("compiling the model: takes a minute or so")
+        log.info("compiling the model: takes a minute or so")
         compile_model(model, "none", device)
     optimizer = optimizer_for(model, config, device.dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
@@ -64,7 +67,7 @@ def bench(config: BenchConfig) -> None:
         return loss
 
     for n in range(config.warmup_steps):
-        print(f"warm-up {n + 1}/{config.warmup_steps}: loss {step(n).item():.4f}")
+        log.info(f"warm-up {n + 1}/{config.warmup_steps}: loss {step(n).item():.4f}")
     times = []
     for n in range(config.steps):
         device.synchronize()
@@ -72,7 +75,7 @@ def bench(config: BenchConfig) -> None:
         loss = step(config.warmup_steps + n)
         device.synchronize()
         times.append(time.perf_counter() - began)
-        print(f"{n + 1}/{config.steps}: loss {loss.item():.4f}, {times[-1] * 1000:.2f}ms")
+        log.info(f"{n + 1}/{config.steps}: loss {loss.item():.4f}, {times[-1] * 1000:.2f}ms")
     if config.profile:
         _profile(step, device.type)
         print_parts(run, lambda n: step(config.warmup_steps + n))

@@ -6,6 +6,7 @@ more key, `nanogpt`. It is the whole run: sampling, evaluating and resuming need
 
 import dataclasses
 import itertools
+import logging
 import math
 import os
 import zipfile
@@ -28,6 +29,8 @@ from nanogpt.model import GPT
 from nanogpt.settings import as_json
 from nanogpt.shape import wrong_types
 from nanogpt.spread import spread_like
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 RUN_FILES = ("best.pt", "metrics.jsonl", "config.json", "loss.png", "diverged.json", "wandb_id", "logs", "ckpt.dcp")
@@ -307,7 +310,7 @@ def load_last(out_dir: str, data_dir: str, *, spread: bool = False) -> Checkpoin
         except CheckpointError as error:
             if not is_damaged(path):
                 raise
-            print(f"warning: {error}; going on from {older.name}, the one before it")
+            log.warning(f"{error}; going on from {older.name}, the one before it")
     return load(paths[-1] if paths else find(out_dir, "last"), data_dir, spread=spread)  # find says what is missing
 
 
@@ -324,7 +327,7 @@ def set_previous_run_aside(out_dir: str) -> None:
                 os.replace(path, aside / path.name)
     except OSError as error:
         raise ConfigError(f"cannot move the earlier run in {out_dir} aside: {error.strerror}") from error
-    print(f"{out_dir} held an earlier run: moved to {aside}")
+    log.info(f"{out_dir} held an earlier run: moved to {aside}")
 
 
 def save_config(config: TrainConfig) -> None:

@@ -77,6 +77,9 @@ def run(verb: str, arguments: Sequence[str] | None = None, *, program: str = "")
     usage = f"{program or f'python {os.path.basename(sys.argv[0])}'} [config.py …] [{positional}] [--key=value …]"
     try:
         config = parse(settings, sys.argv[1:] if arguments is None else arguments, usage, positional=positional)
+        from nanogpt.report.log import show_log_lines
+
+        show_log_lines(getattr(config, "verbosity", "normal"))
         module, _, function = program_at.partition(":")
         result = getattr(importlib.import_module(module), function)(config)
         code = result if isinstance(result, int) else 0

@@ -27,6 +27,7 @@ class Machine(Settings):
     # auto: bfloat16 where the hardware computes it natively, float16 on older CUDA GPUs, else float32
     compile: bool | Literal["auto"] = "auto"  # torch.compile: a minute at first, then faster; auto: for long runs
     seed: int = 1337  # of everything random
+    verbosity: Literal["quiet", "normal", "debug"] = "normal"  # of log lines; quiet: results and warnings only
 
     def problems(self) -> Iterator[str]:
         """Everything that is inconsistent, one sentence each."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import logging
 import os
 import re
 import shutil
@@ -15,6 +16,8 @@ import torch
 
 from nanogpt.config import TrainConfig
 from nanogpt.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 # dense bfloat16/float16 tensor-core peak in FLOP/s, from the vendors' data sheets; the first match counts
 PEAK_FLOPS = {
@@ -146,7 +149,7 @@ def choose(
         torch.set_float32_matmul_precision("high")  # TF32 where a product is left in float32
     short = str(number_format).removeprefix("torch.")
     if not local_rank:
-        print(f"device {name} ({why_device}), dtype {short} ({why_dtype}), compile {compiled} ({why_compile})")
+        log.info(f"device {name} ({why_device}), dtype {short} ({why_dtype}), compile {compiled} ({why_compile})")
     return Device(name, kind, number_format, compiled)
 
 

@@ -6,6 +6,7 @@ Where one process runs alone, every function here does nothing and costs nothing
 import gc
 import hashlib
 import io
+import logging
 import math
 import os
 import re
@@ -27,6 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 from nanogpt.device import Device
 from nanogpt.errors import ConfigError, UserError
 from nanogpt.model import GPT
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _SIGNS = ("closed by peer", "reset by peer", "timed out", "timeout", "gloo", "nccl", "broken pipe", "no route to host")
@@ -285,7 +288,7 @@ def choose_parallel(parallel: str, parameters: int, device: Device, world: World
     if chosen == "fsdp" and device.dtype == torch.float16:
         raise ConfigError("--parallel=fsdp computes in bfloat16 or float32, not in float16; set --dtype or take ddp")
     why = f"auto: a training state of {state / 1e9:.1f} GB {'fits' if fits else 'does not fit'} beside its activations"
-    print(f"{world.size} processes, {chosen} ({why if parallel == 'auto' else 'as set'})")
+    log.info(f"{world.size} processes, {chosen} ({why if parallel == 'auto' else 'as set'})")
     return chosen
 
 

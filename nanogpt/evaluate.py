@@ -1,6 +1,7 @@
 """How good a trained model is: its loss over a whole split, a number without noise, and benchmarks."""
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from nanogpt.model import GPT
 from nanogpt.programs import EvalConfig
 from nanogpt.tasks import TASKS, Scorer, examples_of
 from nanogpt.trained import TrainedModel, load_trained
+
+log = logging.getLogger(__name__)
 
 LONGEST = 2048  # windows of models that come from elsewhere, unless asked for longer: their contexts may be huge
 
@@ -63,7 +66,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         name: examples_of(name, getattr(config, name), data_dir, config.limit) for name in TASKS if name in config.tasks
     }
     trained = load_trained(config, device)
-    print(trained.name)
+    log.info(trained.name)
     result: dict[str, Any] = {"model": trained.name}
     for task in config.tasks or ["loss"]:
         if task == "loss":

@@ -1,5 +1,6 @@
 """The program behind `nanogpt export`: a trained model as other programs read it."""
 
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from nanogpt.interop.gguf import save_gguf
 from nanogpt.interop.huggingface import FOLDER, save_pretrained
 from nanogpt.programs import ExportConfig
 from nanogpt.trained import TrainedModel, load_trained
+
+log = logging.getLogger(__name__)
 
 
 def export(config: ExportConfig) -> None:
@@ -34,7 +37,9 @@ def export(config: ExportConfig) -> None:
         progress = trained.progress
         save_flat(output, model, tokenizer, trained.config, progress.step, progress.best_val_loss)
         if model.config.activation != "gelu":
-            print("the original computes the exact GELU in place of this model's tanh form: losses differ slightly")
+            log.warning(
+                "the original computes the exact GELU in place of this model's tanh form: losses differ slightly"
+            )
     print(f"wrote {output} from {trained.name}: {_use(config)}")
 
 

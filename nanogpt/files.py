@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import socket
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from nanogpt.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -63,7 +66,7 @@ def locked(path: str | Path, what: str) -> Iterator[None]:
                 _lock(file)
             except OSError as error:
                 if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-                    print(f"warning: {path} can't be locked here ({error}): start nothing else there", file=sys.stderr)
+                    log.warning(f"{path} can't be locked here ({error}): start nothing else there")
                 else:
                     owner = file.read(200).decode("utf-8", "replace").strip() or "another process"
                     raise UserError(f"{owner} is at work on {what}; wait for it, or stop it") from None

@@ -1,5 +1,6 @@
 """What watches over a run: updates that must not be made, losses that stand out, the health of the network."""
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from nanogpt.data.batches import dropout_seed
 from nanogpt.distributed import no_gradient_exchange
 from nanogpt.errors import DivergedError, UserError
 from nanogpt.files import write_json
-from nanogpt.report.progress import warn
 from nanogpt.spread import whole
 from nanogpt.start import Run
+
+log = logging.getLogger(__name__)
 
 _FEW = 50  # recorded losses, before which none stands out
 _MEMORY = 0.05  # weight of the newest loss in the averages
@@ -100,7 +102,7 @@ def _diagnosis(run: Run, x: Tensor, y: Tensor, document_ids: Tensor | None, lear
         try:
             write_json(path, report)
         except UserError as error:
-            warn(str(error))
+            log.warning(str(error))
     return (
         f"loss or gradient was not finite in {in_a_row} updates in a row, up to update {step}: loss {loss.item()}, "
         f"learning rate {learning_rate:g}, {len(report['not_finite'])} of {len(norms)} gradients not finite. They were "

@@ -195,6 +195,7 @@ class PrepareConfig(Settings):
 
     # --- machine ---
     num_proc: int = 0  # processes that tokenize; 0: one per core
+    verbosity: Literal["quiet", "normal", "debug"] = "normal"  # of log lines; quiet: results and warnings only
 
     def problems(self) -> Iterator[str]:
         """Everything that is inconsistent, one sentence each."""

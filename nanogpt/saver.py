@@ -1,6 +1,7 @@
 """Checkpoints are written beside the training, one at a time, and never over the last good one."""
 
 import itertools
+import logging
 import math
 import os
 import sys
@@ -13,7 +14,8 @@ from typing import Any
 from nanogpt import checkpoint
 from nanogpt.errors import UserError
 from nanogpt.files import sync_folder
-from nanogpt.report.progress import warn
+
+log = logging.getLogger(__name__)
 
 RETRY = 60.0  # seconds until a checkpoint that could not be written is tried again
 PAUSES = (1.0, 4.0)  # seconds between the attempts at one
@@ -85,6 +87,7 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def _write(self, content: dict[str, Any]) -> None:
+        began = time.monotonic()
         if sys.platform == "linux":  # where this is a thread's own: it takes the gaps that the training leaves
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         jobs = [self._write_best, lambda: self._write_newest(content)]  # in this order: ckpt.pt counts on best.pt
@@ -92,10 +95,11 @@ class Saver:
             jobs = [job for job in jobs if not self._succeeds(job)]
             if not jobs:
                 self._failure = None
+                log.debug(f"checkpoint of {content['iter_num']} updates written in {time.monotonic() - began:.2f} s")
                 return
             if pause is not None:
                 time.sleep(pause)
-        warn(f"{self._failure}; training goes on, what is there stays, and it is tried again")
+        log.warning(f"{self._failure}; training goes on, what is there stays, and it is tried again")
 
     def _succeeds(self, job: Callable[[], None]) -> bool:
         try:

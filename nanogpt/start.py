@@ -1,6 +1,7 @@
 """Before the first step: a run with everything in place for the next update, and what can be said about it."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from nanogpt.optim import optimizer_for
 from nanogpt.programs import PrepareConfig
 from nanogpt.shape import GPT2_NAMES
 from nanogpt.trained import checkpoint_of, load_model
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -62,7 +65,7 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
             model.crop_block_size(min(config.block_size, model.config.block_size))
         else:
             check_agreement(config, loaded)
-        print(f"resuming {loaded.path} after {loaded.progress.step} updates")
+        log.info(f"resuming {loaded.path} after {loaded.progress.step} updates")
     elif config.init_from == "scratch":
         model = GPT(config.model_config(dataset.tokenizer.padded_vocab_size), config.zero_init)
     else:
@@ -83,10 +86,13 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
     is_unread = loaded is not None and loaded.is_unread  # and stays spread
     parallel = choose_parallel("fsdp" if is_unread else config.parallel, model.get_num_params(), device, world)
     if device.compile:
-        print("compiling the model: takes a minute or so (--compile=False starts at once)")
+        log.info("compiling the model: takes a minute or so (--compile=False starts at once)")
         compile_model(model, parallel, device)
     network = wrap(model, parallel, device, world)
     optimizer = optimizer_for(model, config, device.dtype)
+    for group in optimizer.param_groups:
+        sizes = [parameter.numel() for parameter in group["params"]]
+        log.debug(f"optimizer: {len(sizes)} tensors, {sum(sizes):,} numbers, weight decay {group['weight_decay']:g}")
     scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
     if loaded and (loaded.is_unread or not config.eval_only):
         loaded.restore(model, optimizer, scaler)
@@ -146,7 +152,7 @@ def with_shape_of(model: GPT, config: TrainConfig) -> TrainConfig:
         if asked[name] != value and (asked[name] or type(asked[name]) is bool)
     ]
     if ignored:
-        print(f"the shape of the loaded model counts: {', '.join(ignored)}")
+        log.info(f"the shape of the loaded model counts: {', '.join(ignored)}")
     return dataclasses.replace(config, **shape)
 
 
@@ -181,9 +187,9 @@ def print_changes(config: TrainConfig, loaded: checkpoint.Checkpoint) -> None:
     for name, value in dataclasses.asdict(config).items():
         before = loaded.config.get(name, value)
         if before != value and name not in ("init_from", "resume", "out_dir", "eval_only"):
-            print(f"changed since the checkpoint: {name} = {value!r}, was {before!r}")
+            log.info(f"changed since the checkpoint: {name} = {value!r}, was {before!r}")
     if loaded.progress.step >= config.max_iters:
-        print(f"nothing to train: max_iters={config.max_iters} is reached; a larger one goes on")
+        log.info(f"nothing to train: max_iters={config.max_iters} is reached; a larger one goes on")
 
 
 def open_or_prepare(config: TrainConfig, world: World) -> Dataset:
@@ -191,7 +197,7 @@ def open_or_prepare(config: TrainConfig, world: World) -> Dataset:
     folder = Path(config.data_dir) / config.dataset
     if config.dataset in NEEDS_NO_NETWORK:
         if not world.first(lambda: is_prepared(folder)):
-            print(f"preparing the data set {config.dataset} in {folder}")
+            log.info(f"preparing the data set {config.dataset} in {folder}")
             world.first(lambda: prepare(PrepareConfig(name=config.dataset, data_dir=config.data_dir)))
     elif not is_prepared(folder):
         script = Path("data", config.dataset, "prepare.py")

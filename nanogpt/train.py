@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 import math
 import os
 import textwrap
@@ -25,6 +26,7 @@ from nanogpt.guards import Guard, is_spike
 from nanogpt.health import Checkup
 from nanogpt.infer.text import short_sample
 from nanogpt.optim import learning_rate_at
+from nanogpt.report.log import show_log_lines
 from nanogpt.report.metrics import Metrics
 from nanogpt.report.plots import draw_if_possible
 from nanogpt.report.progress import Console
@@ -33,11 +35,14 @@ from nanogpt.signals import stop_signals
 from nanogpt.spread import whole
 from nanogpt.start import Run, derived_values, dry_run, start
 
+log = logging.getLogger(__name__)
+
 STOPPED = 75  # exit code of a run that a signal has stopped and that can be resumed
 
 
 def train(config: TrainConfig) -> int:
     """Train as `config` says. Returns the exit code: 0 done, 75 stopped by a signal and resumable."""
+    show_log_lines(config.verbosity)  # for callers other than the command line, too
     world = this_process()
     local_rank = world.local_rank if world.size > 1 else None
     device = choose(config.device, config.dtype, config.compile, local_rank, training=config)
@@ -60,7 +65,7 @@ def start_and_train(config: TrainConfig, device: Device, world: World) -> int:
     run = None
     with contact(world, config.dist_timeout, step=lambda: run.progress.step if run else 0):
         run = start(resumed_if_there(config, world), device, world)
-        print(derived_values(run.config, run.model.config, run.model.get_num_params(), len(run.dataset.train)))
+        log.info(derived_values(run.config, run.model.config, run.model.get_num_params(), len(run.dataset.train)))
         if not config.eval_only:
             return train_until_done(run)
         losses = estimate_losses(run, stopping=lambda: False)
@@ -90,7 +95,7 @@ def train_until_done(run: Run) -> int:
             is_last = step >= config.max_iters
             if (step % config.eval_interval == 0 or is_last) and progress.evaluated != step:
                 guard.store()
-                stopped = not evaluate_and_save(run, metrics, console, saver, stopping)
+                stopped = not evaluate_and_save(run, metrics, saver, stopping)
             if is_last or stopped:
                 break
 
@@ -130,14 +135,14 @@ def train_until_done(run: Run) -> int:
         finish_saving(run, saver, is_saved=not stopped)
         world.wait()  # a process that leaves early makes torchrun end the others
         if stopped:
-            console.line(
+            log.info(
                 f"stopped after {progress.step} updates and saved; the same command with --init_from=resume goes on"
             )
             return STOPPED
         if config.plot and world.is_main:
             draw_if_possible(config.out_dir)
         skipped = f"{progress.skipped} updates skipped, " if progress.skipped else ""
-        console.line(
+        log.info(
             f"done: {progress.step} updates, {progress.seconds:.1f} s of training, {skipped}best validation loss "
             f"{progress.best_val_loss:.4f}; to see text: python sample.py --out_dir={config.out_dir}"
         )
@@ -297,21 +302,23 @@ def record(run: Run, metrics: Metrics, console: Console, values: dict[str, float
     )
     average = progress.loss_average
     if is_spike(progress, loss):
-        console.line(f"iter {step}: this loss stands out, the average before was {average:.4f}")
+        log.info(f"iter {step}: this loss stands out, the average before was {average:.4f}")
         values["spike"] = True
     metrics.write(progress, values)
 
 
-def evaluate_and_save(run: Run, metrics: Metrics, console: Console, saver: Saver, stopping: Callable[[], bool]) -> bool:
+def evaluate_and_save(run: Run, metrics: Metrics, saver: Saver, stopping: Callable[[], bool]) -> bool:
     """Evaluate, report, and write the checkpoints that are due; False if a signal has broken it off."""
     config, progress = run.config, run.progress
+    began = time.perf_counter()
     losses = estimate_losses(run, stopping)
     if losses is None:
         return False
-    console.line(f"step {progress.step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+    log.debug(f"evaluation took {time.perf_counter() - began:.2f} s")
+    log.info(f"step {progress.step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
     values: dict[str, Any] = {"train/eval_loss": losses["train"], "val/loss": losses["val"]}
     if text := sample_text(run):
-        console.line(textwrap.indent(text, "  | ", lambda line: True))
+        log.info(textwrap.indent(text, "  | ", lambda line: True))
         values["sample"] = text
     metrics.write(progress, values)
     if not math.isfinite(losses["val"]):
@@ -327,7 +334,7 @@ def evaluate_and_save(run: Run, metrics: Metrics, console: Console, saver: Saver
     if progress.step == 0 and not is_last:
         return True  # nothing learned yet, nothing to lose
     if is_best or is_last or config.always_save_checkpoint or is_due_everywhere(run, saver):
-        console.line(f"saving checkpoint to {config.out_dir}")
+        log.info(f"saving checkpoint to {config.out_dir}")
         metrics.sync()
         if run.shards or run.world.is_main:
             saver.save(lambda old: snapshot(run, old, is_best), best=is_best)

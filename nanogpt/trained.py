@@ -1,5 +1,6 @@
 """A trained model for use, wherever it comes from: a run folder, a checkpoint file, or Hugging Face's format."""
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from nanogpt.interop.huggingface import Pretrained, load_pretrained
 from nanogpt.model import GPT
 from nanogpt.programs import SourceConfig
 from nanogpt.shape import GPT2_NAMES
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ def load_model(init_from: str, device: Device, *, dropout: float = 0.0, data_dir
     """
     if (path := checkpoint_of(init_from)) is None:
         return load_pretrained(init_from, device.name, dropout=dropout)
-    print(f"loading {path}")
+    log.info(f"loading {path}")
     loaded = checkpoint.load(path, data_dir)
     return Pretrained(loaded.model(device, dropout=dropout), loaded.tokenizer)
 

@@ -15,6 +15,7 @@ from nanogpt.config import TrainConfig
 from nanogpt.data.pieces import Ids
 from nanogpt.data.tokenizer import CharTokenizer, Tokenizer
 from nanogpt.data.tokens import dtype_of, finish_dataset
+from nanogpt.report.log import show_log_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 Program = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -29,6 +30,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setattr(saver, "PAUSES", (0.01, 0.01))
+    show_log_lines()
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ LAYERS = [
     "data.tokenizer_json", "data.tokens", "data.download", "data.corpus", "data.documents", "data.workers",
     "data.batches", "data.plan", "data.build", "data.prepare", "loss", "cache", "model", "spread", "optim",
     "distributed", "infer.sampling", "infer.engine", "infer.packed", "infer.text", "interop.huggingface",
-    "interop.gguf", "interop.flat", "sharded", "checkpoint", "trained", "report.progress", "report.metrics",
-    "report.runs", "report.plots", "report.inside", "tasks", "evaluate", "infer.sample", "infer.scheduler",
-    "infer.protocol", "infer.guard", "infer.api", "infer.board", "infer.serve", "export", "start", "saver", "guards",
-    "health", "signals", "train", "bench", "plan", "cli", "__main__",
+    "interop.gguf", "interop.flat", "sharded", "checkpoint", "trained", "report.log", "report.progress",
+    "report.metrics", "report.runs", "report.plots", "report.inside", "tasks", "evaluate", "infer.sample",
+    "infer.scheduler", "infer.protocol", "infer.guard", "infer.api", "infer.board", "infer.serve", "export", "start",
+    "saver", "guards", "health", "signals", "train", "bench", "plan", "cli", "__main__",
 ]  # fmt: skip
 
 

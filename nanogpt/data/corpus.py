@@ -7,6 +7,7 @@ bounded memory.
 import gzip
 import hashlib
 import io
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from nanogpt.errors import DataError
+
+log = logging.getLogger(__name__)
 
 SPAN = 1 << 25  # bytes of a unit of work, where a file can be cut: so much is done again when work is interrupted
 SMALLEST_SPAN = 1 << 20  # less is not worth sharing out
@@ -76,7 +79,7 @@ def find_sources(inputs: list[str], num_proc: int) -> list[Source]:
         elif any(character in name for character in "*?["):
             found = [source_of(match, found=True) for match in _matches(path)]
         elif is_published(name):
-            print(f"no file {name} here: asking the Hugging Face hub for a data set of that name")
+            log.info(f"no file {name} here: asking the Hugging Face hub for a data set of that name")
             found = published_data_set(name, num_proc)
         else:
             raise DataError(f"--input={name}: there is no such file or folder")

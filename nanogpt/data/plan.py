@@ -8,6 +8,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -27,6 +28,8 @@ from nanogpt.data.tokenizer_json import TOKENIZER_FILES, read_tokenizer, train_b
 from nanogpt.data.workers import parallel_map
 from nanogpt.errors import DataError
 from nanogpt.files import atomic_write, read_json, write_json
+
+log = logging.getLogger(__name__)
 
 ENOUGH = 10  # documents to expect in validation; where there are fewer, the end of the text is validation
 BPE_TEXT = 1 << 28  # bytes of text, at most, that a vocabulary is learned from
@@ -52,7 +55,7 @@ def make_plan(work: Path, recipe: Recipe, num_proc: int) -> dict[str, Any]:
     path = work / "plan.json"
     plan = read_json(path)
     if plan.get("request") == request:
-        print(f"going on with what {work} holds")
+        log.info(f"going on with what {work} holds")
         return plan
     discard(work)
     readable = [source for source in sources if not source.found or source.kind != "text" or is_text(source)]
@@ -68,7 +71,7 @@ def make_plan(work: Path, recipe: Recipe, num_proc: int) -> dict[str, Any]:
     positions = [0, *itertools.accumulate(size for size, _ in survey)] if few else [0] * len(units)
     cut_at = int(positions[-1] * (1 - recipe.val_fraction)) if few else None
     if few:
-        print(f"few documents: the last {recipe.val_fraction * 100:g} % of the text is validation")
+        log.info(f"few documents: the last {recipe.val_fraction * 100:g} % of the text is validation")
     description = json.dumps(tokenizer.describe())
     described = f"tokenizer-{hashlib.sha256(description.encode()).hexdigest()[:16]}.json"
     with atomic_write(work / described) as file:
@@ -205,16 +208,16 @@ def _make_tokenizer(setting: str, units: list[list[Span]], reading: Reading, cha
         if not characters:
             raise DataError("there is no text in the corpus: every file is empty, or none is text")
         chars = CharTokenizer.from_text(characters)
-        print(f"vocabulary of {chars.vocab_size} characters")
+        log.info(f"vocabulary of {chars.vocab_size} characters")
         return chars
     if setting.startswith("bpe:"):
         size = sum(span.size for unit in units for span in unit)
         chosen = units[:: -(-size // BPE_TEXT) or 1]  # evenly over the corpus
-        print("learning a vocabulary from the text")
+        log.info("learning a vocabulary from the text")
         spans = (span for unit in chosen for span in unit)
         pieces = (piece.text for span in spans for piece in documents(span, reading, Counter()))
         tokenizer = train_bpe(_at_most(BPE_TEXT, pieces), int(setting.removeprefix("bpe:")))
-        print(f"vocabulary of {tokenizer.vocab_size} entries")
+        log.info(f"vocabulary of {tokenizer.vocab_size} entries")
         return tokenizer
     return _named_tokenizer(setting)
 

@@ -1,6 +1,7 @@
 """The program behind `nanogpt prepare`: from text to a data set folder, and a look into one."""
 
 import dataclasses
+import logging
 import shutil
 import sysconfig
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from nanogpt.data.plan import Recipe
 from nanogpt.data.tokens import SPLITS, open_dataset
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.programs import PrepareConfig, unescaped
+
+log = logging.getLogger(__name__)
 
 OPENWEBTEXT_IDS = 18.1e9  # bytes
 OPENWEBTEXT_CACHE = 70e9  # bytes: 24 GB of parquet and 40 GB of Arrow that the datasets library keeps, and a margin
@@ -93,11 +96,11 @@ def prepare(config: PrepareConfig) -> None:
     description = build(folder, recipe, config.num_proc)
     for split in SPLITS:
         count = description["documents"][split]
-        print(
+        log.info(
             f"{split} has {description['tokens'][split]:,} tokens" + (f" in {count:,} documents" if count > 1 else "")
         )
     for reason, count in description["skipped"].items():
-        print(f"passed over: {count:,} ({reason})")
+        log.info(f"passed over: {count:,} ({reason})")
     print(f"wrote {folder}/train.bin, val.bin and dataset.json")
 
 
@@ -109,8 +112,8 @@ def _check_room_for_openwebtext(folder: Path) -> None:
     for path, size in ((cache, 0 if is_cached else OPENWEBTEXT_CACHE), (folder, OPENWEBTEXT_IDS)):
         disk = _existing(path).stat().st_dev
         needs[disk] = needs.get(disk, 0) + size
-    print(f"OpenWebText takes about {OPENWEBTEXT_CACHE / 1e9:.0f} GB in {cache}")
-    print(f"and {OPENWEBTEXT_IDS / 1e9:.0f} GB in {folder}")
+    log.info(f"OpenWebText takes about {OPENWEBTEXT_CACHE / 1e9:.0f} GB in {cache}")
+    log.info(f"and {OPENWEBTEXT_IDS / 1e9:.0f} GB in {folder}")
     for path in (cache, folder):
         free = shutil.disk_usage(_existing(path)).free
         if free < (need := needs[_existing(path).stat().st_dev]):

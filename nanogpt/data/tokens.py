@@ -6,6 +6,7 @@ data/NAME/meta.pkl             character sets only: the original's vocabulary fi
 """
 
 import io
+import logging
 import os
 import pickle
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from nanogpt.data.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
 from nanogpt.data.tokenizer_json import from_description
 from nanogpt.errors import DataError
 from nanogpt.files import atomic_write, parse_json, write_json
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
 MOST_SOURCES = 1000  # that a description lists by name
@@ -163,7 +166,7 @@ def open_dataset(folder: Path) -> Dataset:
     description = _read_description(folder)
     if description is None:
         tokenizer = tokenizer_of_original(folder)
-        print(f"{folder} has no dataset.json: taken as uint16 ids of the {tokenizer}")
+        log.info(f"{folder} has no dataset.json: taken as uint16 ids of the {tokenizer}")
         dtype = np.dtype("<u2")
     else:
         if description.get("version", 1) != 1:

@@ -1,6 +1,6 @@
 """The program behind `sample.py`: text from a trained model."""
 
-import sys
+import logging
 from dataclasses import replace
 
 from nanogpt.data.tokenizer import Tokenizer
@@ -13,6 +13,8 @@ from nanogpt.infer.text import TextStream, follow, prompt_ids, read_prompt
 from nanogpt.programs import SampleConfig, unescaped
 from nanogpt.trained import load_trained
 
+log = logging.getLogger(__name__)
+
 SEPARATOR = "---------------"
 
 
@@ -23,7 +25,7 @@ def sample(config: SampleConfig) -> None:
     """
     device = choose(config.device, config.dtype, False)
     if config.compile is True:
-        print("compile=True: decoding is faster without, and goes without", file=sys.stderr)
+        log.info("compile=True: decoding is faster without, and goes without")
     trained = load_trained(config, device)
     model, tokenizer = trained.model, trained.tokenizer
     prompt = prompt_ids(read_prompt(config.start, "start"), tokenizer)
@@ -32,11 +34,11 @@ def sample(config: SampleConfig) -> None:
             f"the prompt has {len(prompt):,} tokens and the model sees {model.config.block_size:,} at a time; "
             "shorten --start"
         )
-    print(f"{trained.name}, {model.get_num_params() / 1e6:.2f}M parameters")
+    log.info(f"{trained.name}, {model.get_num_params() / 1e6:.2f}M parameters")
     count = config.num_samples
     if config.temperature == 0 and count > 1:
         count = 1
-        print("temperature=0 always takes the likeliest token: one sample stands for all", file=sys.stderr)
+        log.info("temperature=0 always takes the likeliest token: one sample stands for all")
 
     pack(model, device.dtype, int8=config.int8)
     length = len(prompt) + config.max_new_tokens

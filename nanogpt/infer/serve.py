@@ -1,6 +1,7 @@
 """The program behind `nanogpt serve`: a trained model for other programs, and a page to play with."""
 
 import dataclasses
+import logging
 import os
 import signal
 import socket
@@ -16,6 +17,8 @@ from nanogpt.infer.engine import Engine
 from nanogpt.infer.packed import pack
 from nanogpt.programs import ServeConfig
 from nanogpt.trained import load_trained
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from nanogpt.infer.api import Service
@@ -53,7 +56,7 @@ def serve(config: ServeConfig) -> None:
     listener.listen(2048)  # from here on callers are answered, or wait a moment
     host, port = listener.getsockname()[:2]
     if not config.api_key and host not in ("127.0.0.1", "::1"):
-        print("anyone who reaches this machine may use the model: --api_key=KEY asks for a key")
+        log.warning("anyone who reaches this machine may use the model: --api_key=KEY asks for a key")
     print(f"page at http://{f'[{host}]' if ':' in host else host}:{port}, API at /v1; Ctrl-C ends", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn hands them on after it has ended because of them
@@ -75,7 +78,7 @@ def load(config: ServeConfig) -> "tuple[Guard, Scheduler | None]":
     service = None
     has_checkpoint = bool(kept(config.out_dir)) or (runs[0] / "best.pt").exists()
     if config.init_from == "resume" and not has_checkpoint and (runs[0] / "metrics.jsonl").exists():
-        print(f"{config.out_dir} has no checkpoint yet: its curves are shown, nothing can be generated")
+        log.info(f"{config.out_dir} has no checkpoint yet: its curves are shown, nothing can be generated")
     else:
         service = _service(config)
     app = create_app(service, resources.files("nanogpt.infer").joinpath("page.html").read_text(encoding="utf-8"))
@@ -101,7 +104,7 @@ def _service(config: ServeConfig) -> "Service":
     engine = Engine(model, config.rows, vocab_size=tokenizer.vocab_size, dtype=device.dtype)
     name = config.name or Path(config.out_dir if config.init_from == "resume" else config.init_from).resolve().name
     bytes_ = sum(part.numel() * part.element_size() for part in (engine.cache.keys, engine.cache.values))
-    print(
+    log.info(
         f"{trained.name}, {size / 1e6:.2f}M parameters, as {name!r}; {config.rows} rows of "
         f"{model.config.block_size:,} tokens side by side ({bytes_ / 1e6:,.0f} MB)"
     )

@@ -3,6 +3,7 @@
 Reads and writes `config.json` and safetensors directly; transformers is not needed.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from nanogpt.errors import CheckpointError, DataError
 from nanogpt.files import parse_json, write_json
 from nanogpt.model import GPT
 from nanogpt.shape import GPT2_NAMES, GPTConfig, wrong_types
+
+log = logging.getLogger(__name__)
 
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 # what `save_pretrained` writes
@@ -41,7 +44,7 @@ def load_pretrained(name: str, device: str = "cpu", *, dropout: float = 0.0) -> 
     is none of the three architectures.
     """
     folder = folder_of(name)
-    print(f"loading {name} from {folder}")
+    log.info(f"loading {name} from {folder}")
     shape = replace(shape_of(folder), dropout=dropout)
     tokenizer = tokenizer_of(folder, shape)
     try:

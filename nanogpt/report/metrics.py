@@ -1,6 +1,7 @@
 """What a run records: one JSON object a line in metrics.jsonl; Weights & Biases and TensorBoard when asked for."""
 
 import json
+import logging
 import math
 import os
 import secrets
@@ -13,8 +14,9 @@ from typing import IO, Any
 from nanogpt.checkpoint import Progress
 from nanogpt.config import TrainConfig
 from nanogpt.files import atomic_write, parse_json
-from nanogpt.report.progress import warn
 from nanogpt.settings import as_json
+
+log = logging.getLogger(__name__)
 
 _PAUSE = 0.2  # seconds between two times of writing: at hundreds of updates per second, each would be felt
 
@@ -39,9 +41,9 @@ class Metrics:
             try:
                 self._trackers.append(kind(config, resumed))
             except ImportError:
-                warn(f"{kind.label} needs a package (pip install {kind.package}); going on without it")
+                log.warning(f"{kind.label} needs a package (pip install {kind.package}); going on without it")
             except Exception as error:  # not logged in, no network, …: there are many ways
-                warn(f"{kind.label} could not start ({error}); going on without it")
+                log.warning(f"{kind.label} could not start ({error}); going on without it")
 
     def write(self, progress: Progress, values: dict[str, Any]) -> None:
         """Record `values` after `progress.step` updates; a number that is not finite becomes null."""
@@ -57,7 +59,7 @@ class Metrics:
             try:
                 tracker.write(progress, values)
             except Exception as error:  # it must not end the training
-                warn(f"{tracker.label} failed ({error}); going on without it")
+                log.warning(f"{tracker.label} failed ({error}); going on without it")
                 self._trackers.remove(tracker)
 
     def _flush(self) -> None:
@@ -78,7 +80,7 @@ class Metrics:
             self._has_warned = False
         except (OSError, ValueError) as error:  # a full disk, a file that could not be opened again
             if not self._has_warned:
-                warn(f"cannot write {self._path}: {error}; training goes on, and it is tried again")
+                log.warning(f"cannot write {self._path}: {error}; training goes on, and it is tried again")
             self._has_warned = True
 
     def sync(self) -> None:
@@ -101,7 +103,7 @@ class Metrics:
             try:
                 tracker.close(error is not None)
             except Exception as problem:
-                warn(f"{tracker.label} could not finish ({problem})")
+                log.warning(f"{tracker.label} could not finish ({problem})")
 
 
 def _is_before(row: dict[str, Any], resumed: Progress) -> bool:

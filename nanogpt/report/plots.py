@@ -1,13 +1,15 @@
 """Pictures of runs."""
 
 import importlib.util
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from nanogpt.errors import ConfigError
 from nanogpt.programs import PlotConfig
-from nanogpt.report.progress import warn
 from nanogpt.report.runs import RunRecord, differences, in_words, open_run, print_table
+
+log = logging.getLogger(__name__)
 
 _PANELS = (  # title, what is drawn over what
     ("loss by updates", "step", ("train/loss", "val/loss")),
@@ -96,4 +98,4 @@ def draw_if_possible(folder: str) -> None:
     try:
         draw([open_run(Path(folder))], Path(folder) / "loss.png")
     except Exception as error:  # a full disk, a damaged matplotlib: the run is done all the same
-        warn(f"loss.png could not be drawn: {error}")
+        log.warning(f"loss.png could not be drawn: {error}")
