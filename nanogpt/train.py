@@ -42,7 +42,7 @@ STOPPED = 75  # exit code of a run that a signal has stopped and that can be res
 
 def train(config: TrainConfig) -> int:
     """Train as `config` says. Returns the exit code: 0 done, 75 stopped by a signal and resumable."""
-    show_log_lines(config.verbosity)  # for callers other than the command line, too
+    show_log_lines(config.verbosity, must_go_on=True)
     world = this_process()
     local_rank = world.local_rank if world.size > 1 else None
     device = choose(config.device, config.dtype, config.compile, local_rank, training=config)

@@ -264,7 +264,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(recipe: Recipe, capsy
             before = Path(config.out_dir, "ckpt.prev.pt").read_bytes()
             capsys.readouterr()
             train.train(config)
-            assert "going on from ckpt.prev.pt, the one before it" in capsys.readouterr().out
+            assert "going on from ckpt.prev.pt, the one before it" in capsys.readouterr().err
             assert same(weights(whole), weights(config))
             assert len(before) > 0
             train.train(dataclasses.replace(config, max_iters=7))
@@ -392,7 +392,7 @@ def test_a_run_stopped_before_its_first_update_goes_on(recipe: Recipe, monkeypat
 
     def stop_after_evaluation(*arguments: Any) -> bool:
         os.kill(os.getpid(), signal.SIGINT)
-        arguments = (*arguments[:4], lambda: False)
+        arguments = (*arguments[:3], lambda: False)
         assert real(*arguments)
         return False
 

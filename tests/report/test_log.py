@@ -38,15 +38,21 @@ def test_debug_says_when_and_where_from(capsys: pytest.CaptureFixture[str]) -> N
     assert (name, text) == ("somewhere:", "a detail\n")
 
 
-def test_a_closed_pipe_is_said_once_and_ends_nothing(
+def test_a_run_goes_on_behind_a_closed_pipe(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdout", ClosedPipe())
+    show_log_lines(must_go_on=True)
     log.info("nobody reads this")
     log.info("nor this")
-    assert capsys.readouterr().err == (
-        "warning: standard output has been closed; what would have been said there is lost\n"
-    )
+    assert capsys.readouterr().err == ("warning: standard output has been closed; the run goes on, see metrics.jsonl\n")
+
+
+def test_other_programs_end_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", ClosedPipe())
+    show_log_lines()
+    with pytest.raises(BrokenPipeError):
+        log.info("nobody reads this")
 
 
 def test_a_second_call_shows_nothing_twice(capsys: pytest.CaptureFixture[str]) -> None:
