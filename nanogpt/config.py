@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nanogpt.settings import Settings, out_of_range
-from nanogpt.shape import GPT2_NAMES, PRESETS, GPTConfig
+from nanogpt.shape import GPT2_NAMES, PRESETS, GPTConfig, Shape
 
 __all__ = ["PRESETS", "GPTConfig"]  # which people import from here
 
@@ -38,26 +38,13 @@ class Machine(Settings):
 
 
 @dataclass
-class _Network(Machine):
-    """The shape of a new network; shared by all programs that train one."""
+class _Network(Shape, Machine):
+    """A new network; shared by all programs that train one."""
 
     # --- model ---
     model: str = ""  # a shape by name, which sets what differs below: gpt2, gpt2-medium, gpt2-large, gpt2-xl,
     # llama-3.2-1b, llama-3.2-3b, llama-2-7b, llama-3.1-8b, qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b
-    block_size: int = 1024  # context length in tokens
-    n_layer: int = 12  # depth: number of blocks
-    n_head: int = 12  # attention heads per block
-    n_embd: int = 768  # channels; must be a multiple of n_head
-    dropout: float = 0.0  # 0 is best for pretraining; for finetuning, or several passes over few data, try 0.1 and
-    # more; gpt2: of single numbers; llama, qwen3: of channels, the same ones in all tokens of a row, none of attention
     bias: bool = False  # in Linears and LayerNorms; GPT-2 has them, without is a bit better and faster
-    architecture: Literal["gpt2", "llama", "qwen3"] = "gpt2"  # llama: RMSNorm, rotary positions, SwiGLU; qwen3: also
-    # normalised queries and keys
-    n_kv_head: int = 0  # llama, qwen3: heads of keys and values, each shared by n_head / n_kv_head heads; 0: n_head
-    head_size: int = 0  # llama, qwen3: channels of a head; 0: n_embd / n_head
-    n_hidden: int = 0  # channels within the MLP; 0: 4 n_embd, llama and qwen3: 8/3 n_embd, in multiples of 64
-    tied_head: bool = True  # the head is the token embedding: fewer parameters, better for small models
-    rope_theta: float = 10_000.0  # llama, qwen3: slowest wavelength of rotary positions / 2 pi; more for long contexts
     zero_init: bool = False  # c_proj starts at zero, so every block as if it were not there; helps Muon
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: far less memory, a third more time
 

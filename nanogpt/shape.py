@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nanogpt.settings import out_of_range
+from nanogpt.settings import Settings, out_of_range
 
 
 def _size(n_layer: int, n_head: int, n_embd: int, **others: Any) -> dict[str, Any]:
@@ -39,31 +39,40 @@ PRESETS = {
 GPT2_NAMES = [name for name in PRESETS if name.startswith("gpt2")]  # of the checkpoints that OpenAI has released
 
 
-@dataclass
-class GPTConfig:
-    """The shape of a network: what its weights mean and nothing else. Defaults are GPT-2's, 124M parameters.
+@dataclass(kw_only=True)
+class Shape(Settings):
+    """What one chooses of a network's shape. Defaults are GPT-2's, 124M parameters."""
+
+    # --- model ---
+    block_size: int = 1024  # context length in tokens
+    n_layer: int = 12  # depth: number of blocks
+    n_head: int = 12  # attention heads per block
+    n_embd: int = 768  # channels; must be a multiple of n_head
+    dropout: float = 0.0  # 0 is best for pretraining; for finetuning, or several passes over few data, try 0.1 and
+    # more; gpt2: of single numbers; llama, qwen3: of channels, the same ones in all tokens of a row, none of attention
+    bias: bool = True  # in Linears and LayerNorms; GPT-2 has them, without is a bit better and faster
+    architecture: Literal["gpt2", "llama", "qwen3"] = "gpt2"  # llama: RMSNorm, rotary positions, SwiGLU; qwen3: also
+    # normalised queries and keys
+    n_kv_head: int = 0  # llama, qwen3: heads of keys and values, each shared by n_head / n_kv_head heads; 0: n_head
+    head_size: int = 0  # llama, qwen3: channels of a head; 0: n_embd / n_head
+    n_hidden: int = 0  # channels within the MLP; 0: 4 n_embd, llama and qwen3: 8/3 n_embd, in multiples of 64
+    tied_head: bool = True  # the head is the token embedding: fewer parameters, better for small models
+    rope_theta: float = 10_000.0  # llama, qwen3: slowest wavelength of rotary positions / 2 pi; more for long contexts
+
+
+@dataclass(kw_only=True)
+class GPTConfig(Shape):
+    """The shape of a network, whole: what its weights mean and nothing else.
 
     There are three architectures, those that other engines can run: GPT-2 (LayerNorm, learned positions, GELU, one head
     of keys and values per head), Llama (RMSNorm, rotary positions, SwiGLU), and Qwen3 (the same, queries and keys
     normalised).
     """
 
-    block_size: int = 1024  # longest context, in tokens
     vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64: matrix units like round numbers
-    n_layer: int = 12  # depth: number of blocks
-    n_head: int = 12  # attention heads per block
-    n_embd: int = 768  # channels; must be a multiple of n_head
-    dropout: float = 0.0  # probability of dropping a value while training
-    bias: bool = True  # in Linears and LayerNorms: True as in GPT-2, False is a bit better and faster
     activation: Literal["gelu", "gelu_tanh"] = "gelu"  # GPT-2: exact, or the tanh form that OpenAI's weights expect
-    architecture: Literal["gpt2", "llama", "qwen3"] = "gpt2"  # whose blocks
-    n_kv_head: int = 0  # heads of keys and values, each shared by n_head / n_kv_head heads of queries; 0: n_head
-    head_size: int = 0  # channels of a head; 0: n_embd / n_head
-    n_hidden: int = 0  # channels within the MLP; 0: 4 n_embd, and with SwiGLU, which has a third matrix, 8/3 n_embd
     mlp_bias: bool | Literal["auto"] = "auto"  # in the MLP's Linears; auto: as `bias` says, and never in Qwen3
-    tied_head: bool = True  # the head is the token embedding: fewer parameters, better for small models
     norm_eps: float = 1e-5  # added to the variance
-    rope_theta: float = 10_000.0  # the longest wavelength of rotary positions is 2 pi times this, about
     rope_scaling: list[float] = field(default_factory=list)  # how Llama 3 stretches them for long contexts:
     # factor, low_freq_factor, high_freq_factor, original context; empty: not
 

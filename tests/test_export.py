@@ -243,7 +243,9 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(to: str, recipe: Recipe, 
 
 def test_gpt2_in_the_tanh_form_keeps_it(tmp_path: Path) -> None:
     for activation in ("gelu", "gelu_tanh"):
-        shape = GPTConfig(8, TOKENIZER.vocab_size, 1, 2, 16, activation=activation)  # type: ignore[arg-type]
+        shape = GPTConfig(
+            block_size=8, vocab_size=TOKENIZER.vocab_size, n_layer=1, n_head=2, n_embd=16, activation=activation
+        )  # type: ignore[arg-type]
         (tmp_path / activation).mkdir()
         module.save_pretrained(tmp_path / activation, GPT(shape), TOKENIZER, torch.float32, "")
         assert load_pretrained(str(tmp_path / activation)).model.config.activation == activation

@@ -275,7 +275,7 @@ def test_the_mask_of_blocks_can_be_compiled_and_trained(
     def loss_of(in_blocks: bool) -> float:
         monkeypatch.setattr("nanogpt.model.document_mask", lambda ids, dense: document_mask(ids, dense=not in_blocks))
         torch.manual_seed(0)
-        model = GPT(GPTConfig(128, 61, n_layer=2, n_head=2, n_embd=32))
+        model = GPT(GPTConfig(block_size=128, vocab_size=61, n_layer=2, n_head=2, n_embd=32))
         model.transformer.gradient_checkpointing = gradient_checkpointing
         if in_blocks:
             model.compile(backend="aot_eager", fullgraph=True)

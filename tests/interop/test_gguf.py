@@ -29,7 +29,17 @@ def make(architecture: str, tokenizer: Tokenizer, **changes: Any) -> GPT:
     if architecture == "llama":
         changes = {"rope_scaling": SCALED, **changes}
     torch.manual_seed(0)
-    return GPT(GPTConfig(64, tokenizer.padded_vocab_size, 2, 4, 32, architecture=architecture, **changes)).eval()  # type: ignore[arg-type]
+    return GPT(
+        GPTConfig(
+            block_size=64,
+            vocab_size=tokenizer.padded_vocab_size,
+            n_layer=2,
+            n_head=4,
+            n_embd=32,
+            architecture=architecture,
+            **changes,
+        )
+    ).eval()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0"])
@@ -53,7 +63,13 @@ def test_the_file_holds_the_model(dtype: str, tmp_path: Path) -> None:
 
 
 def test_rows_that_q8_0_cannot_cut_become_float16(tmp_path: Path) -> None:
-    save_gguf(tmp_path / "m.gguf", "m", GPT(GPTConfig(8, 65, 1, 2, 24)), CHAR, "q8_0")
+    save_gguf(
+        tmp_path / "m.gguf",
+        "m",
+        GPT(GPTConfig(block_size=8, vocab_size=65, n_layer=1, n_head=2, n_embd=24)),
+        CHAR,
+        "q8_0",
+    )
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
     assert (kinds["token_embd.weight"], kinds["blk.0.ffn_down.weight"]) == ("F16", "Q8_0")
     assert kinds["position_embd.weight"] == "F32"

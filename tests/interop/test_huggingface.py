@@ -143,7 +143,9 @@ def test_finetuning_evaluating_and_sampling(
     ]
     assert train.train(config) == 0
     trained = checkpoint.load(Path(config.out_dir, "best.pt"))
-    assert trained.model_config == GPTConfig(16, 50257, 2, 2, 16, activation="gelu_tanh")  # cropped to the recipe's 16
+    assert trained.model_config == GPTConfig(
+        block_size=16, vocab_size=50257, n_layer=2, n_head=2, n_embd=16, activation="gelu_tanh"
+    )  # cropped to the recipe's 16
     after = evaluate(EvalConfig(out_dir=config.out_dir, data_dir=config.data_dir, dtype="float32"))["loss"]
     assert after < before - 1
     capsys.readouterr()

@@ -93,7 +93,9 @@ def test_weights_in_several_files_are_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_masked_documents_equal_each_document_alone(architecture: str) -> None:
-    model = GPT(GPTConfig(32, 61, 2, 4, 32, architecture=architecture, n_kv_head=2))  # type: ignore[arg-type]
+    model = GPT(
+        GPTConfig(block_size=32, vocab_size=61, n_layer=2, n_head=4, n_embd=32, architecture=architecture, n_kv_head=2)
+    )  # type: ignore[arg-type]
     idx = random_ids(1, 32)
     idx[idx == 0] = 1
     idx[0, [7, 20]] = 0
@@ -159,7 +161,7 @@ def test_what_cannot_be_rebuilt_is_one_message(changes: dict[str, Any], message:
      ({"architecture": "llama", "rope_scaling": [1.0]}, "expected factor")],
 )  # fmt: skip
 def test_combinations_that_are_no_architecture_are_refused(settings: dict[str, Any], message: str) -> None:
-    [problem] = GPTConfig(16, 61, 2, 4, 32, **settings).problems()
+    [problem] = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32, **settings).problems()
     assert message in problem
 
 

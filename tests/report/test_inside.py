@@ -45,7 +45,7 @@ def test_a_look_inside(recipe: Callable[..., TrainConfig], capsys: pytest.Captur
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen3"])
 def test_attention_adds_up_and_looks_back_only(architecture: str) -> None:
-    config = GPTConfig(16, 257, n_layer=2, n_head=4, n_embd=32, architecture=architecture)  # type: ignore[arg-type]
+    config = GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=4, n_embd=32, architecture=architecture)  # type: ignore[arg-type]
     if architecture != "gpt2":
         config.n_kv_head = 2
     _, attention = look(GPT(config).eval(), range(10))
