@@ -33,7 +33,10 @@ from nanogpt.spread import spread_like
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-RUN_FILES = ("best.pt", "metrics.jsonl", "config.json", "loss.png", "diverged.json", "wandb_id", "logs", "ckpt.dcp")
+RUN_FILES = (
+    "best.pt ckpt.dcp metrics.jsonl config.json diverged.json wandb_id wandb tensorboard logs loss.png attention.png "
+    "tokens.html"
+).split()
 
 
 @dataclass
@@ -317,7 +320,7 @@ def load_last(out_dir: str, data_dir: str, *, spread: bool = False) -> Checkpoin
 def set_previous_run_aside(out_dir: str) -> None:
     """Move the files of an earlier run to out_dir/previous-N: a new run neither mixes with it nor destroys it."""
     folder = Path(out_dir)
-    if not kept(out_dir) and not (folder / "best.pt").exists():
+    if not kept(out_dir) and not any((folder / name).exists() for name in ("best.pt", "metrics.jsonl")):
         return
     aside = next(path for n in itertools.count(1) if not (path := folder / f"previous-{n}").exists())
     try:

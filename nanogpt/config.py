@@ -24,7 +24,7 @@ class Machine(Settings):
     # --- machine ---
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes the first there is of cuda, mps, cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products; weights stay float32;
-    # auto: bfloat16 where the hardware computes it natively, float16 on older CUDA GPUs, else float32
+    # auto: bfloat16 where that is fast (CUDA GPUs from 2020 on, CPUs with AMX), float16 on older GPUs, else float32
     compile: bool | Literal["auto"] = "auto"  # torch.compile: a minute at first, then faster; auto: for long runs
     seed: int = 1337  # of everything random
     verbosity: Literal["quiet", "normal", "debug"] = "normal"  # of log lines; quiet: results and warnings only
@@ -49,7 +49,7 @@ class _Network(Shape, Machine):
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: far less memory, a third more time
 
     @classmethod
-    def implied(cls, name: str, value: object) -> dict[str, Any]:
+    def implied(cls, name: str, value: object, before: object) -> dict[str, Any]:
         """What setting `name` to `value` sets as well: a model's name stands for its shape."""
         return PRESETS.get(str(value), {}) if name == "model" else {}
 
@@ -161,9 +161,13 @@ class TrainConfig(_Network):
     min_lr: float = 6e-5  # floor of the decay; usually learning_rate / 10 (Chinchilla)
 
     @classmethod
-    def implied(cls, name: str, value: object) -> dict[str, Any]:
-        """What setting `name` to `value` sets as well: Muon wants other rates than AdamW."""
-        return dict(_MUON) if (name, value) == ("optimizer", "muon") else super().implied(name, value)
+    def implied(cls, name: str, value: object, before: object) -> dict[str, Any]:
+        """What setting `name` to `value` sets as well: Muon wants other rates than AdamW, and takes them with it."""
+        if name != "optimizer":
+            return super().implied(name, value, before)
+        if value == before:
+            return {}
+        return _MUON if value == "muon" else {each: getattr(cls, each) for each in _MUON}
 
     @property
     def rows(self) -> int:

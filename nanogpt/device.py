@@ -178,26 +178,25 @@ def _choose_dtype(kind: str, name: str, dtype: str) -> tuple[torch.dtype, str]:
         raise ConfigError("--dtype=float16 is not supported on mps; use float32 or bfloat16")
     if dtype != "auto":
         asked: torch.dtype = getattr(torch, dtype)
-        if asked == torch.bfloat16 and not _native_bfloat16(kind, name):
-            return asked, "as set; emulated and slow here"
+        if asked == torch.bfloat16 and not _has_fast_bfloat16(kind, name):
+            return asked, "as set; slower than float32 here"
         return asked, "as set"
     if kind == "mps":
         return torch.float32, "auto: the safe choice on mps"
-    if _native_bfloat16(kind, name):
-        return torch.bfloat16, "auto: computed natively here"
+    if _has_fast_bfloat16(kind, name):
+        return torch.bfloat16, "auto: fast here"
     if kind == "cuda":
         return torch.float16, "auto: this GPU has no bfloat16; with a gradient scaler"
-    return torch.float32, "auto: this CPU has no bfloat16"
+    return torch.float32, "auto: this CPU is no faster in bfloat16"
 
 
-def _native_bfloat16(kind: str, name: str) -> bool:
-    """Whether bfloat16 is computed by the hardware, not emulated."""
+def _has_fast_bfloat16(kind: str, name: str) -> bool:
+    """Whether the hardware computes products in bfloat16, and gains by it."""
     if kind == "cuda":
         return torch.cuda.get_device_capability(name) >= (8, 0)
     if kind == "cpu":
-        # private, but the only question that torch answers without counting emulation
-        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, check, bool)() for check in checks)
+        # private, but the only question that torch answers; with AVX512-BF16 alone it is slower than float32
+        return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
     return True
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator
@@ -38,6 +39,13 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what `atomic_write` was writing into `folder` when its process was killed."""
+    for path in folder.glob("*.tmp"):
+        if path.is_file() and re.fullmatch(r".+\.\d+\.tmp", path.name):
+            path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

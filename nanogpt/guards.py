@@ -74,12 +74,12 @@ def _diagnosis(run: Run, x: Tensor, y: Tensor, document_ids: Tensor | None, lear
     loss = torch.zeros((), device=x.device)
     torch.manual_seed(dropout_seed(config.seed, step, run.world.rank))
     run.optimizer.zero_grad()
-    for first in range(0, len(x), config.batch_size):
-        rows = slice(first, first + config.batch_size)
-        ids = None if document_ids is None else document_ids[rows]
+    count = math.ceil(len(x) / config.batch_size)
+    ids = [None] * count if document_ids is None else document_ids.tensor_split(count)
+    for inputs, targets, documents in zip(x.tensor_split(count), y.tensor_split(count), ids, strict=True):
         with no_gradient_exchange(run.network, is_last=False), run.device.autocast():
-            _, part = run.model(x[rows], y[rows], document_ids=ids, return_logits=False)
-            part = part * config.batch_size / len(x)
+            _, part = run.model(inputs, targets, document_ids=documents, return_logits=False)
+            part = part * (len(inputs) / len(x))
         run.scaler.scale(part).backward()
         loss += part.detach()
     loss = run.world.mean(loss)

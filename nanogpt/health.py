@@ -59,7 +59,8 @@ class Checkup:
 
         hooks = [block.register_forward_hook(note) for block in self.run.model.transformer.h]
         self.run.model.eval()
-        with self.run.device.autocast():
+        # compiling again, with hooks, would take minutes
+        with self.run.device.autocast(), torch.compiler.set_stance("force_eager"):
             self.run.model(x, document_ids=document_ids)
         self.run.model.train()
         for hook in hooks:

@@ -30,7 +30,7 @@ class Settings:
     """What all configs share: they can say what is wrong with them."""
 
     @classmethod
-    def implied(cls, name: str, value: object) -> dict[str, Any]:
+    def implied(cls, name: str, value: object, before: object) -> dict[str, Any]:
         """What setting `name` to `value` sets as well, before anything else that is said in the same place."""
         return {}
 
@@ -150,7 +150,7 @@ def _assign(
     """Set values, each given with the place it stands at, or say what is wrong with them."""
     hints = get_type_hints(cls)
     for name, (value, _) in settings.items():
-        values |= cls.implied(name, value)
+        values |= cls.implied(name, value, values.get(name))
     for name, (value, where) in settings.items():
         if name not in hints:
             problems.append(_unknown(cls, name, where))

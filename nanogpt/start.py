@@ -76,6 +76,7 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
     config = with_shape_of(model, config).with_derived_rates()
     if loaded:
         print_changes(config, loaded)
+        config = dataclasses.replace(config, init_from=loaded.config.get("init_from", "resume"))
     check_length(dataset.train, model.config.block_size, f"the training split of {config.dataset}")
     check_length(dataset.val, model.config.block_size, f"the validation split of {config.dataset}")
     if config.mask_documents and dataset.tokenizer.end_of_text is None:
@@ -159,7 +160,8 @@ def with_shape_of(model: GPT, config: TrainConfig) -> TrainConfig:
 def check_agreement(config: TrainConfig, loaded: checkpoint.Checkpoint) -> None:
     """Raise `ConfigError` if `config` asks for another run than the one that `loaded` is of.
 
-    Of a model's shape, a setting at its default asks for nothing.
+    Of a model's shape, a setting at its default asks for nothing; nor does any where the run began with another model,
+    which had its shape.
     """
     before = {**loaded.config, **vars(loaded.model_config)}
     shape = {field.name for field in dataclasses.fields(GPTConfig)} - {"dropout"}
@@ -169,7 +171,8 @@ def check_agreement(config: TrainConfig, loaded: checkpoint.Checkpoint) -> None:
     )
     if "batch_size" in before:
         before["rows"] = before["batch_size"] * before.get("gradient_accumulation_steps", 1)
-    names += [name for name in defaults if name in shape and getattr(config, name) != defaults[name]]
+    if before.get("init_from", "scratch") in ("scratch", "resume"):
+        names += [name for name in defaults if name in shape and getattr(config, name) != defaults[name]]
     differing = [
         f"{name} is {getattr(config, name)!r}, but was {before[name]!r}"
         for name in names
@@ -178,7 +181,7 @@ def check_agreement(config: TrainConfig, loaded: checkpoint.Checkpoint) -> None:
     if differing:
         raise ConfigError(
             f"{loaded.path} is of another run: {'; '.join(differing)}. To go on with it, give the settings that it was "
-            "started with; for a new run take another out_dir"
+            f"started with; for a new run that begins with its weights, --init_from={config.out_dir} and a new out_dir"
         )
 
 

@@ -21,7 +21,7 @@ from nanogpt.data.batches import EVALUATION, document_ids_of, dropout_seed, gath
 from nanogpt.device import Device, choose
 from nanogpt.distributed import World, contact, joined, keep_log, no_gradient_exchange, this_process
 from nanogpt.errors import DivergedError
-from nanogpt.files import locked
+from nanogpt.files import locked, remove_unfinished
 from nanogpt.guards import Guard, is_spike
 from nanogpt.health import Checkup
 from nanogpt.infer.text import short_sample
@@ -164,8 +164,7 @@ def owned(run: Run) -> Iterator[None]:
 def tidy(run: Run) -> None:
     """Make `out_dir` ready for this run: nothing half-written, no damaged checkpoints, no earlier run."""
     folder = Path(run.config.out_dir)
-    for path in folder.glob("*.tmp"):  # what a killed run was writing
-        path.unlink(missing_ok=True)
+    remove_unfinished(folder)
     sharded.remove_unfinished(folder)
     if run.resumed_from:  # newer checkpoints were damaged, and must not take the place of good ones
         for path in itertools.takewhile(lambda path: path != run.resumed_from, checkpoint.kept(folder)):
@@ -329,10 +328,10 @@ def evaluate_and_save(run: Run, metrics: Metrics, saver: Saver, stopping: Callab
         )
     is_best = losses["val"] < progress.best_val_loss
     is_last = progress.step >= config.max_iters
-    progress.best_val_loss = min(progress.best_val_loss, losses["val"])
     progress.evaluated = progress.step
     if progress.step == 0 and not is_last:
-        return True  # nothing learned yet, nothing to lose
+        return True  # nothing learned yet, nothing to lose, nor is it the best of what is
+    progress.best_val_loss = min(progress.best_val_loss, losses["val"])
     if is_best or is_last or config.always_save_checkpoint or is_due_everywhere(run, saver):
         log.info(f"saving checkpoint to {config.out_dir}")
         metrics.sync()

@@ -98,7 +98,11 @@ def test_muon_brings_its_rates(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"min_lr=0\.1 is above learning_rate=0\.005"):
         parse(TrainConfig, [str(file), "--min_lr=0.1"], "")
     with pytest.raises(ConfigError, match="learning_rate=0 follows from the shape with optimizer=muon only"):
-        parse(TrainConfig, [str(file), "--optimizer=adamw"], "")
+        parse(TrainConfig, [str(file), "--optimizer=adamw", "--learning_rate=0"], "")
+    back = parse(TrainConfig, [str(file), "--optimizer=adamw"], "")  # and takes them with it
+    assert (back.learning_rate, back.schedule, back.beta1, back.n_embd) == (6e-4, "cosine", 0.9, 512)
+    again = parse(TrainConfig, [str(file), "--optimizer=muon"], "")  # it is chosen already
+    assert (again.weight_decay, again.beta1) == (0.2, 0.8)
     assert TrainConfig().with_derived_rates() == TrainConfig()
 
 

@@ -229,6 +229,39 @@ def test_one_command_starts_resumes_and_ends(recipe: Recipe, capsys: pytest.Capt
     assert not Path(config.out_dir, "previous-1").exists()
 
 
+def test_one_command_goes_on_with_a_finetuning_run_whose_shape_was_given(recipe: Recipe) -> None:
+    train.train(recipe(out_dir="base"))
+    command = recipe(init_from="base", resume="auto", n_layer=7, bias=True)
+    train.train(dataclasses.replace(command, max_iters=4))
+    assert train.train(command) == 0
+    last = checkpoint.load(Path(command.out_dir, "ckpt.pt"))
+    assert (last.progress.step, last.model_config.n_layer) == (6, 2)
+    assert last.config["init_from"] == "base"
+
+
+def test_finetuning_that_only_gets_worse_still_leaves_its_best(recipe: Recipe) -> None:
+    train.train(recipe(out_dir="base", max_iters=100, lr_decay_iters=100, eval_interval=100))
+    train.train(recipe(init_from="base", learning_rate=0.3, min_lr=0.1, always_save_checkpoint=False))
+    losses = rows(recipe(), "val/loss")
+    assert min(losses, key=lambda step: losses[step]) == 0
+    best = checkpoint.load(Path(recipe().out_dir, "best.pt"))
+    assert best.progress.best_val_loss == pytest.approx(min(losses[4], losses[6]))
+
+
+def test_only_what_is_of_a_run_is_removed_or_set_aside(recipe: Recipe) -> None:
+    folder = Path(recipe().out_dir)
+    (folder / "mine.tmp").mkdir(parents=True)
+    (folder / "notes.tmp").write_text("keep me")
+    (folder / "ckpt.pt.123.tmp").write_text("half")
+    (folder / "tensorboard").mkdir()
+    (folder / "metrics.jsonl").write_text("{}\n")  # of a run that was killed before its first checkpoint
+    train.train(recipe())
+    assert (folder / "mine.tmp").is_dir()
+    assert (folder / "notes.tmp").exists()
+    assert not (folder / "ckpt.pt.123.tmp").exists()
+    assert sorted(path.name for path in (folder / "previous-1").iterdir()) == ["metrics.jsonl", "tensorboard"]
+
+
 def test_a_second_run_in_the_same_folder_is_refused(recipe: Recipe) -> None:
     train.train(recipe())
     before = {path.name: path.read_bytes() for path in Path(recipe().out_dir).iterdir()}

