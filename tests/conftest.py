@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +22,17 @@ Program = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _alone(tmp_path: Path) -> Iterator[None]:
     """Tests run side by side and compare digits: one thread each, an empty folder, no progress bars, no trackers."""
-    monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.setattr(saver, "PAUSES", (0.01, 0.01))
-    show_log_lines()
+    with pytest.MonkeyPatch.context() as patch:  # its own: a test that undoes its patches stays in its folder
+        patch.chdir(tmp_path)
+        torch.set_num_threads(1)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("TQDM_DISABLE", "1")
+        patch.setenv("WANDB_MODE", "disabled")
+        patch.setattr(saver, "PAUSES", (0.01, 0.01))
+        show_log_lines()
+        yield
 
 
 @pytest.fixture
