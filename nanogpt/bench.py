@@ -11,17 +11,15 @@ import torch
 from torch import Tensor
 
 import nanogpt.model
-from nanogpt.checkpoint import Progress
 from nanogpt.config import BenchConfig, GPTConfig, TrainConfig
 from nanogpt.data.batches import check_length
 from nanogpt.data.tokenizer import ByteTokenizer
 from nanogpt.data.tokens import Dataset, Tokens
 from nanogpt.device import Device, choose
-from nanogpt.distributed import World, compile_model
+from nanogpt.distributed import World
 from nanogpt.errors import DataError
 from nanogpt.model import GPT
-from nanogpt.optim import optimizer_for
-from nanogpt.start import Run, loader, open_or_prepare
+from nanogpt.start import Run, assemble, open_or_prepare
 from nanogpt.train import next_batch, update
 
 log = logging.getLogger(__name__)
@@ -30,15 +28,7 @@ log = logging.getLogger(__name__)
 def run_of(config: TrainConfig, dataset: Dataset, vocab_size: int, device: Device) -> Run:
     """A run from scratch in a single process, without a folder: what there is to time."""
     torch.manual_seed(config.seed)
-    model = GPT(config.model_config(vocab_size), config.zero_init).to(device.name)
-    model.transformer.gradient_checkpointing = config.gradient_checkpointing
-    if device.compile:
-        log.info("compiling the model: takes a minute or so")
-        compile_model(model, "none", device)
-    optimizer = optimizer_for(model, config, device.dtype)
-    scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
-    rows_of = loader(config, dataset, model.config, device, World())
-    return Run(config, device, World(), dataset, model, rows_of, model, optimizer, scaler, Progress())
+    return assemble(config, device, World(), dataset, GPT(config.model_config(vocab_size), config.zero_init))
 
 
 def bench(config: BenchConfig) -> None:

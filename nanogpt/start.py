@@ -83,6 +83,18 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
         raise ConfigError(
             f"mask_documents: the {dataset.tokenizer} of data set {config.dataset} has no token that ends a document"
         )
+    return assemble(config, device, world, dataset, model, loaded)
+
+
+def assemble(
+    config: TrainConfig,
+    device: Device,
+    world: World,
+    dataset: Dataset,
+    model: GPT,
+    loaded: checkpoint.Checkpoint | None = None,
+) -> Run:
+    """A run that trains `model`, which is still on the CPU; it goes on where `loaded` stopped, if given."""
     model.transformer.gradient_checkpointing = config.gradient_checkpointing
     is_unread = loaded is not None and loaded.is_unread  # and stays spread
     parallel = choose_parallel("fsdp" if is_unread else config.parallel, model.get_num_params(), device, world)
@@ -95,7 +107,7 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
         sizes = [parameter.numel() for parameter in group["params"]]
         log.debug(f"optimizer: {len(sizes)} tensors, {sum(sizes):,} numbers, weight decay {group['weight_decay']:g}")
     scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
-    if loaded and (loaded.is_unread or not config.eval_only):
+    if loaded and (is_unread or not config.eval_only):
         loaded.restore(model, optimizer, scaler)
     return Run(
         config=config,
