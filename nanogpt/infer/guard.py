@@ -9,9 +9,11 @@ from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry, Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nanogpt.infer.protocol import RefusedError
 
+_SECONDS_TO_ASK = 30
 _SECONDS_FOR_A_BODY = 30
 _OPEN = ("/", "/health")  # paths that ask for no key
 _HEADERS = [
@@ -19,6 +21,18 @@ _HEADERS = [
     (b"referrer-policy", b"no-referrer"),
     (b"cache-control", b"no-store"),
 ]
+
+
+class Connection(H11Protocol):
+    """A connection that is closed if no request has come in a while: the system has so many of them only."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # noqa: D102
+        super().connection_made(transport)
+        self.loop.call_later(_SECONDS_TO_ASK, self._close_if_silent)
+
+    def _close_if_silent(self) -> None:
+        if self.cycle is None:
+            self.transport.close()
 
 
 class Guard:

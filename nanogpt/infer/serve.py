@@ -21,6 +21,8 @@ from nanogpt.trained import load_trained
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from nanogpt.infer.api import Service
     from nanogpt.infer.guard import Guard
     from nanogpt.infer.scheduler import Scheduler
@@ -31,28 +33,14 @@ _SMALL = 10e6  # parameters
 def serve(config: ServeConfig) -> None:
     """Answer requests until a signal says to stop; then finish those under way. A second Ctrl-C cuts them off."""
     try:
-        import uvicorn
-
-        import nanogpt.infer.api  # noqa: F401  # what it needs, too
+        import nanogpt.infer.api
+        import nanogpt.infer.guard  # noqa: F401  # what they need, too
     except ImportError as error:
         raise ConfigError(f"serving needs FastAPI and others: pip install 'nanogpt[serve]' ({error})") from error
     config = dataclasses.replace(config, api_key=config.api_key or os.environ.get("NANOGPT_API_KEY", ""))
     listener = _listen(config.host, config.port)
     app, scheduler = load(config)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            http="h11",
-            ws="none",
-            lifespan="off",
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            limit_concurrency=4 * (config.queue + config.rows),  # connections; more are answered with 503
-            timeout_graceful_shutdown=config.timeout,
-        )
-    )
+    server = make_server(app, config)
     listener.listen(2048)  # from here on callers are answered, or wait a moment
     host, port = listener.getsockname()[:2]
     if not config.api_key and host not in ("127.0.0.1", "::1"):
@@ -63,6 +51,27 @@ def serve(config: ServeConfig) -> None:
     server.run(sockets=[listener])
     if scheduler:
         scheduler.close()
+
+
+def make_server(app: "Guard", config: ServeConfig) -> "uvicorn.Server":
+    """What speaks HTTP for the guard and those behind it."""
+    import uvicorn
+
+    from nanogpt.infer.guard import Connection
+
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=Connection,
+            ws="none",
+            lifespan="off",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=config.timeout,
+        )
+    )
 
 
 def load(config: ServeConfig) -> "tuple[Guard, Scheduler | None]":

@@ -15,7 +15,6 @@ from typing import Any
 import openai
 import pytest
 import torch
-import uvicorn
 
 from nanogpt import train
 from nanogpt.config import TrainConfig
@@ -101,7 +100,7 @@ def serving(
     app = create_app(service, PAGE)
     add_board(app, runs)
     guard = Guard(app, scheduler.registry, names=["me.example"], api_key=key, max_body=max_body)
-    server = uvicorn.Server(uvicorn.Config(guard, port=0, log_level="error", lifespan="off", ws="none", http="h11"))
+    server = serve.make_server(guard, ServeConfig(rows=rows, queue=queue))
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -472,6 +471,17 @@ def hang_up(server: Server, stream: bool) -> None:
         server.wait_until_idle()
         assert time.monotonic() - started < 2  # where all of it would take half a minute
     assert server.complete(prompt="a")[0] == 200
+
+
+def test_idle_connections_refuse_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanogpt.infer.guard._SECONDS_TO_ASK", 3)
+    with serving(make_model(), rows=1, queue=2) as server:
+        idle = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(50)]
+        idle[0].sendall(b"GET / HTTP/1.1\r\nhost: local")  # a part of a request is none
+        assert server.complete(prompt="a", max_tokens=1)[0] == 200
+        assert [connection.recv(100) for connection in idle] == [b""] * 50
+        for connection in idle:
+            connection.close()
 
 
 def test_time_limits() -> None:
