@@ -90,7 +90,7 @@ class Scheduler:
         self._news: list[Piece] = []
         self._changed = threading.Condition()
         self._closing = False
-        self._failures = 0  # in a row
+        self._failures = 0  # since anything went well
         self.registry = CollectorRegistry()
         self._measure()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -119,7 +119,8 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Continuations that wait for a free row."""
-        return sum(len(group) for group in self._waiting)
+        with self._changed:
+            return sum(len(group) for group in self._waiting)
 
     def close(self) -> None:
         """Finish what is there, take nothing in, and end the thread."""
@@ -130,7 +131,7 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
-        """Whether the engine works: it runs, and has not failed three times in a row."""
+        """Whether the engine works: it runs, and has not failed three times without anything that went well."""
         return self._thread.is_alive() and self._failures < 3
 
     def _measure(self) -> None:
@@ -164,7 +165,6 @@ class Scheduler:
             self._start(jobs)
             try:
                 self._step()
-                self._failures = 0
             except Exception as error:
                 self._fail(list(self._running.values()), error)
                 self._running.clear()
@@ -216,6 +216,7 @@ class Scheduler:
         for row, job in zip(rows, group, strict=True):
             job.stream = TextStream(self.tokenizer, prompt, job.stop)
             if row.end:  # nothing is to be drawn
+                self._failures = 0
                 self._news.append(Piece(job, end=row.end))
             else:
                 self._running[row] = job
@@ -231,6 +232,8 @@ class Scheduler:
                     self._news.append(self._piece(job, job.stream.push([], final=True), "length"))
         stepped = self.engine.step()
         self.drawn_tokens.inc(len(stepped))
+        if stepped:
+            self._failures = self._failures + 1 if all(row.end == "error" for row in stepped) else 0
         now = time.monotonic()
         for row in stepped:
             job = self._running[row]

@@ -450,6 +450,16 @@ def test_overload() -> None:
         assert server.complete(prompt="a")[0] == 200
 
 
+def test_metrics_are_read_between_changes(server: Server) -> None:
+    asking = threading.Thread(target=lambda: server.ask("/metrics"))
+    with server.scheduler._changed:  # what the engine's thread holds while it changes the queue
+        asking.start()
+        asking.join(0.5)
+        assert asking.is_alive()
+    asking.join(10)
+    assert not asking.is_alive()
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_hangs_up_frees_the_row(stream: bool) -> None:
     with serving(make_model()) as server, slow(server):
@@ -508,6 +518,7 @@ def test_damaged_weights_are_an_error_not_the_end() -> None:
             assert "its weights may be damaged" in answer["error"]["message"]
         with pytest.raises(openai.APIError, match="not a number"):
             list(server.client.completions.create(model="m", prompt="a", stream=True))
+        assert server.ask("/health")[0] == 503
         with torch.no_grad():
             model.lm_head.weight.copy_(weight)
         assert server.complete(prompt="a")[0] == 200
@@ -516,7 +527,7 @@ def test_damaged_weights_are_an_error_not_the_end() -> None:
 
 def test_who_fails_disturbs_no_other(server: Server) -> None:
     engine = server.scheduler.engine
-    score, step = engine.score, engine.step
+    score, step, add = engine.score, engine.step, engine.add
 
     def fail(*_: Any) -> Any:
         raise RuntimeError("out of memory")
@@ -531,15 +542,16 @@ def test_who_fails_disturbs_no_other(server: Server) -> None:
         engine.score = score  # type: ignore[method-assign]
     assert text + "".join(event.choices[0].text for event in events) == alone[0]["text"]
     assert server.ask("/health")[0] == 200
-    engine.step = fail  # type: ignore[method-assign]
-    try:
-        for _ in range(3):
-            assert server.complete(prompt="q")[0] == 500
-        assert server.ask("/health")[0] == 503
-    finally:
-        engine.step = step  # type: ignore[method-assign]
-    assert server.complete(prompt="q")[0] == 200
-    assert server.ask("/health")[0] == 200
+    for name, ask in (("step", {}), ("add", {}), ("score", {"echo": True, "logprobs": 1, "max_tokens": 0})):
+        setattr(engine, name, fail)
+        try:
+            for _ in range(3):
+                assert server.complete(prompt="q", **ask)[0] == 500
+            assert server.ask("/health")[0] == 503
+        finally:
+            engine.score, engine.step, engine.add = score, step, add  # type: ignore[method-assign]
+        assert server.complete(prompt="q", **ask)[0] == 200
+        assert server.ask("/health")[0] == 200
 
 
 def test_tokens_and_text_belong_together(server: Server) -> None:
