@@ -59,6 +59,8 @@ class Guard:
                 message["headers"] = [*message.get("headers", []), *_HEADERS]
             await send(message)
 
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}  # the connection knows, and sends no body
         try:
             self._check(scope)
             body = await self._body(scope, receive)

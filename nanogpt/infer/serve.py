@@ -1,5 +1,6 @@
 """The program behind `nanogpt serve`: a trained model for other programs, and a page to play with."""
 
+import asyncio
 import dataclasses
 import logging
 import os
@@ -59,19 +60,25 @@ def make_server(app: "Guard", config: ServeConfig) -> "uvicorn.Server":
 
     from nanogpt.infer.guard import Connection
 
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
     return uvicorn.Server(
         uvicorn.Config(
             app,
             http=Connection,
             ws="none",
             lifespan="off",
-            log_level="warning",
+            log_level="warning" if config.verbosity == "debug" else "error",  # warnings are of callers' mistakes
             access_log=False,
             server_header=False,
             proxy_headers=False,
             timeout_graceful_shutdown=config.timeout,
         )
     )
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not that a second Ctrl-C has cut somebody off."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def load(config: ServeConfig) -> "tuple[Guard, Scheduler | None]":

@@ -626,6 +626,17 @@ def test_the_page(server: Server) -> None:
     assert "connect-src 'self'" in answer.headers["content-security-policy"]
 
 
+def test_the_head_alone(server: Server) -> None:
+    heads = []
+    for method in ("GET", "HEAD"):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            connection.sendall(f"{method} / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode())
+            head, _, body = b"".join(iter(lambda: connection.recv(100_000), b"")).partition(b"\r\n\r\n")
+        heads.append([line for line in head.splitlines() if not line.startswith(b"date")])
+    assert heads[0] == heads[1]
+    assert body == b""
+
+
 def test_runs_are_read_from_the_named_folders_only(tmp_path: Path) -> None:
     losses = [5 - n / 1000 for n in range(2000)]
     run = write_run(tmp_path / "run", losses, max_iters=10**6)
@@ -675,6 +686,31 @@ def test_the_program_drains_and_ends(tmp_path: Path, out_dir: str) -> None:
     assert process.wait(timeout=30) == 0
     _, errors = process.communicate()
     assert errors == ""
+
+
+def test_what_callers_do_is_no_news(out_dir: str) -> None:
+    """Neither requests that are none, nor one that a second Ctrl-C cuts off."""
+    command = [sys.executable, "-m", "nanogpt", "serve", out_dir, "--port=0", "--device=cpu"]
+    process = subprocess.Popen(
+        [*command, "--max_new_tokens=400000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    line = next(line for line in process.stdout if line.startswith("page at"))
+    port = int(line.split(",")[0].rsplit(":", 1)[1])
+    upgrade = b"GET / HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n"
+    for request in (b"nonsense\r\n\r\n", upgrade):
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+            connection.sendall(request)
+            assert connection.recv(1000)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    stream = client.completions.create(model="out", prompt="the", max_tokens=400_000, stream=True)
+    next(stream)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == ""
+    assert process.returncode == 0
 
 
 def test_the_schema_keeps_its_word(server: Server) -> None:
