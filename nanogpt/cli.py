@@ -8,6 +8,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import get_type_hints
 
 from nanogpt import __version__
 from nanogpt.config import BenchConfig, PlanConfig, TrainConfig
@@ -32,7 +33,7 @@ VERBS: dict[str, tuple[type[Settings], str, str]] = {
     "prepare": (PrepareConfig, "nanogpt.data.prepare:prepare", "name"),
     "train": (TrainConfig, "nanogpt.train:train", "out_dir"),
     "sample": (SampleConfig, "nanogpt.infer.sample:sample", "out_dir"),
-    "serve": (ServeConfig, "nanogpt.infer.serve:serve", "runs"),
+    "serve": (ServeConfig, "nanogpt.infer.serve:serve", "out_dir"),
     "eval": (EvalConfig, "nanogpt.evaluate:evaluate", "out_dir"),
     "export": (ExportConfig, "nanogpt.export:export", "out_dir"),
     "bench": (BenchConfig, "nanogpt.bench:bench", "out_dir"),
@@ -74,7 +75,9 @@ def run(verb: str, arguments: Sequence[str] | None = None, *, program: str = "")
     """
     settings, program_at, positional = VERBS[verb]
     _survive_narrow_encodings()
-    usage = f"{program or f'python {os.path.basename(sys.argv[0])}'} [config.py …] [{positional}] [--key=value …]"
+    kind = get_type_hints(settings).get(positional)
+    words = f" [{positional} …]" if kind == list[str] else f" [{positional}]" if kind else ""
+    usage = f"{program or f'python {os.path.basename(sys.argv[0])}'} [config.py …]{words} [--key=value …]"
     try:
         config = parse(settings, sys.argv[1:] if arguments is None else arguments, usage, positional=positional)
         from nanogpt.report.log import show_log_lines

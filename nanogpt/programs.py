@@ -11,19 +11,26 @@ from nanogpt.settings import Settings, out_of_range
 
 
 @dataclass
-class SourceConfig(Settings):
-    """Where a trained model comes from."""
+class _ModelConfig(Settings):
+    """Where a trained model comes from, but for the run."""
 
     # --- model ---
     init_from: str = "resume"  # resume: the run in out_dir; gpt2, gpt2-medium, gpt2-large, gpt2-xl; ORGANISATION/NAME
     # on the Hugging Face hub, a folder in its format (GPT-2, Llama, Qwen3), or a checkpoint
-    out_dir: str = "out"  # run folder to load from
     checkpoint: str = "auto"  # best (lowest validation loss), last, or a file; auto: best, else last
 
     def problems(self) -> Iterator[str]:
         """Everything that is inconsistent, one sentence each."""
         yield from super().problems()
         yield from init_from_problems(self.init_from)
+
+
+@dataclass
+class SourceConfig(_ModelConfig):
+    """Where a trained model comes from."""
+
+    # --- model ---
+    out_dir: str = "out"  # run folder to load from
 
 
 @dataclass
@@ -100,12 +107,12 @@ class SampleConfig(TrainedModelConfig):
 
 
 @dataclass
-class ServeConfig(TrainedModelConfig):
+class ServeConfig(_ModelConfig, Machine):
     """Serve a trained model: an API that OpenAI's clients speak, and a page to play with."""
 
     # --- runs ---
-    runs: list[str] = field(default_factory=list)  # run folders whose curves the page shows; the model is the first
-    # one's, unless init_from names another
+    out_dir: list[str] = field(default_factory=lambda: ["out"])  # run folders whose curves the page shows; the model is
+    # the first one's, unless init_from names another
 
     # --- address ---
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: all of this machine, then choose an api_key
@@ -129,6 +136,8 @@ class ServeConfig(TrainedModelConfig):
     def problems(self) -> Iterator[str]:
         """Everything that is inconsistent, one sentence each."""
         yield from super().problems()
+        if not self.out_dir:
+            yield "out_dir is empty: expected run folders"
         yield from out_of_range(self, ">= 1", "rows queue max_new_tokens timeout max_body")
         yield from out_of_range(self, ">= 0", "block_size")
         if not 0 <= self.port <= 65535:

@@ -246,7 +246,9 @@ def help_text(cls: type[Config], usage: str, positional: str = "out_dir") -> str
             if name not in defaults:
                 continue  # a subclass has said it better
             default = defaults.pop(name)
-            shown = "… …" if default == [] else repr(default) if default in ("", "\n") else default
+            shown = repr(default) if default in ("", "\n") else default
+            if isinstance(default, list):
+                shown = " ".join(default) or "… …"
             setting = f"--{name}={shown}"
             text = textwrap.wrap(comment, width - 40) or [""]
             rows = [f"  {setting:36}  {text[0]}", *(" " * 40 + line for line in text[1:])]

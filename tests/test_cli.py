@@ -33,6 +33,20 @@ def test_help_answers_without_torch(command: tuple[str, ...], tmp_path: Path) ->
     assert not imported & {"torch", "numpy", "tqdm", "tiktoken"}
 
 
+@pytest.mark.parametrize(
+    ("verb", "usage"),
+    [("serve", "[config.py …] [out_dir …] [--key"), ("sample", "[config.py …] [out_dir] [--key"),
+     ("bench", "[config.py …] [--key")],
+)  # fmt: skip
+def test_usage_says_which_words_are_taken(verb: str, usage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.run(verb, ["--help"])
+    text = capsys.readouterr().out
+    assert usage in text.splitlines()[0]
+    assert text.count("--out_dir=out ") == (verb != "bench")
+    assert "--runs" not in text
+
+
 def test_mistakes_end_with_2_and_one_message(program: Program) -> None:
     result = program("train.py", "--lerning_rate=1", "--n_embd=100", "--batch_size=x")
     assert result.returncode == 2

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import errno
 import logging
 import os
 import signal
@@ -16,7 +17,7 @@ from nanogpt.device import choose
 from nanogpt.errors import ConfigError
 from nanogpt.infer.engine import Engine
 from nanogpt.infer.packed import pack
-from nanogpt.programs import ServeConfig
+from nanogpt.programs import ServeConfig, SourceConfig
 from nanogpt.trained import load_trained
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def serve(config: ServeConfig) -> None:
         import nanogpt.infer.api
         import nanogpt.infer.guard  # noqa: F401  # what they need, too
     except ImportError as error:
-        raise ConfigError(f"serving needs FastAPI and others: pip install 'nanogpt[serve]' ({error})") from error
+        raise ConfigError(f"serving needs FastAPI and others: pip install -e '.[serve]' ({error})") from error
     config = dataclasses.replace(config, api_key=config.api_key or os.environ.get("NANOGPT_API_KEY", ""))
     listener = _listen(config.host, config.port)
     app, scheduler = load(config)
@@ -89,12 +90,11 @@ def load(config: ServeConfig) -> "tuple[Guard, Scheduler | None]":
     from nanogpt.infer.board import add_board
     from nanogpt.infer.guard import Guard
 
-    runs = [Path(path) for path in config.runs or [config.out_dir]]
-    config = dataclasses.replace(config, out_dir=str(runs[0]))
+    runs = [Path(path) for path in config.out_dir]
     service = None
-    has_checkpoint = bool(kept(config.out_dir)) or (runs[0] / "best.pt").exists()
+    has_checkpoint = bool(kept(runs[0])) or (runs[0] / "best.pt").exists()
     if config.init_from == "resume" and not has_checkpoint and (runs[0] / "metrics.jsonl").exists():
-        log.info(f"{config.out_dir} has no checkpoint yet: its curves are shown, nothing can be generated")
+        log.info(f"{runs[0]} has no checkpoint yet: its curves are shown, nothing can be generated")
     else:
         service = _service(config)
     app = create_app(service, resources.files("nanogpt.infer").joinpath("page.html").read_text(encoding="utf-8"))
@@ -111,14 +111,17 @@ def _service(config: ServeConfig) -> "Service":
     from nanogpt.infer.scheduler import Scheduler
 
     device = choose(config.device, config.dtype, False)
-    trained = load_trained(config, device)
+    out_dir = config.out_dir[0]
+    trained = load_trained(
+        SourceConfig(init_from=config.init_from, checkpoint=config.checkpoint, out_dir=out_dir), device
+    )
     model, tokenizer = trained.model, trained.tokenizer
     if config.block_size:
         model.crop_block_size(min(config.block_size, model.config.block_size))
     size = model.get_num_params()
     pack(model, device.dtype, int8=config.int8)
     engine = Engine(model, config.rows, vocab_size=tokenizer.vocab_size, dtype=device.dtype)
-    name = config.name or Path(config.out_dir if config.init_from == "resume" else config.init_from).resolve().name
+    name = config.name or Path(out_dir if config.init_from == "resume" else config.init_from).resolve().name
     bytes_ = sum(part.numel() * part.element_size() for part in (engine.cache.keys, engine.cache.values))
     log.info(
         f"{trained.name}, {size / 1e6:.2f}M parameters, as {name!r}; {config.rows} rows of "
@@ -136,6 +139,10 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
-        raise ConfigError(f"host={host} port={port}: {error}; choose another --port, 0 for any that is free") from error
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES):
+            advice = "choose another --port, 0 for any that is free"
+        else:
+            advice = "--host takes an address of this machine: 127.0.0.1, only it can call; 0.0.0.0, others can, too"
+        raise ConfigError(f"--host={host} --port={port}: {error}; {advice}") from error
     return listener

@@ -19,7 +19,7 @@ import torch
 from nanogpt import train
 from nanogpt.config import TrainConfig
 from nanogpt.data.tokenizer import ByteTokenizer
-from nanogpt.errors import CheckpointError
+from nanogpt.errors import CheckpointError, ConfigError
 from nanogpt.infer import serve
 from nanogpt.infer.api import Service, create_app
 from nanogpt.infer.board import add_board
@@ -655,13 +655,25 @@ def test_runs_are_read_from_the_named_folders_only(tmp_path: Path) -> None:
 
 def test_a_run_without_a_checkpoint_shows_its_curves(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [4.0, 3.0])
-    app, scheduler = serve.load(ServeConfig(runs=[str(run)]))
+    app, scheduler = serve.load(ServeConfig(out_dir=[str(run)]))
     assert scheduler is None
     paths = {route.path for route in app.app.routes}  # type: ignore[attr-defined]
     assert {"/", "/runs", "/runs/{number}"} <= paths
     assert "/v1/completions" not in paths
     with pytest.raises(CheckpointError):
-        serve.load(ServeConfig(runs=[str(tmp_path)]))
+        serve.load(ServeConfig(out_dir=[str(tmp_path)]))
+
+
+@pytest.mark.parametrize("host", ["nowhere.invalid", "192.0.2.1", "http://localhost", "a" * 80, ""])
+def test_a_host_that_is_not_here_is_one_message(host: str) -> None:
+    with pytest.raises(ConfigError, match=f"^--host={host} --port=0: .*; --host takes an address of this machine"):
+        serve.serve(ServeConfig(host=host, port=0))
+
+
+def test_what_serving_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nanogpt.infer.api", None)
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[serve\]'"):
+        serve.serve(ServeConfig())
 
 
 def test_the_program_drains_and_ends(tmp_path: Path, out_dir: str) -> None:
@@ -674,7 +686,8 @@ def test_the_program_drains_and_ends(tmp_path: Path, out_dir: str) -> None:
     port = int(line.split(",")[0].rsplit(":", 1)[1])
     second = subprocess.run([*command[:-2], f"--port={port}"], capture_output=True, text=True, check=False)
     assert second.returncode == 2
-    assert f"port={port}" in second.stderr
+    assert f"--port={port}: " in second.stderr
+    assert "choose another --port" in second.stderr
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
     stream = client.completions.create(model="out", prompt="the", max_tokens=400, stream=True)
     count = 0
