@@ -5,6 +5,7 @@ The programs are named and imported when they run, so that `--help` and mistakes
 
 import importlib
 import io
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from nanogpt.programs import (
     ServeConfig,
 )
 from nanogpt.settings import Settings, parse
+
+log = logging.getLogger(__name__)
 
 MISTAKE = 2  # exit code: the user can mend it
 
@@ -76,13 +79,17 @@ def run(verb: str, arguments: Sequence[str] | None = None, *, program: str = "")
     settings, program_at, positional = VERBS[verb]
     _survive_narrow_encodings()
     kind = get_type_hints(settings).get(positional)
-    words = f" [{positional} …]" if kind == list[str] else f" [{positional}]" if kind else ""
-    usage = f"{program or f'python {os.path.basename(sys.argv[0])}'} [config.py …]{words} [--key=value …]"
+    word = f" [{positional} …]" if kind == list[str] else f" [{positional}]" if kind else ""
+    usage = f"{program or f'python {os.path.basename(sys.argv[0])}'} [config.py …]{word} [--key=value …]"
+    notes: list[str] = []
     try:
-        config = parse(settings, sys.argv[1:] if arguments is None else arguments, usage, positional=positional)
+        words = sys.argv[1:] if arguments is None else arguments
+        config = parse(settings, words, usage, positional=positional, notes=notes)
         from nanogpt.report.log import show_log_lines
 
         show_log_lines(getattr(config, "verbosity", "normal"))
+        for note in notes:
+            log.info(note)
         module, _, function = program_at.partition(":")
         result = getattr(importlib.import_module(module), function)(config)
         code = result if isinstance(result, int) else 0

@@ -1,12 +1,12 @@
 """Every knob of the programs that take a trained model, or text, and give something back; see config.py."""
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from nanogpt.config import Machine, init_from_problems, is_hub_name
+from nanogpt.config import Machine, TrainConfig, init_from_problems, is_hub_name
 from nanogpt.settings import Settings, out_of_range
 
 
@@ -85,6 +85,13 @@ class SampleConfig(TrainedModelConfig):
     int8: bool = False  # weights in 8 bits, with a factor per row: half of what bfloat16 takes; dtype stays that of the
     # products
     compile: bool | Literal["auto"] = False  # only for the original's sake: decoding is faster without
+
+    @classmethod
+    def passed_over(cls, names: Collection[str]) -> set[str]:
+        """Of a training run's recipe: what sampling does not know, and what the run in its out_dir began with."""
+        known, training = ({each.name for each in fields(config)} for config in (cls, TrainConfig))
+        others = (training - known).intersection(names)
+        return others | {"init_from"} if others and "out_dir" in names else others
 
     def problems(self) -> Iterator[str]:
         """Everything that is inconsistent, one sentence each."""

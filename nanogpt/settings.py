@@ -17,7 +17,7 @@ import sys
 import textwrap
 import traceback
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -34,6 +34,11 @@ class Settings:
         """What setting `name` to `value` sets as well, before anything else that is said in the same place."""
         return {}
 
+    @classmethod
+    def passed_over(cls, names: Collection[str]) -> set[str]:
+        """Which of the names that a config file sets are another program's."""
+        return set()
+
     def problems(self) -> Iterator[str]:
         """Everything that is inconsistent, one sentence each."""
         return iter(())
@@ -42,11 +47,19 @@ class Settings:
 Config = TypeVar("Config", bound=Settings)
 
 
-def parse(cls: type[Config], arguments: Sequence[str], usage: str, *, positional: str = "out_dir") -> Config:
+def parse(
+    cls: type[Config],
+    arguments: Sequence[str],
+    usage: str,
+    *,
+    positional: str = "out_dir",
+    notes: list[str] | None = None,
+) -> Config:
     """Build a config from `[config.py …] [--key=value | --key value | --flag] …`.
 
     `positional` names the field that a bare word sets which is not a config file. Config files apply first, in
-    their order, then the command line, wherever it stands. `--help` prints and exits.
+    their order, then the command line, wherever it stands. `--help` prints and exits. `notes` takes what is to be
+    logged when that can be done.
 
     Raises `ConfigError` with all problems at once: unknown names, wrong types, values out of range.
     """
@@ -57,7 +70,7 @@ def parse(cls: type[Config], arguments: Sequence[str], usage: str, *, positional
     files, settings = _split_arguments(cls, arguments, positional, problems)
     values = dataclasses.asdict(cls())
     for file in files:
-        _run_config_file(cls, file, values, problems)
+        _run_config_file(cls, file, values, problems, [] if notes is None else notes)
     _assign(cls, values, {name: (value, f"--{name}={value}") for name, value in _lists_joined(cls, settings)}, problems)
     config = cls(**values)
     problems.extend(config.problems())
@@ -124,7 +137,9 @@ def _lists_joined(cls: type[Config], settings: list[tuple[str, str]]) -> Iterato
     yield from lists.items()
 
 
-def _run_config_file(cls: type[Config], path: str, values: dict[str, Any], problems: list[str]) -> None:
+def _run_config_file(
+    cls: type[Config], path: str, values: dict[str, Any], problems: list[str], notes: list[str]
+) -> None:
     """Execute a config file with the values set so far, and take over what it assigned."""
     names = dict(values)
     try:
@@ -141,7 +156,11 @@ def _run_config_file(cls: type[Config], path: str, values: dict[str, Any], probl
         is_setting = not (name.startswith("_") or isinstance(value, types.ModuleType) or callable(value))
         if is_setting and not (name in values and values[name] is value and name not in said):
             settings[name] = (value, f"{path}: {name} = {value!r}")
-    _assign(cls, values, settings, problems)
+    if others := cls.passed_over(settings):
+        notes.append(
+            f"{path}: passed over, not for this program: {', '.join(name for name in settings if name in others)}"
+        )
+    _assign(cls, values, {name: each for name, each in settings.items() if name not in others}, problems)
 
 
 def _assign(

@@ -105,6 +105,10 @@ def test_train_stop_resume_eval_sample_bench_plot(program: Program, data_dir: Pa
     result = program("sample.py", "--device=cpu", "--num_samples=2", "--max_new_tokens=5", "--start=the")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("---------------") == 2
+    Path("recipe.py").write_text("out_dir = 'out'\nbatch_size = 2\nmax_iters = 9")
+    result = program("sample.py", "recipe.py", "--device=cpu", "--num_samples=1", "--max_new_tokens=5")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[0] == "recipe.py: passed over, not for this program: batch_size, max_iters"
     result = program("nanogpt", "plot", "out")
     assert result.returncode == 0, result.stderr
     assert Path("out/loss.png").exists()

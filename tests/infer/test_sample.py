@@ -150,6 +150,24 @@ def test_settings_that_cannot_work_are_one_message(settings: list[str], message:
         parse(SampleConfig, settings, "")
 
 
+def test_the_recipe_of_a_run_names_it(tmp_path: Path) -> None:
+    notes: list[str] = []
+    recipe = tmp_path / "a.py"
+    recipe.write_text(
+        "out_dir = 'run'\ninit_from = 'gpt2'\nbatch_size = 3\nmax_iters = batch_size\nseed = 7\ntop_k = 5"
+    )
+    config = parse(SampleConfig, [str(recipe)], "", notes=notes)
+    assert (config.out_dir, config.init_from, config.seed, config.top_k) == ("run", "resume", 7, 5)
+    assert notes == [f"{recipe}: passed over, not for this program: init_from, batch_size, max_iters"]
+    recipe.write_text("init_from = 'gpt2'\nbatch_size = 3\ntemprature = 1")
+    with pytest.raises(ConfigError, match=r"^\S*a.py: temprature = 1: there is no setting 'temprature'"):
+        parse(SampleConfig, [str(recipe)], "")
+    recipe.write_text("init_from = 'gpt2'\nseed = 3")
+    assert parse(SampleConfig, [str(recipe)], "").init_from == "gpt2"
+    with pytest.raises(ConfigError, match="there is no setting 'batch_size'"):
+        parse(SampleConfig, ["--batch_size=3"], "")
+
+
 def test_a_prompt_beyond_the_context_is_one_message(out_dir: str) -> None:
     with pytest.raises(ConfigError, match="the prompt has 17 tokens and the model sees 16 at a time"):
         sample(SampleConfig(out_dir=out_dir, device="cpu", start="the quick brown f"))
