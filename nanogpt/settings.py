@@ -94,13 +94,17 @@ def _split_arguments(
             if word.endswith(".py"):
                 files.append(word)
             elif Path(f"{word}.py").is_file():
-                problems.append(f"{word}: did you mean the config file {word}.py?")
+                other = f" If not, --{positional}={word}" if positional in hints else ""
+                problems.append(f"{word}: did you mean the config file {word}.py?{other}")
             elif word.partition("=")[0] in hints:
                 problems.append(f"{word}: options begin with two dashes: --{word}")
             elif positional not in hints:
                 problems.append(f"{word}: expected config files (*.py) and --key=value only")
-            elif any(name == positional for name, _ in settings) and hints[positional] is str:
-                problems.append(f"{word}: {positional} is given twice")
+            elif positional in ("out_dir", "folder") and (word.endswith(".pt") or Path(word).is_file()):
+                what = "checkpoints go into --init_from" if word.endswith(".pt") else "config files end in .py"
+                problems.append(f"{word}: {positional} is a folder, this a file; {what}")
+            elif (first := dict(settings).get(positional)) is not None and hints[positional] is str:
+                problems.append(f"{word}: {positional} is {first} already, and takes one; options begin with --")
             else:
                 settings.append((positional, word))
             continue

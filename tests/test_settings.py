@@ -82,7 +82,9 @@ def test_command_line_says_what_a_person_expects(words: list[str], name: str, va
         ("--compile=always", "--compile=always: expected True or False or auto"),
         ("--kind=gren", "--kind=gren: expected red, green; did you mean green?"),
         ("-steps=3", "options begin with two dashes"),
-        ("here/steps", "here/steps: did you mean the config file here/steps.py?"),
+        ("here/steps", "here/steps: did you mean the config file here/steps.py? If not, --out_dir=here/steps"),
+        ("here/recipe", "here/recipe: out_dir is a folder, this a file; config files end in .py"),
+        ("here/ckpt.pt", "here/ckpt.pt: out_dir is a folder, this a file; checkpoints go into --init_from"),
         ("missing.py", "config file missing.py: FileNotFoundError"),
         ("steps=3", "steps=3: options begin with two dashes: --steps=3"),
     ],
@@ -90,6 +92,7 @@ def test_command_line_says_what_a_person_expects(words: list[str], name: str, va
 def test_a_mistake_is_named(word: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "steps.py").touch()
+    (tmp_path / "here" / "recipe").touch()
     with pytest.raises(ConfigError) as caught:
         read(word)
     assert message in str(caught.value)
@@ -192,7 +195,7 @@ def test_the_command_lines_list_replaces_that_of_a_file() -> None:
 
 
 def test_two_words_for_one_setting_are_one_too_many() -> None:
-    with pytest.raises(ConfigError, match="y: name is given twice"):
+    with pytest.raises(ConfigError, match="y: name is x already, and takes one; options begin with --"):
         parse(Listing, ["x", "y"], "usage", positional="name")
     with pytest.raises(ConfigError, match="--input: a value is missing"):
         parse(Listing, ["x", "--input"], "usage", positional="name")
