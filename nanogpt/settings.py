@@ -187,7 +187,8 @@ def _assign(
 def _unknown(cls: type[Config], name: str, where: str) -> str:
     nearest = difflib.get_close_matches(name, get_type_hints(cls), n=1, cutoff=0.5)
     hint = f"; did you mean {nearest[0]}?" if nearest else "; --help lists all settings"
-    return f"{where}: there is no setting {name!r}{hint}"
+    helper = "" if where.startswith("-") else f" (a variable of the file's own begins with _: _{name})"
+    return f"{where}: there is no setting {name!r}{hint}{helper}"
 
 
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -258,7 +259,7 @@ def out_of_range(config: object, bound: str, names: str) -> Iterator[str]:
 def help_text(cls: type[Config], usage: str, positional: str = "out_dir") -> str:
     """What `--help` prints: each field with its default and the comment behind it, by group."""
     lines = [f"usage: {usage}", "", inspect.cleandoc(cls.__doc__ or "")]
-    lines += ["", "A word that ends in .py is a config file: Python assignments."]
+    lines += ["", "A word that ends in .py is a config file: Python assignments; its own variables begin with _."]
     if positional in get_type_hints(cls):
         lines[-1] += f" Any other word without dashes sets {positional}."
     width = max(80, min(120, shutil.get_terminal_size().columns))

@@ -122,6 +122,11 @@ def test_config_files_may_import_and_define_helpers(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("stepps = 3", "a.py: stepps = 3: there is no setting 'stepps'; did you mean steps?"),
+        (
+            "n = 3",
+            "a.py: n = 3: there is no setting 'n'; --help lists all settings (a variable of the file's own begins "
+            "with _: _n)",
+        ),
         ("steps = 'many'", "a.py: steps = 'many': expected a whole number"),
         ("fast = 1", "a.py: fast = 1: expected True or False"),
         ("start = 3", "a.py: start = 3: expected text"),
@@ -145,7 +150,15 @@ def test_help_shows_every_field_with_its_default_and_comment(capsys: pytest.Capt
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert text == help_text(Example, "usage") + "\n"
-    for piece in ("An example.", "first:", "--steps=10", "how many and a second line", r"--start='\n'", "hurry"):
+    for piece in (
+        "An example.",
+        "variables begin with _",
+        "first:",
+        "--steps=10",
+        "how many and a second line",
+        r"--start='\n'",
+        "hurry",
+    ):
         assert piece in text
 
 
