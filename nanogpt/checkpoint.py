@@ -24,7 +24,7 @@ from nanogpt.data.tokens import tokenizer_of_original
 from nanogpt.device import Device
 from nanogpt.errors import CheckpointError, ConfigError
 from nanogpt.files import atomic_write
-from nanogpt.interop.flat import model_args, save_tensors
+from nanogpt.interop.flat import model_args, save_tensors, unknown_to_the_original
 from nanogpt.model import GPT
 from nanogpt.settings import as_json
 from nanogpt.shape import wrong_types
@@ -110,7 +110,7 @@ def description(
     """A checkpoint but for its tensors: what can be said as JSON."""
     fields = dataclasses.asdict(shape)
     return {
-        "model_args": model_args(shape) if shape.is_gpt2 else fields,
+        "model_args": fields if unknown_to_the_original(shape) else model_args(shape),
         "iter_num": progress.step,
         "best_val_loss": progress.best_val_loss,
         "config": dataclasses.asdict(config),

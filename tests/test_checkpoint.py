@@ -40,6 +40,11 @@ def test_the_file_is_the_originals_dictionary(trained: Path) -> None:
     assert content["nanogpt"]["tokenizer"]["kind"] == "char"
 
 
+def test_a_shape_that_the_original_lacks_has_arguments_that_it_refuses(recipe: Recipe) -> None:
+    train.train(recipe(max_iters=1, tied_head=False))
+    assert torch.load("out/ckpt.pt", weights_only=True)["model_args"]["tied_head"] is False
+
+
 def test_best_comes_without_optimizer(trained: Path) -> None:
     assert checkpoint.load(trained / "best.pt").optimizer is None
     assert (trained / "best.pt").stat().st_size < (trained / "ckpt.pt").stat().st_size / 2

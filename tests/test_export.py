@@ -19,7 +19,7 @@ from nanogpt.device import Device
 from nanogpt.errors import ConfigError, UserError
 from nanogpt.export import export, new_folder
 from nanogpt.infer.engine import stream
-from nanogpt.interop.huggingface import load_pretrained
+from nanogpt.interop.huggingface import load_pretrained, tensors_of
 from nanogpt.model import GPT
 from nanogpt.programs import ExportConfig
 from nanogpt.settings import parse
@@ -200,6 +200,16 @@ def test_what_cannot_be_exported_is_named(recipe: Recipe, monkeypatch: pytest.Mo
     with pytest.raises(ConfigError, match="pip install gguf"):
         export(ExportConfig(out_dir="whole", output="m.gguf", to="gguf"))
     assert not Path("m.gguf").exists()
+
+
+@pytest.mark.parametrize(("architecture", "option"), [("gpt2", "rope_scaling"), ("qwen3", "mlp_bias")])
+def test_an_option_that_others_lack_is_refused(architecture: str, option: str) -> None:
+    shape: dict[str, Any] = {"block_size": 8, "vocab_size": 20, "n_layer": 1, "n_head": 2, "n_embd": 8}
+    model = GPT(GPTConfig(architecture=architecture, **shape))  # type: ignore[arg-type]
+    assert list(tensors_of(model, 20))
+    setattr(model.config, option, True)
+    with pytest.raises(ConfigError, match=f"{option}=True: others' {architecture} has no such thing"):
+        list(tensors_of(model, 20))
 
 
 def test_a_folder_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

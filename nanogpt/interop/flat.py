@@ -19,6 +19,12 @@ def model_args(shape: GPTConfig) -> dict[str, Any]:
     return {name: getattr(shape, name) for name in _MODEL_ARGS}
 
 
+def unknown_to_the_original(shape: GPTConfig) -> list[str]:
+    """What makes another network of `shape` than the original would build of its `model_args`."""
+    known = GPTConfig(**model_args(shape), activation=shape.activation, rope_theta=shape.rope_theta)
+    return [f"{name}={value}" for name, value in vars(shape).items() if value != getattr(known, name)]
+
+
 def save_flat(path: Path, model: GPT, tokenizer: Tokenizer, config: dict[str, Any], step: int, loss: float) -> None:
     """Write what the original's sample.py loads. config: the training run's; loss: its best.
 
@@ -26,12 +32,9 @@ def save_flat(path: Path, model: GPT, tokenizer: Tokenizer, config: dict[str, An
     tokenizer that the original doesn't know.
     """
     shape = model.config
-    known = GPTConfig(**model_args(shape), activation=shape.activation, rope_theta=shape.rope_theta)
-    differing = [f"{name}={value}" for name, value in vars(shape).items() if value != getattr(known, name)]
-    if differing:
+    if differing := unknown_to_the_original(shape):
         raise ConfigError(
-            f"the original nanoGPT has no {', '.join(differing)}; it knows GPT-2's shape only (--to=hf and --to=gguf "
-            "carry this model)"
+            f"the original nanoGPT has no {', '.join(differing)}; it knows GPT-2's shape only; try --to=hf or --to=gguf"
         )
     if not isinstance(tokenizer, (CharTokenizer, GPT2Tokenizer)):
         raise ConfigError(f"the original nanoGPT knows characters and GPT-2's tokens, not the {tokenizer}")

@@ -15,7 +15,7 @@ from nanogpt.config import is_hub_name
 from nanogpt.data.download import hub_folder
 from nanogpt.data.tokenizer import GPT2Tokenizer, Tokenizer
 from nanogpt.data.tokenizer_json import TOKENIZER_FILES, definition_of, read_tokenizer
-from nanogpt.errors import CheckpointError, DataError
+from nanogpt.errors import CheckpointError, ConfigError, DataError
 from nanogpt.files import parse_json, write_json
 from nanogpt.model import GPT
 from nanogpt.shape import GPT2_NAMES, GPTConfig, wrong_types
@@ -264,8 +264,16 @@ def tensors_of(model: GPT, vocab_size: int) -> Iterator[tuple[Part, torch.Tensor
     """The tensors of `model` as others cut and name them, in our orientation: rows are outputs.
 
     Embedding and head lose the rows that only pad the vocabulary. Where GPT-2 has biases and we have none, they are 0.
+    Raises `ConfigError` for a shape of which others would build another network.
     """
     weights, shape = model.state_dict(), model.config
+    described = (_gpt2_shape if shape.is_gpt2 else _llama_shape)(config_of(shape))
+    of_no_effect = ("dropout", *(("bias", "mlp_bias", "rope_theta") if shape.is_gpt2 else ("activation",)))
+    for name, value in vars(shape).items():
+        if name not in of_no_effect and value != getattr(described, name):
+            raise ConfigError(
+                f"{name}={value}: others' {shape.architecture} has no such thing, so it can't be exported"
+            )
     for part in layout(replace(shape, bias=True) if shape.is_gpt2 else shape):
         if part.ours in weights:
             tensor = weights[part.ours][slice(*part.rows) if part.rows else slice(None)]
