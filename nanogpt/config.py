@@ -67,15 +67,22 @@ class _Network(Shape, Machine):
         yield from self.model_config(vocab_size=1).problems()
 
 
+_FILES = (".pt", ".safetensors", ".gguf", ".json")
+
+
 def is_hub_name(text: str) -> bool:
-    """Whether `text` reads like the name of a repository on the Hugging Face hub."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", text))
+    """Whether `text` reads like the name of a repository on the Hugging Face hub, and not like a path."""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text)) and not text.endswith(_FILES)
 
 
 def init_from_problems(init_from: str, *others: str) -> Iterator[str]:
     """What is wrong with a setting `init_from`."""
     words = [*others, "resume", *GPT2_NAMES]
-    if init_from not in words and not Path(init_from).exists() and not is_hub_name(init_from):
+    if init_from in words or Path(init_from).exists() or is_hub_name(init_from):
+        return
+    if "/" in init_from or init_from.endswith(_FILES):
+        yield f"init_from={init_from!r}: there is no such file or folder"
+    else:
         yield (
             f"init_from={init_from!r}: expected {', '.join(words)}, ORGANISATION/NAME of a model on the Hugging Face "
             "hub, or an existing folder or checkpoint"

@@ -74,8 +74,14 @@ def folder_of(name: str) -> Path:
 
 def shape_of(folder: Path) -> GPTConfig:
     """The shape that `config.json` in `folder` describes. Raises `CheckpointError` for what can't be rebuilt here."""
+    if folder.suffix == ".gguf":
+        raise CheckpointError(f"{folder} is for llama.cpp; name the run or folder that it was made from")
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; name the folder that has it beside its config.json")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected {', '.join(GPT2_NAMES)}, ORGANISATION/NAME on the hub, or a folder")
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} has neither the checkpoint of a run nor the config.json of a model")
     try:
         config = parse_json((folder / "config.json").read_bytes())
         shape = _gpt2_shape(config) if config.get("model_type") == "gpt2" else _llama_shape(config)

@@ -98,7 +98,7 @@ def change_config(**changes: Any) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "config.json").unlink(), "describes no model that can be built here"),
+        (lambda f: (f / "config.json").unlink(), "neither the checkpoint of a run nor the config.json of a model"),
         (lambda f: (f / "config.json").write_text("{"), "describes no model that can be built here"),
         (lambda f: (f / "config.json").write_text("[]"), "describes no model that can be built here"),
         (lambda f: (f / "model.safetensors").unlink(), "no *.safetensors there"),
@@ -151,6 +151,17 @@ def test_finetuning_evaluating_and_sampling(
     capsys.readouterr()
     sample(SampleConfig(init_from=str(folder), start="What is", num_samples=2, max_new_tokens=5, device="cpu"))
     assert capsys.readouterr().out.count("What is") == 2
+
+
+def test_what_is_no_model_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").touch()
+    for name, message in (
+        (tmp_path, "neither the checkpoint of a run nor the config.json of a model"),
+        (tmp_path / "m.gguf", r"m\.gguf is for llama\.cpp"),
+        ("gpt3", "gpt3: expected gpt2, gpt2-medium"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load_pretrained(str(name))
 
 
 def test_mismatches_are_refused(finetuning: Callable[..., TrainConfig], folder: Path) -> None:
