@@ -1,8 +1,7 @@
-"""For scripts that say `exec(open("configurator.py").read())` after setting their defaults as global variables.
-
-Overrides those variables from `[config/file.py …] [--key=value …]`. New programs declare a dataclass in
-nanogpt/config.py instead.
-"""
+# For scripts that say `exec(open("configurator.py").read())` after setting their defaults as global variables.
+#
+# Overrides those variables from `[config/file.py …] [--key=value …]`. New programs declare a dataclass in
+# nanogpt/config.py instead. No docstring: it would take the place of the script's.
 
 import sys
 

@@ -315,12 +315,14 @@ def override_globals(variables: dict[str, Any], arguments: Sequence[str]) -> Non
     float or str can be set, each to its own type. Raises `ConfigError` with all problems.
     """
     files = [word for word in arguments if word.endswith(".py") and not word.startswith("-")]
+    docstring = variables.get("__doc__")
     for file in files:
         print(f"Overriding config with {file}")
         try:
             exec(compile(Path(file).read_text(encoding="utf-8"), file, "exec"), variables)
         except OSError as error:
             raise ConfigError(f"cannot read config file {file}: {error.strerror}") from error
+    variables["__doc__"] = docstring  # of the script, not of a config file
     fields = [
         (name, type(value), value)
         for name, value in variables.items()

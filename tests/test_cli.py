@@ -152,9 +152,9 @@ def test_a_folder_that_is_a_file_is_one_message(data_dir: Path, tmp_path: Path, 
 def test_a_script_with_the_old_configurator_still_works(tmp_path: Path) -> None:
     script = tmp_path / "mine.py"
     script.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nbatch_size = 1\nname = 'a'\n"
+        f"'Mine.'\nimport sys; sys.path.insert(0, {str(ROOT)!r})\nbatch_size = 1\nname = 'a'\n"
         f"exec(open({str(ROOT / 'configurator.py')!r}).read())\n"
-        "from model import GPT, GPTConfig\nprint(batch_size, name)\n"
+        "from model import GPT, GPTConfig\nprint(batch_size, name, __doc__)\n"
     )
 
     def run(*words: str) -> "subprocess.CompletedProcess[str]":
@@ -162,7 +162,7 @@ def test_a_script_with_the_old_configurator_still_works(tmp_path: Path) -> None:
             [sys.executable, str(script), *words], capture_output=True, text=True, check=False, timeout=60
         )
 
-    assert run("--batch_size=4").stdout == "Overriding: batch_size = 4\n4 a\n"
+    assert run("--batch_size=4").stdout == "Overriding: batch_size = 4\n4 a Mine.\n"
     mistaken = run("--batchsize=4")
     assert mistaken.returncode == 2
     assert "did you mean batch_size?" in mistaken.stderr

@@ -169,10 +169,12 @@ def test_convert_keeps_numbers_of_a_config_file_exact() -> None:
 
 def test_configurator_overrides_the_globals_of_a_script(tmp_path: Path) -> None:
     file = tmp_path / "a.py"
-    file.write_text("rate = 2\nhelper = 3")
+    file.write_text("'Mine.'\nrate = 2\nhelper = 3")
     variables: dict[str, object] = {"steps": 1, "rate": 0.1, "name": "x", "on": True, "_hidden": 1, "os": pytest}
+    variables["__doc__"] = "A script."
     override_globals(variables, [str(file), "--steps=5", "--name=7", "--on=False"])
     del variables["__builtins__"]
+    assert variables.pop("__doc__") == "A script."
     expected = {"steps": 5, "rate": 2, "name": "7", "on": False, "_hidden": 1, "os": pytest, "helper": 3}
     assert variables == expected
     with pytest.raises(ConfigError, match="did you mean steps"):
