@@ -376,6 +376,8 @@ class GPT(nn.Module):
         """GPT-2's released weights, or others, on the CPU; see `nanogpt.interop.huggingface`. Overrides: `dropout`."""
         from nanogpt.interop.huggingface import load_pretrained
 
+        if others := set(override_args or {}) - {"dropout"}:
+            raise ConfigError(f"override_args: {', '.join(sorted(others))} can't be overridden; dropout can")
         return load_pretrained(model_type, dropout=(override_args or {}).get("dropout", 0.0)).model
 
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:

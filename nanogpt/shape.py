@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from nanogpt.settings import Settings, out_of_range
 
@@ -100,6 +100,9 @@ class GPTConfig(Shape):
 
     def problems(self) -> Iterator[str]:
         """Everything that is inconsistent, one sentence each."""
+        for name in ("architecture", "activation"):
+            if getattr(self, name) not in (known := get_args(get_type_hints(GPTConfig)[name])):
+                yield f"{name}={getattr(self, name)!r}: expected {' or '.join(known)}"
         for name in ("norm_eps", "rope_theta"):
             if not getattr(self, name) > 0:
                 yield f"{name}={getattr(self, name)}: expected a value above 0"

@@ -1,6 +1,9 @@
+from typing import Any
+
 import pytest
 import torch
 
+from nanogpt.errors import ConfigError
 from nanogpt.model import GPT
 from nanogpt.shape import PRESETS, GPTConfig
 
@@ -27,3 +30,15 @@ def test_presets_have_the_parameters_of_their_models(name: str) -> None:
     with torch.device("meta"):
         model = GPT(GPTConfig.preset(name, vocab_size=vocab_size))
     assert model.get_num_params(non_embedding=False) == parameters
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"activation": "relu"}, "activation='relu': expected gelu or gelu_tanh"),
+        ({"architecture": "mamba"}, "architecture='mamba': expected gpt2 or llama or qwen3"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, **settings))

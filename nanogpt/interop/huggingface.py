@@ -353,7 +353,7 @@ def config_of(shape: GPTConfig) -> dict[str, Any]:
             "n_layer": shape.n_layer,
             "n_head": shape.n_head,
             "n_inner": shape.n_hidden,
-            "activation_function": "gelu" if shape.activation == "gelu" else "gelu_new",
+            "activation_function": {"gelu": "gelu", "gelu_tanh": "gelu_new"}[shape.activation],
             "layer_norm_epsilon": shape.norm_eps,
             **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), shape.dropout),
         }

@@ -164,6 +164,12 @@ def test_what_is_no_model_is_named(tmp_path: Path) -> None:
             load_pretrained(str(name))
 
 
+def test_what_cannot_be_overridden_is_named(folder: Path) -> None:
+    assert GPT.from_pretrained(str(folder), {"dropout": 0.2}).config.dropout == 0.2
+    with pytest.raises(ConfigError, match="override_args: block_size can't be overridden; dropout can"):
+        GPT.from_pretrained(str(folder), {"dropout": 0.2, "block_size": 8})
+
+
 def test_mismatches_are_refused(finetuning: Callable[..., TrainConfig], folder: Path) -> None:
     with pytest.raises(DataError, match=r"tiny holds the ids of char tokenizer \(28 .* knows those of gpt2 tokenizer"):
         train.train(TrainConfig(**{**vars(finetuning()), "dataset": "tiny"}))
