@@ -116,13 +116,6 @@ def _cleaned(text: str) -> str:
     return text.replace("  ", " ")
 
 
-TASKS = {"lambada": lambada, "hellaswag": hellaswag}
-_EXPECTED = {
-    "lambada": "a JSON object with a text of several words",
-    "hellaswag": "a JSON object with activity_label, ctx_a, ctx_b, four endings and a label from 0 to 3",
-}
-
-
 def _is_passage(example: Any) -> bool:
     return isinstance(example["text"], str) and len(example["text"].split()) > 1
 
@@ -135,9 +128,20 @@ def _is_question(example: Any) -> bool:
     return has_four and is_labelled and all(isinstance(text, str) for text in texts) and all(map(_cleaned, endings))
 
 
+TASKS = {"lambada": lambada, "hellaswag": hellaswag}
+_EXPECTED = {  # in a line of the file: how it is checked, and what is said
+    "lambada": (_is_passage, "a JSON object with a text of several words"),
+    "hellaswag": (
+        _is_question,
+        "a JSON object with activity_label, ctx_a, ctx_b, four endings and a label from 0 to 3",
+    ),
+}
+
+
 def examples_of(benchmark: str, file: str, data_dir: str, limit: int) -> list[dict[str, Any]]:
     """The examples in `file`, or in the published one, which is kept in `data_dir`. Raises `DataError`."""
     url, sha256 = _FILES[benchmark]
+    is_expected, expected = _EXPECTED[benchmark]
     name = url.rpartition("/")[2]
     path = Path(file) if file else kept(Path(data_dir, benchmark, name), name, url, sha256, option=benchmark)
     examples = []
@@ -150,11 +154,11 @@ def examples_of(benchmark: str, file: str, data_dir: str, limit: int) -> list[di
             continue
         try:
             example = parse_json(line)
-            is_valid = _is_passage(example) if benchmark == "lambada" else _is_question(example)
+            is_valid = is_expected(example)
         except (ValueError, TypeError, KeyError):
             is_valid = False
         if not is_valid:
-            raise DataError(f"{path}, line {number}: expected {_EXPECTED[benchmark]}, found {line[:80]!r}")
+            raise DataError(f"{path}, line {number}: expected {expected}, found {line[:80]!r}")
         examples.append(example)
         if len(examples) == limit:
             break
