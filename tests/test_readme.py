@@ -1,4 +1,4 @@
-"""The commands of the README, executed in their order in a copy of the repository."""
+"""The commands of the README and of docs/guide.md, executed in their order in a copy of the repository."""
 
 import os
 import re
@@ -15,10 +15,11 @@ import pytest
 from tests.conftest import ROOT
 from tests.interop.test_huggingface import write_gpt2
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [
-    line for block in re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL) for line in block.strip().splitlines()
+PAGES = ["README.md", "docs/guide.md"]
+BLOCKS = [
+    block for page in PAGES for block in re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
 ]
+COMMANDS = list(dict.fromkeys(line for block in BLOCKS for line in block.strip().splitlines()))
 
 # what is added to a command so that it ends in seconds; the words of the README stay in front
 SHORT = "--max_iters=2 --eval_iters=1 --plot=False"
@@ -94,6 +95,7 @@ def test_every_make_target_of_the_readme_exists() -> None:
     assert named <= targets
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
-def test_every_link_of_the_readme_leads_somewhere(path: str) -> None:
-    assert (ROOT / path).exists()
+@pytest.mark.parametrize("page", [path.relative_to(ROOT) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))])
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for path in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text("utf-8")):
+        assert (ROOT / page.parent / path).exists(), path
