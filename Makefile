@@ -5,7 +5,7 @@ PIP_ARGS ?=
 PY := .venv/bin/python
 INSTALLED := .venv/installed
 
-.PHONY: help install demo test lint test-slow test-faults pictures clean
+.PHONY: help install demo test lint test-slow test-faults bench pictures clean
 
 help:
 	@grep '^# make' Makefile | cut -c3-
@@ -52,6 +52,12 @@ test-slow: install
 # make test-faults: break hundreds of training runs, and see that none is lost
 test-faults: install
 	OMP_NUM_THREADS=1 $(PY) -m tests.faults.harness --kills=300 --others=20
+
+# make bench ORIGINAL=FOLDER: all benchmarks beside a checkout of karpathy/nanoGPT, into docs/performance.md; ONLY=decode,data
+ORIGINAL ?=
+ONLY ?=
+bench: install
+	$(PY) benchmarks/all.py --original="$(ORIGINAL)" --only="$(ONLY)"
 
 # make pictures RUN=out-shakespeare-char: the pictures in docs/, from a run; needs chromium
 RUN ?= out-shakespeare-char

@@ -294,7 +294,8 @@ def main() -> None:
         for p in ("float32", "bfloat16")
     }
     print(json.dumps({
-        "batch1": batch1, "spread": {side: [min(v), max(v)] for side, v in speeds.items()}, "vs_original": vs_original,
+        "batch1": batch1, "all": {"batch1": speeds, "batch16": batched, "first_token": firsts},
+        "spread": {side: [min(v), max(v)] for side, v in speeds.items()}, "vs_original": vs_original,
         "vs_llama_cpp": vs_llama_cpp,
         "batch16_over_batch1": {p: statistics.median(batched[f"ours {p}"]) / batch1[f"ours {p}"] for p in PEERS},
         "first_token_vs_transformers": vs_transformers, "losses": losses, "n": arguments.rounds,
