@@ -205,6 +205,8 @@ def _choose_compile(kind: str, compile: bool | str, training: TrainConfig | None
         return bool(compile), "as set"
     if kind == "cuda" and training is None:
         return True, "auto: pays on CUDA"
+    if training and training.eval_only:
+        return False, "auto: nothing is trained"
     if kind == "mps" or training is None:
         return False, "auto: only on CUDA, and for training on CPUs"
     if kind == "cpu" and (training.architecture == "gpt2" or not shutil.which(os.environ.get("CXX", "g++"))):
