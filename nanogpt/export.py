@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ def export(config: ExportConfig) -> None:
             save_gguf(Path(file.name), output.stem, model, tokenizer, config.dtype)
     else:
         progress = trained.progress
-        save_flat(output, model, tokenizer, trained.config, progress.step, progress.best_val_loss)
+        save_flat(output, model, tokenizer, _public(trained.config), progress.step, progress.best_val_loss)
         if model.config.activation != "gelu":
             log.warning(
                 "the original computes the exact GELU in place of this model's tanh form: losses differ slightly"
@@ -83,6 +84,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         work.mkdir(parents=True)
         yield work
         if path.exists():
+            shutil.rmtree(old, ignore_errors=True)  # of an export that was killed here
             path.rename(old)
         try:
             work.rename(path)
@@ -105,6 +107,15 @@ def _use(config: ExportConfig) -> str:
     }[config.to]
 
 
+def _public(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run without what tells of its machine: folders, and names in trackers."""
+    private = ("out_dir", "data_dir", "wandb_project", "wandb_run_name")
+    public = {key: value for key, value in config.items() if key not in private}
+    if (source := str(public.get("init_from", ""))) and (Path(source).is_absolute() or source.startswith(("~", "."))):
+        public["init_from"] = Path(source).name
+    return public
+
+
 def model_card(trained: TrainedModel, name: str) -> str:
     """The README.md of an exported model: what it is and how it was trained."""
     shape, progress = trained.model.config, trained.progress
@@ -114,10 +125,11 @@ def model_card(trained: TrainedModel, name: str) -> str:
         "context": f"{shape.block_size:,} tokens",
         "tokenizer": str(trained.tokenizer),
     }
-    if trained.config:
+    config = _public(trained.config)
+    if config:
         facts |= {
-            "started from": trained.config.get("init_from", "scratch"),
-            "data set": trained.config.get("dataset", "unknown"),
+            "started from": config.get("init_from", "scratch"),
+            "data set": config.get("dataset", "unknown"),
             "updates": f"{progress.step:,}",
             "tokens seen": f"{progress.tokens:,}",
             "training time": f"{progress.seconds / 3600:.2f} hours",
@@ -131,8 +143,7 @@ def model_card(trained: TrainedModel, name: str) -> str:
         'ids = tokenizer("Once", return_tensors="pt").input_ids\n'
         "print(tokenizer.decode(model.generate(ids, max_new_tokens=100)[0]))\n"
     )
-    private = ("out_dir", "data_dir", "wandb_project", "wandb_run_name")
-    settings = "".join(f"    {key} = {value!r}\n" for key, value in trained.config.items() if key not in private)
+    settings = "".join(f"    {key} = {value!r}\n" for key, value in config.items())
     recipe = f"\nThe settings of the run:\n\n{settings}" if settings else ""
     return (
         f"{front}# {name}\n\nTrained with nanoGPT {__version__}, from {Path(trained.name).name}.\n\n"
