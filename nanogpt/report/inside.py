@@ -39,13 +39,13 @@ def inspect(config: InspectConfig) -> None:
     """
     trained = load_trained(config, Device("cpu", "cpu", torch.float32, compile=False))
     model, tokenizer = trained.model, trained.tokenizer
-    print(f"{trained.name}, {model.get_num_params() / 1e6:.2f}M parameters")
-    print_table([("parameter", "shape", "dtype", "norm"), *_parameters(model)])
     ids = prompt_ids(read_prompt(config.text, "text"), tokenizer)
     if not 2 <= len(ids) <= model.config.block_size:
         raise ConfigError(
             f"text has {len(ids):,} tokens; expected 2 to {model.config.block_size:,}, the model's context"
         )
+    print(f"{trained.name}, {model.get_num_params() / 1e6:.2f}M parameters")
+    print_table([("parameter", "shape", "dtype", "norm"), *_parameters(model)])
     folder = Path(config.output or (config.out_dir if config.init_from == "resume" else "."))
     losses, attention = look(model, ids)
     with atomic_write(folder / "tokens.html") as file:
