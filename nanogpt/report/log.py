@@ -54,6 +54,7 @@ class LogLines(logging.Handler):
 def show_log_lines(verbosity: str = "normal", must_go_on: bool = False) -> None:
     """From now on, show log lines: quiet, only warnings; normal; debug, also what takes how long."""
     logger = logging.getLogger("nanogpt")
-    logger.handlers = [LogLines(must_go_on, with_origin=verbosity == "debug")]
+    callers = [handler for handler in logger.handlers if not isinstance(handler, LogLines)]
+    logger.handlers = [*callers, LogLines(must_go_on, with_origin=verbosity == "debug")]
     logger.setLevel(LEVELS[verbosity])
     logger.propagate = False  # what other packages set up at the root would show them twice
