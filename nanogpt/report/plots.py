@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nanogpt.errors import ConfigError
+from nanogpt.files import atomic_write
 from nanogpt.programs import PlotConfig
 from nanogpt.report.runs import RunRecord, differences, in_words, open_run, print_table
 
@@ -63,7 +64,11 @@ def draw(runs: Sequence[RunRecord], target: Path) -> None:
     handles = [Figure().subplots().plot([], [], color=f"C{n}")[0] for n in range(len(runs) if len(runs) > 1 else 2)]
     labels = [_label(run) for run in runs] if len(runs) > 1 else ["a training batch", "validation"]
     figure.axes[0].legend(handles, labels, fontsize=9)
-    figure.savefig(target, dpi=110)
+    kind = target.suffix.lstrip(".").lower() or "png"
+    if kind not in figure.canvas.get_supported_filetypes():
+        raise ConfigError(f"output={target}: matplotlib draws no .{kind}; .png, .svg and .pdf always work")
+    with atomic_write(target) as file:
+        figure.savefig(file, dpi=110, format=kind)
 
 
 def _after_the_start(run: RunRecord, name: str) -> list[float]:
@@ -87,7 +92,7 @@ def compare(runs: Sequence[RunRecord], loss: float) -> None:
     print_table(table)
     if changed := differences(runs):
         print()
-        rows = [(name, *(str(value) for value in values)) for name, values in changed.items()]
+        rows = [(name, *(f"{v:g}" if isinstance(v, float) else str(v) for v in vs)) for name, vs in changed.items()]
         print_table([("setting", *(run.name for run in runs)), *rows])
 
 

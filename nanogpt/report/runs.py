@@ -34,6 +34,12 @@ class RunRecord:
         return max((row["step"] for row in self.rows), default=0)
 
     @property
+    def planned(self) -> int:
+        """Updates to do; 0 if nobody knows."""
+        updates = self.config.get("max_iters")
+        return updates if isinstance(updates, int) else 0
+
+    @property
     def best(self) -> float | None:
         """The lowest validation loss."""
         return min((loss for _, loss in self.curve("val/loss")), default=None)
@@ -53,7 +59,7 @@ class RunRecord:
         found = re.fullmatch(r"process (\d+) on (.+)", owner)
         if found and _is_alive(int(found[1]), found[2], self.age):
             return "running"
-        if self.step >= self.config.get("max_iters", 0) and self.curve("val/loss", since=self.step):
+        if self.step >= self.planned and self.curve("val/loss", since=self.step):
             return "done"
         report = self.path / "diverged.json"
         if report.exists() and time.time() - report.stat().st_mtime < self.age + 60:
@@ -62,7 +68,8 @@ class RunRecord:
 
     def curve(self, name: str, since: int = 0, by: str = "step") -> list[tuple[float, float]]:
         """The points (`by`, value) of what was recorded as `name`, from step `since` on."""
-        return [(row[by], row[name]) for row in self.rows if row.get(name) is not None and row["step"] >= since]
+        rows = (row for row in self.rows if row["step"] >= since)
+        return [(r[by], r[name]) for r in rows if all(isinstance(r.get(key), (int, float)) for key in (by, name))]
 
     def reached(self, loss: float) -> float | None:
         """Seconds of training until the validation loss was `loss` or lower."""
@@ -99,7 +106,7 @@ def list_runs(config: RunsConfig) -> None:
     table = [("run", "state", "updates", "best loss", "last word")]
     for run in sorted(runs, key=lambda run: run.age):
         place = os.path.relpath(run.path, folder)
-        updates = f"{run.step:,} of {run.config['max_iters']:,}" if "max_iters" in run.config else f"{run.step:,}"
+        updates = f"{run.step:,} of {run.planned:,}" if run.planned else f"{run.step:,}"
         best = "" if run.best is None else f"{run.best:.4f}"
         table.append((run.name if place == "." else place, run.state, updates, best, f"{in_words(run.age)} ago"))
     print_table(table)
@@ -125,8 +132,8 @@ def in_words(seconds: float) -> str:
 
 
 def _is_alive(process: int, host: str, age: float) -> bool:
-    """Whether a process lives; on another host, whether it has been heard of within ten minutes."""
-    if host != socket.gethostname():
+    """Whether a process lives; on another host, and on Windows, whether it was heard of within ten minutes."""
+    if host != socket.gethostname() or os.name == "nt":  # there, the question below would end it
         return age < 600
     try:
         os.kill(process, 0)
