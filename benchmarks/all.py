@@ -160,7 +160,7 @@ def machine() -> str:
     found = re.search(r"model name\s*: (.*)", information.read_text()) if information.exists() else None
     name = " ".join(found[1].replace("(R)", "").split()) if found else platform.processor() or platform.machine()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    amx = "with" if torch.cpu._is_amx_tile_supported() else "without"
+    amx = "with" if getattr(torch.cpu, "_is_amx_tile_supported", bool)() else "without"
     return f"{name} {amx} AMX, {os.cpu_count()} cores{gpu}, torch {torch.__version__}"
 
 
