@@ -102,6 +102,10 @@ def test_an_exported_run_goes_on_training(recipe: Recipe, tmp_path: Path) -> Non
     assert load_pretrained(str(tmp_path / "m")).tokenizer.name == "char"
     # the data set's tokenizer and the model's are the same again
     assert train.train(recipe(init_from=str(tmp_path / "m"), out_dir=str(tmp_path / "tuned"))) == 0
+    export(ExportConfig(out_dir=str(tmp_path / "tuned"), output=str(tmp_path / "again")))
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "| started from | m |" in card
+    assert str(tmp_path) not in card
 
 
 def test_rows_that_only_pad_the_vocabulary_stay_behind(recipe: Recipe, data_dir: Path, tmp_path: Path) -> None:
@@ -125,6 +129,8 @@ def test_flat_is_the_originals_dictionary(
     export(ExportConfig(out_dir=config.out_dir, to="flat", output=str(tmp_path / "flat" / "ckpt.pt")))
     content = torch.load(tmp_path / "flat" / "ckpt.pt", weights_only=True)
     assert set(content) == {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"}
+    assert content["config"]["dataset"] == "tiny"
+    assert str(tmp_path) not in str(content["config"])  # what is given away tells nothing of this machine
     best = checkpoint.load(Path(config.out_dir, "best.pt"))
     assert all(torch.equal(content["model"][name], tensor) for name, tensor in best.weights.items())
     again = checkpoint.load(
@@ -164,6 +170,9 @@ def test_nothing_is_overwritten_or_left_behind(recipe: Recipe, tmp_path: Path, m
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("m")] == ["m"]
     monkeypatch.setattr(module, "save_pretrained", real)
+    old = tmp_path / "m.old.tmp"
+    old.mkdir()
+    (old / "config.json").touch()  # of an export that was killed between two names
     export(ExportConfig(**settings, force=True, dtype="float16"))  # type: ignore[arg-type]
     assert (folder / "model.safetensors").stat().st_size < len(before["model.safetensors"])
     (folder / "thesis.tex").write_text("years of work")

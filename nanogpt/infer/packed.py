@@ -10,15 +10,19 @@ from torch import Tensor, nn
 from nanogpt.model import GPT
 
 
+def _has_layout() -> bool:
+    """Whether torch comes with oneDNN, and this processor has what its layout for bfloat16 needs."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # type: ignore[no-untyped-call, no-any-return]
+
+
 class PackedLinear(nn.Module):
     """A Linear whose weight (R, C) is kept in `dtype`, in which it also computes; on CPUs in oneDNN's own layout."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         # in bfloat16 that layout is read half as fast again; in float32 the plain one is the faster
-        self.is_packed = linear.weight.device.type == "cpu" and dtype == torch.bfloat16 and has_onednn
+        self.is_packed = linear.weight.device.type == "cpu" and dtype == torch.bfloat16 and _has_layout()
         weight = linear.weight.detach().to(dtype)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1) if self.is_packed else weight
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)

@@ -62,6 +62,15 @@ def test_a_second_call_shows_nothing_twice(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out == "once\n"
 
 
+def test_the_handlers_of_a_script_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger, own = logging.getLogger("nanogpt"), logging.StreamHandler(io.StringIO())
+    monkeypatch.setattr(logger, "handlers", [own])
+    show_log_lines("normal")
+    log.info("for both")
+    assert own.stream.getvalue() == "for both\n"
+    assert logger.handlers[0] is own
+
+
 def test_a_quiet_program_prints_its_result_alone(program: Program) -> None:
     prepared = program("nanogpt", "prepare", "pystdlib", "--limit=50", "--verbosity=quiet")
     assert prepared.stdout == "wrote data/pystdlib/train.bin, val.bin and dataset.json\n"

@@ -6,10 +6,11 @@ import pytest
 
 from nanogpt import train
 from nanogpt.config import TrainConfig
-from nanogpt.errors import CheckpointError, ConfigError
+from nanogpt.errors import CheckpointError, ConfigError, UserError
 from nanogpt.programs import PlotConfig
 from nanogpt.report import plots
 from nanogpt.report.plots import plot
+from nanogpt.report.runs import open_run
 from nanogpt.settings import parse
 from tests.report.test_runs import write_run
 
@@ -26,6 +27,23 @@ def test_several_runs_in_one_picture(suffix: str, tmp_path: Path, capsys: pytest
     assert lines[1] == ["run", "updates", "best", "loss", "training", "to", "2.5000"]
     assert lines[2:4] == [["one", "20", "2.5000", "4", "s"], ["two", "10", "2.0000", "2", "s"]]
     assert lines[5:] == [["setting", "one", "two"], ["learning_rate", "0.1", "0.2"], ["max_iters", "20", "10"]]
+
+
+def test_a_picture_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    run, target = open_run(write_run(tmp_path / "one", [4.0])), tmp_path / "loss.png"
+    target.write_bytes(b"the old one")
+    with pytest.raises(ConfigError, match=r"draws no \.bmp; \.png, \.svg and \.pdf always work"):
+        plots.draw([run], tmp_path / "loss.bmp")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    with pytest.raises(UserError, match="cannot write"):
+        plots.draw([run], target)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["loss.png"]
+    assert target.read_bytes() == b"the old one"
 
 
 def test_one_run_goes_into_its_folder(tmp_path: Path) -> None:

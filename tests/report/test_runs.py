@@ -88,6 +88,15 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         list_runs(RunsConfig(folder=str(tmp_path / "c")))
 
 
+def test_rows_that_are_damaged_are_no_points(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [4.0, 3.0], max_iters="many")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 20, "seconds": null, "val/loss": 1.0}\n{"step": 30, "seconds": 6, "val/loss": "low"}\n')
+    run = open_run(folder)
+    assert (run.planned, run.best) == (0, 1.0)
+    assert run.curve("val/loss", by="seconds") == [(0.0, 4.0), (2.0, 3.0)]
+
+
 @pytest.mark.parametrize(("seconds", "words"), [(5, "5 s"), (150, "2 min"), (7300, "2 h"), (200_000, "2 days")])
 def test_times_in_words(seconds: float, words: str) -> None:
     assert in_words(seconds) == words
