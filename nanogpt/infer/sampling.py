@@ -12,13 +12,9 @@ from torch import Tensor
 class Sampling:
     """What to choose from, and how boldly. The limits apply in this order, each to what the one before it left."""
 
-    temperature: float = (
-        1.0  # 1: the model's own distribution, lower: safer, 0: the likeliest token, whatever else is set
-    )
+    temperature: float = 1.0  # 1: the model's own distribution; lower: safer; 0: always the likeliest token
     top_k: int = 0  # the k likeliest tokens; 0: all
-    top_p: float = (
-        1.0  # the fewest likeliest tokens that have this probability together (nucleus; Holtzman et al. 2020)
-    )
+    top_p: float = 1.0  # the fewest likeliest tokens that have this probability together (Holtzman et al. 2020)
     min_p: float = 0.0  # tokens that have this share of the likeliest one's probability (Nguyen et al. 2024)
 
     @property
@@ -67,8 +63,7 @@ def draw(logits: Tensor, settings: Sequence[Sampling], streams: Sequence[random.
     if any(each.min_p for each in settings):
         p = p.masked_fill(p < p.amax(dim=-1, keepdim=True) * column([each.min_p for each in settings]), 0.0)
     total = p.cumsum(dim=-1)
-    place = (
-        column([stream.getrandbits(32) / 2**32 for stream in streams]) * total[:, -1:]
-    )  # below the total, also rounded
+    # below the total, also when rounded
+    place = column([stream.getrandbits(32) / 2**32 for stream in streams]) * total[:, -1:]
     index = torch.searchsorted(total, place, right=True).clamp(max=p.shape[-1] - 1)
     return (index if ids is None else ids.gather(1, index))[:, 0].masked_fill(bad.to(index.device), -1).tolist()
