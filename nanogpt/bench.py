@@ -33,8 +33,8 @@ def run_of(config: TrainConfig, dataset: Dataset, vocab_size: int, device: Devic
 
 def bench(config: BenchConfig) -> None:
     """The program behind `bench.py`: ms per step, tokens/s, MFU, peak memory, then one line of JSON."""
-    device = choose(config.device, config.dtype, config.compile)
     training = config.train_config()
+    device = choose(config.device, config.dtype, config.compile, training=training)
     torch.manual_seed(config.seed)
     vocab_size = GPTConfig.vocab_size
     if config.real_data:

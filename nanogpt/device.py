@@ -47,7 +47,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 class Device:
     """A resolved choice: what `auto` stood for."""
 
-    name: str  # as torch.device takes it: cpu, mps, cuda, cuda:1
+    name: str  # as torch.device takes it: cpu, mps, cuda:0, cuda:1
     type: str  # cpu, mps or cuda
     dtype: torch.dtype  # of the matrix products
     compile: bool
@@ -137,8 +137,8 @@ def choose(
     Raises `ConfigError` for a device that is not here or a dtype that it can't compute with.
     """
     name, why_device = _choose_name(device)
-    if local_rank is not None and name == "cuda":
-        name, why_device = _choose_name(f"cuda:{local_rank}")
+    if name == "cuda":
+        name, _ = _choose_name(f"cuda:{torch.cuda.current_device() if local_rank is None else local_rank}")
     kind = name.split(":")[0]
     number_format, why_dtype = _choose_dtype(kind, name, dtype)
     compiled, why_compile = _choose_compile(kind, compile, training)
@@ -208,16 +208,18 @@ def _choose_compile(kind: str, compile: bool | str, training: TrainConfig | None
     if training and training.eval_only:
         return False, "auto: nothing is trained"
     if kind == "mps" or training is None:
-        return False, "auto: only on CUDA, and for training on CPUs"
-    if kind == "cpu" and (training.architecture == "gpt2" or not shutil.which(os.environ.get("CXX", "g++"))):
-        return False, "auto: makes GPT-2 no faster on a CPU, and others only where there is a C++ compiler"
+        return False, "auto: no gain here"
+    if kind == "cpu" and training.architecture == "gpt2":
+        return False, "auto: makes GPT-2 no faster on a CPU"
+    if kind == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        return False, "auto: there is no C++ compiler here"
     calls = training.max_iters * training.gradient_accumulation_steps
     # what was measured: the many small operations of rotary positions, RMSNorm and SwiGLU on a CPU; guessed for CUDA
     values = training.batch_size * training.block_size * training.n_layer * training.n_embd
     saved = calls * (values * 26e-9 if kind == "cpu" else 0.03)
     if saved < 2 * _SECONDS_OF_COMPILING[kind]:
-        return False, f"auto: would save about {saved:.0f} s, and take {_SECONDS_OF_COMPILING[kind]}"
-    return True, f"auto: saves about {saved:,.0f} s, and takes {_SECONDS_OF_COMPILING[kind]}"
+        return False, f"auto: takes about {_SECONDS_OF_COMPILING[kind]} s, and would save {saved:.0f}"
+    return True, f"auto: takes about {_SECONDS_OF_COMPILING[kind]} s, and saves {saved:,.0f}"
 
 
 def _keep_freed_memory() -> None:

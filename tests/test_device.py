@@ -19,7 +19,8 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", lambda index: None, raising=False)  # set_device itself checks
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
 
 
@@ -47,8 +48,9 @@ def test_cuda_is_preferred_compiled_and_never_emulates(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda name: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda name: "NVIDIA A100-SXM4-80GB")
-    chosen = choose("auto", "auto", "auto")
-    assert (chosen.name, chosen.dtype, chosen.compile, chosen.peak_flops()) == ("cuda", dtype, True, 312e12)
+    for name, local_rank, expected in (("auto", None, "cuda:1"), ("cuda", None, "cuda:1"), ("auto", 0, "cuda:0")):
+        chosen = choose(name, "auto", "auto", local_rank)
+        assert (chosen.name, chosen.dtype, chosen.compile, chosen.peak_flops()) == (expected, dtype, True, 312e12)
 
 
 @pytest.mark.usefixtures("cuda")
@@ -90,12 +92,12 @@ def test_known_gpus_have_a_peak(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("settings", "compiler", "expected"),
     [
-        ({"architecture": "qwen3"}, "/usr/bin/g++", "True (auto: saves about"),
-        ({"architecture": "qwen3"}, None, "False (auto: makes"),
+        ({"architecture": "qwen3"}, "/usr/bin/g++", "True (auto: takes about 20 s, and saves"),
+        ({"architecture": "qwen3"}, None, "False (auto: there is no C++ compiler"),
         (
             {"architecture": "qwen3", "max_iters": 1, "gradient_accumulation_steps": 1},
             "/usr/bin/g++",
-            "False (auto: would save about",
+            "False (auto: takes about 20 s, and would save 3",
         ),
         ({}, "/usr/bin/g++", "False (auto: makes GPT-2 no faster"),
         ({"compile": True}, None, "True (as set)"),
