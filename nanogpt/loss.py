@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = {True: 2048, False: 8192}  # rows whose logits are there together; on a CPU, on others
+CHUNK_ON_CPU, CHUNK = 2048, 8192  # rows whose logits are there together
 
 
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -21,16 +21,18 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 class _HeadLoss(torch.autograd.Function):
     """What `head_loss` computes. The gradients are made while a chunk's logits are there, so nothing is computed twice.
 
-    Up to a factor: its value is known in the backward pass only, and without it they fit into 16 bits.
+    They lack one factor, which only the backward pass knows.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, has_gradients: bool) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        chunk = CHUNK[device == "cpu"]
-        part = max(2**21 // len(weight), 1) if device == "cpu" else chunk  # rows that stay in a processor's cache
+        chunk = part = CHUNK
+        if device == "cpu":
+            chunk, part = CHUNK_ON_CPU, max(2**21 // len(weight), 1)  # rows that stay in the processor's cache
         head, total = weight.to(dtype), torch.zeros((), device=x.device)
+        shrink = 2.0**-10 if dtype == torch.float16 else 1.0  # a sum over so many rows may leave the range of float16
         grad_x, grad_head = torch.empty_like(x) if has_gradients else None, None
         for n in range(0, len(x), chunk):
             rows = x[n : n + chunk].to(dtype)
@@ -44,9 +46,10 @@ class _HeadLoss(torch.autograd.Function):
                     z.copy_(log_p.exp_().scatter_add_(1, y, -torch.ones_like(y, dtype=torch.float32)).mul_(counts))
             if grad_x is not None:
                 grad_x[n : n + chunk] = logits @ head
-                product = logits.T @ rows
-                grad_head = product.to(weight.dtype) if grad_head is None else grad_head.add_(product)
+                product = (logits.T @ (rows * shrink if shrink < 1 else rows)).to(weight.dtype)
+                grad_head = product if grad_head is None else grad_head.add_(product)
         count = (targets >= 0).sum()
+        ctx.shrink = shrink
         ctx.save_for_backward(grad_x, grad_head, count)
         return total / count
 
@@ -54,4 +57,4 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_x, grad_head, count = ctx.saved_tensors
         factor = grad / count
-        return grad_x * factor, grad_head.mul_(factor), None, None
+        return grad_x * factor, grad_head.mul_(factor / ctx.shrink), None, None

@@ -13,7 +13,7 @@ from nanogpt.config import PlanConfig
 from nanogpt.device import PEAK_FLOPS, choose
 from nanogpt.distributed import World, fits_ddp
 from nanogpt.errors import ConfigError
-from nanogpt.loss import CHUNK
+from nanogpt.loss import CHUNK, CHUNK_ON_CPU
 from nanogpt.model import GPT
 from nanogpt.shape import GPTConfig
 from nanogpt.start import shape_to_train
@@ -77,7 +77,7 @@ def memory(shape: GPTConfig, rows: int, *, bytes_of_dtype: int, parallel: str, p
     block_memory = d * (2 if shape.is_gpt2 else 5) * F + 12 * C + (per_layer if gradient_checkpointing else 0)
 
     # logits of a chunk, log-probabilities of a part of it, the gradients of the head and of its input
-    chunk = min(tokens, CHUNK[on_cpu])
+    chunk = min(tokens, CHUNK_ON_CPU if on_cpu else CHUNK)
     logits = d * chunk * V + 4 * (min(chunk * V, 2**21) if on_cpu else chunk * V) + (4 + d) * V * C + 4 * tokens * C
 
     share = processes if parallel == "fsdp" else 1

@@ -25,6 +25,20 @@ def test_the_loss_in_chunks_and_its_gradients_equal_those_of_whole_logits() -> N
         torch.testing.assert_close(head_loss(x, head, targets), expected)
 
 
+def test_float16_holds_the_gradient_of_a_frequent_token() -> None:
+    x = (40 + torch.rand(3000, 8)).requires_grad_()  # 3,000 rows of 40 are beyond its 65,504
+    head = torch.randn(20, 8).mul_(0.02).requires_grad_()
+    targets = torch.zeros(3000, dtype=torch.int64)
+    torch.nn.functional.cross_entropy(x @ head.T, targets).backward()
+    expected = [x.grad, head.grad]
+    x.grad = head.grad = None
+    with torch.autocast("cpu", torch.float16):
+        loss = head_loss(x, head, targets)
+    loss.backward()
+    for mine, theirs in zip((x.grad, head.grad), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max()))
+
+
 def test_gradients_of_the_loss_are_not_differentiable_again() -> None:
     x, head = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     loss = head_loss(x, head, torch.tensor([0, 1, 2]))
