@@ -48,12 +48,14 @@ class AdamW(torch.optim.AdamW):
         super().__init__(*args, **settings)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update all parameters that have a gradient; none if `found_inf` was set to 1."""
-        assert closure is None
+    def step(self, closure: Any = None) -> Any:
+        """Update all parameters that have a gradient; none if `found_inf` was set to 1. Returns what `closure` does."""
+        with torch.enable_grad():
+            loss = closure() if closure else None
         for group in self.param_groups:
             if any(p.grad is not None for p in group["params"]):
                 self.update(group)
+        return loss
 
     def update(self, group: dict[str, Any]) -> None:
         """Update the parameters of a group."""
@@ -65,12 +67,14 @@ class AdamW(torch.optim.AdamW):
         steps, means, squares = (
             [self.state[p][name] for p in parameters] for name in ("step", "exp_avg", "exp_avg_sq")
         )
-        bad = getattr(self, "found_inf", None)
+        bad, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)  # a GradScaler sets both
+        if bad is not None and bad.device.type == "mps" and bad:  # whose kernel does not look at it
+            return
         torch._foreach_add_(steps, 1)
         torch._fused_adamw_(
             parameters, [p.grad for p in parameters], means, squares, [], steps,
             lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
-            eps=group["eps"], amsgrad=False, maximize=False, grad_scale=None, found_inf=bad,
+            eps=group["eps"], amsgrad=False, maximize=False, grad_scale=scale, found_inf=bad,
         )  # fmt: skip
         if bad is not None:
             torch._foreach_sub_(steps, [bad] * len(steps))
@@ -102,6 +106,7 @@ class Muon(AdamW):
             for (_, cuts), matrices in stacks.items()
         ]  # fmt: skip
         super().__init__(groups, lr=learning_rate, betas=betas, fused=True)
+        self._step_supports_amp_scaling = False  # a GradScaler is to unscale the gradients itself
         listed = [id(parameter) for group in self.param_groups for parameter in group["params"]]
         assert sorted(listed) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 

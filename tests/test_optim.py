@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -38,6 +39,45 @@ def test_the_fused_update_equals_the_plain_one() -> None:
         plain.step()
     for a, b in zip(ours.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_gradient_scaler_works_as_with_other_optimizers(kind: str) -> None:
+    """As in scripts of their own, which leave it to the scaler to divide, and to skip what is not finite."""
+    torch.manual_seed(0)
+    scaled = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=8))
+    plain = copy.deepcopy(scaled)
+    optimizers = [adamw(m, 1e-2, (0.9, 0.95), 0.1) if kind == "adamw" else muon(m) for m in (scaled, plain)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    x = torch.randint(20, (2, 8))
+    for step in range(5):
+        if step == 2:
+            loss = scaled(x, x)[1] * math.inf
+        else:
+            loss = scaled(x, x)[1]
+            plain(x, x)[1].backward()
+            optimizers[1].step()
+            optimizers[1].zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizers[0])
+        scaler.update()
+        optimizers[0].zero_grad()
+    for a, b in zip(scaled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_closure_is_called_with_gradients() -> None:
+    model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=8))
+    optimizer, x = adamw(model, 1e-2, (0.9, 0.95), 0.1), torch.randint(20, (2, 8))
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss: torch.Tensor = model(x, x)[1]
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(3)]
+    assert losses[2] < losses[0]
 
 
 def muon(model: GPT, dtype: torch.dtype = torch.float32) -> Muon:
