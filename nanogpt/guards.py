@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,6 @@ import torch
 from torch import Tensor
 
 from nanogpt.checkpoint import Progress
-from nanogpt.data.batches import dropout_seed
-from nanogpt.distributed import no_gradient_exchange
 from nanogpt.errors import DivergedError, UserError
 from nanogpt.files import write_json
 from nanogpt.spread import whole
@@ -42,10 +41,13 @@ class Guard:
         """Bring the counts into the run's progress, where checkpoints find them."""
         self._run.progress.skipped, self._run.progress.clipped = int(self._skipped), int(self._clipped)
 
-    def check(self, x: Tensor, y: Tensor, document_ids: Tensor | None, learning_rate: float) -> None:
-        """Raise `DivergedError` if too many updates in a row had to be skipped, the last one with this batch."""
+    def check(self, backward: Callable[[], Tensor], learning_rate: float) -> None:
+        """Raise `DivergedError` if too many updates in a row had to be skipped.
+
+        `backward` computes the gradients of the last one again, and returns its loss.
+        """
         if int(self._in_a_row) >= self._run.config.max_bad_steps:
-            raise DivergedError(_diagnosis(self._run, x, y, document_ids, learning_rate, int(self._in_a_row)))
+            raise DivergedError(_diagnosis(self._run, backward, learning_rate, int(self._in_a_row)))
 
     def clip_fraction(self) -> float:
         """The share of the last `health_interval` updates whose gradient was clipped; counts anew from here."""
@@ -68,23 +70,13 @@ def is_spike(progress: Progress, loss: float) -> bool:
     return found
 
 
-def _diagnosis(run: Run, x: Tensor, y: Tensor, document_ids: Tensor | None, learning_rate: float, in_a_row: int) -> str:
-    """Compute the gradient of the last batch again, write what is known to diverged.json, and say it in a sentence."""
+def _diagnosis(run: Run, backward: Callable[[], Tensor], learning_rate: float, in_a_row: int) -> str:
+    """Compute the last gradients again, write what is known to diverged.json, and say it in a sentence."""
     config, step = run.config, run.progress.step - 1
-    loss = torch.zeros((), device=x.device)
-    torch.manual_seed(dropout_seed(config.seed, step, run.world.rank))
     run.optimizer.zero_grad()
-    count = math.ceil(len(x) / config.batch_size)
-    ids = [None] * count if document_ids is None else document_ids.tensor_split(count)
-    for inputs, targets, documents in zip(x.tensor_split(count), y.tensor_split(count), ids, strict=True):
-        with no_gradient_exchange(run.network, is_last=False), run.device.autocast():
-            _, part = run.model(inputs, targets, document_ids=documents, return_logits=False)
-            part = part * (len(inputs) / len(x))
-        run.scaler.scale(part).backward()
-        loss += part.detach()
-    loss = run.world.mean(loss)
+    loss = run.world.mean(backward())
     named = {name: whole(p.grad.norm()) for name, p in run.model.named_parameters() if p.grad is not None}
-    values = run.world.mean(torch.stack(list(named.values()))) / run.scaler.get_scale()  # one that is bad makes it bad
+    values = torch.stack(list(named.values())) / run.scaler.get_scale()
     norms = dict(zip(named, values.tolist(), strict=True))
     run.optimizer.zero_grad()
     report: dict[str, Any] = {
@@ -107,5 +99,12 @@ def _diagnosis(run: Run, x: Tensor, y: Tensor, document_ids: Tensor | None, lear
         f"loss or gradient was not finite in {in_a_row} updates in a row, up to update {step}: loss {loss.item()}, "
         f"learning rate {learning_rate:g}, {len(report['not_finite'])} of {len(norms)} gradients not finite. They were "
         f"skipped, so the checkpoints in {config.out_dir} know nothing of them; {path} has the norms of all layers and "
-        f"says which batch it was. Try a lower learning_rate, grad_clip=1 (now {config.grad_clip:g}), or dtype=float32"
+        f"says which batch it was. Try {ways_out(run)}"
     )
+
+
+def ways_out(run: Run) -> str:
+    """What to try against losses that are not finite, as far as it is not in use."""
+    ways = [f"a lower learning_rate (now {run.config.learning_rate:g})"]
+    ways += ["grad_clip=1"] * (run.config.grad_clip != 1) + ["dtype=float32"] * (run.device.dtype != torch.float32)
+    return ", or ".join(ways)

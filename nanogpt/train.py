@@ -5,10 +5,12 @@ import itertools
 import logging
 import math
 import os
+import shlex
 import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from nanogpt.device import Device, choose
 from nanogpt.distributed import World, contact, joined, keep_log, no_gradient_exchange, this_process
 from nanogpt.errors import DivergedError
 from nanogpt.files import locked, remove_unfinished
-from nanogpt.guards import Guard, is_spike
+from nanogpt.guards import Guard, is_spike, ways_out
 from nanogpt.health import Checkup
 from nanogpt.infer.text import short_sample
 from nanogpt.optim import learning_rate_at
@@ -95,6 +97,7 @@ def train_until_done(run: Run) -> int:
             is_last = step >= config.max_iters
             if (step % config.eval_interval == 0 or is_last) and progress.evaluated != step:
                 guard.store()
+                console.say("evaluating")
                 stopped = not evaluate_and_save(run, metrics, saver, stopping)
             if is_last or stopped:
                 break
@@ -118,7 +121,7 @@ def train_until_done(run: Run) -> int:
             if is_due:
                 values = {"train/loss": world.mean(loss).item(), "lr": learning_rate, "grad_norm": grad_norm.item()}
                 record(run, metrics, console, values, seconds / updates)
-                guard.check(x, y, document_ids(run, x), learning_rate)
+                guard.check(partial(backward, run, x, y, step), learning_rate)
                 seconds, updates = 0.0, 0
             if checkup:
                 inputs = x[:1]  # one row tells as much
@@ -144,7 +147,7 @@ def train_until_done(run: Run) -> int:
         skipped = f"{progress.skipped} updates skipped, " if progress.skipped else ""
         log.info(
             f"done: {progress.step} updates, {progress.seconds:.1f} s of training, {skipped}best validation loss "
-            f"{progress.best_val_loss:.4f}; to see text: python sample.py --out_dir={config.out_dir}"
+            f"{progress.best_val_loss:.4f}; to see text: python sample.py --out_dir={shlex.quote(config.out_dir)}"
         )
         return 0
 
@@ -215,10 +218,29 @@ def settle_sums(run: Run) -> None:
         return
     x, y = next_batch(run, run.progress.step)
     rows = slice(run.config.batch_size)
-    with run.device.autocast():
-        _, loss = run.network(x[rows], y[rows], document_ids=document_ids(run, x[rows]), return_logits=False)
-    loss.backward()
+    backward(run, x[rows], y[rows], run.progress.step)
     run.optimizer.zero_grad(set_to_none=True)
+
+
+def loss_of(run: Run, network: Any, x: Tensor, y: Tensor) -> Tensor:
+    """The mean loss of rows x, y (B, T)."""
+    with run.device.autocast():
+        _, loss = network(x, y, document_ids=document_ids(run, x), return_logits=False)
+    return loss  # type: ignore[no-any-return]
+
+
+def backward(run: Run, x: Tensor, y: Tensor, step: int) -> Tensor:
+    """Add up the gradients of this process's rows x, y (micro-batches * B, T); returns their mean loss."""
+    if run.config.dropout:  # what is dropped out is a function of (seed, step), too
+        torch.manual_seed(dropout_seed(run.config.seed, step, run.world.rank))
+    total = torch.zeros((), device=x.device)
+    count = math.ceil(len(x) / run.config.batch_size)
+    for n, (inputs, targets) in enumerate(zip(x.tensor_split(count), y.tensor_split(count), strict=True), start=1):
+        with no_gradient_exchange(run.network, is_last=n == count):
+            loss = loss_of(run, run.network, inputs, targets) * (len(inputs) / len(x))
+            total += loss.detach()
+            run.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    return total
 
 
 def update(
@@ -229,27 +251,17 @@ def update(
     Returns, on the device: the mean loss over these rows; the gradient norm (of all rows) before clipping; whether the
     update was skipped, in all processes, because one of them is not finite.
     """
-    config, model, optimizer, scaler = run.config, run.model, run.optimizer, run.scaler
-    if config.dropout:  # what is dropped out is a function of (seed, step), too
-        torch.manual_seed(dropout_seed(config.seed, run.progress.step, run.world.rank))
+    model, optimizer, scaler = run.model, run.optimizer, run.scaler
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_scale", 1.0)
-    total = torch.zeros((), device=x.device)
-    count = math.ceil(len(x) / config.batch_size)
-    for n, (inputs, targets) in enumerate(zip(x.tensor_split(count), y.tensor_split(count), strict=True), start=1):
-        with no_gradient_exchange(run.network, is_last=n == count):
-            with run.device.autocast():
-                _, loss = run.network(inputs, targets, document_ids=document_ids(run, inputs), return_logits=False)
-                loss = loss * (len(inputs) / len(x))  # gradients add up over the micro-batches
-            total += loss.detach()
-            scaler.scale(loss).backward()
+    total = backward(run, x, y, run.progress.step)
     scaler.unscale_(optimizer)
     if checkup:
         checkup.before_step()
-    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), run.config.grad_clip or math.inf))
     is_bad = run.world.any_tensor(~torch.isfinite(total + grad_norm))
     optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]  # then it changes nothing
-    scaler.step(optimizer)
+    optimizer.step()  # not scaler.step, which knows the gradients of this process only
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return total, grad_norm, is_bad
@@ -274,8 +286,7 @@ def estimate_losses(run: Run, stopping: Callable[[], bool]) -> dict[str, float] 
             starts = window_starts(len(tokens), T, seed=0, step=k, rows=config.batch_size, stream=EVALUATION)
             ids = run.device.put(gather(tokens, starts, T, model.config.vocab_size))
             x, y = ids[:, :-1], ids[:, 1:]
-            with run.device.autocast():
-                _, loss = model(x, y, document_ids=document_ids(run, x), return_logits=False)
+            loss = loss_of(run, model, x, y)
             if k < config.eval_iters:
                 total += loss
         losses[split] = run.world.mean(total).item() * run.world.size / config.eval_iters
@@ -323,8 +334,7 @@ def evaluate_and_save(run: Run, metrics: Metrics, saver: Saver, stopping: Callab
     if not math.isfinite(losses["val"]):
         raise DivergedError(
             f"the loss is {losses['val']} after {progress.step} updates; nothing was saved over the checkpoints in "
-            f"{config.out_dir}. Try a lower learning_rate (now {config.learning_rate:g}), grad_clip=1 (now "
-            f"{config.grad_clip:g}), or dtype=float32"
+            f"{config.out_dir}. Try {ways_out(run)}"
         )
     is_best = losses["val"] < progress.best_val_loss
     is_last = progress.step >= config.max_iters

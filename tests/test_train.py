@@ -317,9 +317,9 @@ def test_the_best_model_is_never_replaced_by_a_worse_one(recipe: Recipe, monkeyp
     assert Path(recipe().out_dir, "best.pt").read_bytes() == best
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(("optimizer", "dtype"), [("adamw", "float32"), ("muon", "float32"), ("adamw", "float16")])
 def test_updates_that_are_not_finite_are_skipped_and_counted(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, optimizer: str
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, optimizer: str, dtype: str
 ) -> None:
     real, poisoned = train.next_batch, {2, 3}
 
@@ -340,7 +340,7 @@ def test_updates_that_are_not_finite_are_skipped_and_counted(
     real_update = train.update
     monkeypatch.setattr(train, "update", update)
     monkeypatch.setattr(train, "next_batch", real)
-    assert train.train(recipe(optimizer=optimizer)) == 0
+    assert train.train(recipe(optimizer=optimizer, dtype=dtype)) == 0
     last = checkpoint.load(Path(recipe().out_dir, "ckpt.pt"))
     assert (last.progress.skipped, last.progress.step) == (2, 6)
     assert all(tensor.isfinite().all() for tensor in last.weights.values())
@@ -471,6 +471,21 @@ def test_resuming_names_what_has_changed(recipe: Recipe, capsys: pytest.CaptureF
     assert "changed since the checkpoint: max_iters = 3, was 4" in out
     assert out.count("changed since") == 2
     assert "nothing to train: max_iters=3 is reached" in out
+
+
+def test_float16_skips_a_norm_that_overflows_though_no_gradient_does(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflowing(parameters: Any, max_norm: float) -> torch.Tensor:
+        for parameter in parameters:
+            parameter.grad.fill_(1e25)
+        return torch.tensor(float("inf"))
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflowing)
+    train.train(recipe(dtype="float16", max_iters=2))
+    last = checkpoint.load(Path(recipe().out_dir, "ckpt.pt"))
+    assert last.progress.skipped == 2
+    assert all((state["exp_avg"] == 0).all() for state in last.optimizer["state"].values())  # type: ignore[index]
 
 
 def test_float16_trains_with_a_scaler(recipe: Recipe) -> None:

@@ -18,6 +18,7 @@ def test_on_a_terminal_there_is_a_bar_below_the_lines(
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with Console(total=3, done=1) as console:
+        console.say("evaluating")
         logging.getLogger("nanogpt").info("step 1: loss")
         console.report(2.0, "iter 1: loss 2.0", "evaluation in 5")
         console.report(3.0, "iter 2: loss 3.0", "evaluation in 4")
@@ -25,6 +26,7 @@ def test_on_a_terminal_there_is_a_bar_below_the_lines(
         console._bar.refresh()
     out, err = capsys.readouterr()
     assert out == "step 1: loss\n"
+    assert "1 of 3, ? left, evaluating" in err
     assert "2 of 3" in err
     assert "loss 2.2000, evaluation in 4" in err
 
