@@ -31,14 +31,14 @@ Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # new keys and val
 class LayerNorm(nn.Module):
     """Layer normalisation whose bias is optional."""
 
-    def __init__(self, size: int, bias: bool, eps: float = 1e-5) -> None:
+    def __init__(self, ndim: int, bias: bool, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
-        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
+        self.weight = nn.Parameter(torch.ones(ndim))
+        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)  # they may travel in fewer digits than x has
+        bias = None if self.bias is None else self.bias.to(x.dtype)  # FSDP may bring both in bfloat16
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, eps=self.eps)
 
 
@@ -178,7 +178,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two matrices with a bend between them, for every token alone; in SwiGLU a third opens and closes the gates."""
+    """Two matrices with a nonlinearity between them, for every token alone; in SwiGLU a third one gates it."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -251,11 +251,15 @@ class Transformer(nn.Module):
         else:
             rotary = rotations(positions, self.config)
         x = self.drop(x)
+        # what a block must know beside x: in GPT-2, nothing
+        context: dict[str, Any] = {name: v for name, v in (("rotary", rotary), ("mask", mask)) if v is not None}
         for n, block in enumerate(self.h):
-            if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, rotary, mask, use_reentrant=False)
+            if cache is not None:
+                x = block(x, **context, remember=partial(cache.append, n))
+            elif self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, **context, use_reentrant=False)
             else:
-                x = block(x, rotary, mask, None if cache is None else partial(cache.append, n))
+                x = block(x, **context)
         x = self.ln_f(x)
         return x
 
