@@ -4,6 +4,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 PY := .venv/bin/python
 INSTALLED := .venv/installed
+RUNS := .venv/runs
 
 .PHONY: help install demo test lint test-slow test-faults bench pictures clean
 
@@ -13,16 +14,18 @@ help:
 # make install: .venv with all dependencies in the tested versions; PIP_ARGS="--extra-index-url ..." chooses a torch build
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
+# what the programs need to run, and what the checks need beside it
+$(RUNS) $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "nanoGPT needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
-	@touch $@
+	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt \
+		-e '.[$(if $(filter $(RUNS),$@),plot,dev)]'
+	@touch $@ $(RUNS)
 
-demo: install
+demo: $(RUNS)
 	$(PY) data/pystdlib/prepare.py
-	$(PY) train.py config/train_pystdlib_fast.py
+	$(PY) train.py config/train_pystdlib_fast.py --resume=auto
 	$(PY) sample.py --out_dir=out-pystdlib-fast --num_samples=2 --max_new_tokens=400 --start='def '
 	$(PY) -m nanogpt plot out-pystdlib-fast
 	@echo

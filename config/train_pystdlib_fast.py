@@ -3,7 +3,8 @@
 # $ python train.py config/train_pystdlib_fast.py
 
 out_dir = "out-pystdlib-fast"
-eval_iters = 1  # the loss that it prints at the end is a glance; nanogpt eval measures it
+eval_interval = 100  # with a look at what it writes by then
+eval_iters = 1  # the losses of evaluations are a glance; nanogpt eval measures them
 log_interval = 20
 dataset = "pystdlib"
 
@@ -12,7 +13,6 @@ gradient_accumulation_steps = 1
 batch_size = 16
 block_size = 256
 max_iters = 500
-eval_interval = max_iters
 
 # 0.71M parameters
 architecture = "qwen3"  # rotary positions, normalised queries and keys, SwiGLU
