@@ -20,7 +20,6 @@ class _ModelConfig(Settings):
     checkpoint: str = "auto"  # best (lowest validation loss), last, or a file; auto: best, else last
 
     def problems(self) -> Iterator[str]:
-        """Everything that is inconsistent, one sentence each."""
         yield from super().problems()
         yield from init_from_problems(self.init_from)
 
@@ -53,7 +52,6 @@ class ExportConfig(SourceConfig):
     force: bool = False  # replace what is there, where it is an earlier export
 
     def problems(self) -> Iterator[str]:
-        """Everything that is inconsistent, one sentence each."""
         yield from super().problems()
         if not self.output:
             yield "where to? name the folder or file to write: --output=PATH"
@@ -94,7 +92,6 @@ class SampleConfig(TrainedModelConfig):
         return others | {"init_from"} if others and "out_dir" in names else others
 
     def problems(self) -> Iterator[str]:
-        """Everything that is inconsistent, one sentence each."""
         yield from super().problems()
         yield from out_of_range(self, ">= 1", "num_samples")
         yield from out_of_range(self, ">= 0", "max_new_tokens temperature top_k")
@@ -141,7 +138,6 @@ class ServeConfig(_ModelConfig, Machine):
     compile: bool | Literal["auto"] = False  # only for the sake of uniformity: decoding is faster without
 
     def problems(self) -> Iterator[str]:
-        """Everything that is inconsistent, one sentence each."""
         yield from super().problems()
         if not self.out_dir:
             yield "out_dir is empty: expected run folders"
@@ -172,7 +168,6 @@ class EvalConfig(TrainedModelConfig):
     block_size: int = 0  # window length; 0: the model's
 
     def problems(self) -> Iterator[str]:
-        """Everything that is inconsistent, one sentence each."""
         yield from super().problems()
         yield from out_of_range(self, ">= 1", "batch_size")
         yield from out_of_range(self, ">= 0", "block_size limit")
@@ -214,7 +209,6 @@ class PrepareConfig(Settings):
     verbosity: Literal["quiet", "normal", "debug"] = "normal"  # of log lines; quiet: results and warnings only
 
     def problems(self) -> Iterator[str]:
-        """Everything that is inconsistent, one sentence each."""
         if not self.name:
             yield "which data set? for example: nanogpt prepare pystdlib"
         if self.name in (".", "..") or "/" in self.name or "\\" in self.name:
@@ -245,11 +239,11 @@ class PlotConfig(Settings):
 
     # --- runs ---
     out_dir: list[str] = field(default_factory=lambda: ["out"])  # run folders
-    output: str = ""  # picture to write: .png, .svg or .pdf; empty: loss.png in the first run's folder
+    output: str = ""  # picture to write: .png, .svg or .pdf; empty: loss.png in the run's folder, of
+    # several runs comparison.png in this one
     loss: float = 0.0  # of several runs, say how long each took to this validation loss; 0: to the worst of their best
 
     def problems(self) -> Iterator[str]:
-        """Everything that is inconsistent, one sentence each."""
         if self.output and not self.output.endswith((".png", ".svg", ".pdf")):
             yield f"output={self.output}: expected a name that ends in .png, .svg or .pdf"
 

@@ -28,7 +28,7 @@ def plot(config: PlotConfig) -> None:
     Raises `ConfigError` without matplotlib, `CheckpointError` if a folder holds no run.
     """
     runs = [open_run(Path(path)) for path in config.out_dir]
-    target = Path(config.output or Path(config.out_dir[0]) / "loss.png")
+    target = Path(config.output or ("comparison.png" if runs[1:] else Path(config.out_dir[0]) / "loss.png"))
     draw(runs, target)
     print(f"drew {target}")
     if len(runs) > 1:

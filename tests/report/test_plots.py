@@ -16,7 +16,9 @@ from tests.report.test_runs import write_run
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_several_runs_in_one_picture(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_runs_in_one_picture(
+    suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     write_run(tmp_path / "one", [4.0, 3.0, 2.5], learning_rate=0.1, n_layer=2, out_dir="one")
     write_run(tmp_path / "two", [4.0, 2.0], learning_rate=0.2, n_layer=2, out_dir="two")
@@ -27,6 +29,10 @@ def test_several_runs_in_one_picture(suffix: str, tmp_path: Path, capsys: pytest
     assert lines[1] == ["run", "updates", "best", "loss", "training", "to", "2.5000"]
     assert lines[2:4] == [["one", "20", "2.5000", "4", "s"], ["two", "10", "2.0000", "2", "s"]]
     assert lines[5:] == [["setting", "one", "two"], ["learning_rate", "0.1", "0.2"], ["max_iters", "20", "10"]]
+    monkeypatch.chdir(tmp_path)
+    plot(PlotConfig(out_dir=["one", "two"]))
+    assert Path("comparison.png").exists()
+    assert not Path("one", "loss.png").exists()
 
 
 def test_a_picture_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
