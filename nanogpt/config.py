@@ -30,7 +30,6 @@ class Machine(Settings):
     verbosity: Literal["quiet", "normal", "debug"] = "normal"  # of log lines; quiet: results and warnings only
 
     def problems(self) -> Iterator[str]:
-        """Everything that is inconsistent, one sentence each."""
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             yield f"device={self.device!r}: expected auto, cpu, mps, cuda or cuda:N"
         if not 0 <= self.seed < 2**63:
@@ -60,7 +59,6 @@ class _Network(Shape, Machine):
         return GPTConfig(vocab_size=vocab_size, **settings)
 
     def problems(self) -> Iterator[str]:
-        """Everything that is inconsistent, one sentence each."""
         yield from super().problems()
         if self.model and self.model not in PRESETS:
             yield f"model={self.model!r}: expected one of {', '.join(PRESETS)}"
@@ -197,7 +195,6 @@ class TrainConfig(_Network):
         )
 
     def problems(self) -> Iterator[str]:
-        """Everything that is inconsistent, one sentence each."""
         yield from super().problems()
         if not self.out_dir:
             yield "out_dir is empty: expected a folder"
@@ -217,7 +214,8 @@ class TrainConfig(_Network):
         yield from init_from_problems(self.init_from, "scratch")
         if self.optimizer == "adamw" and not self.learning_rate:
             yield "learning_rate=0 follows from the shape with optimizer=muon only; set --learning_rate=6e-4 or another"
-        if self.decay_lr and self.n_embd > 0 and self.min_lr > (rate := self.with_derived_rates().learning_rate):
+        rate = self.with_derived_rates().learning_rate if self.n_embd > 0 else 0.0
+        if self.decay_lr and 0 < rate < self.min_lr:
             yield (
                 f"min_lr={self.min_lr:g} is above learning_rate={rate:g}, so the rate would rise; "
                 f"set --min_lr={rate / 10:g} or --decay_lr=False"
@@ -236,7 +234,6 @@ class PlanConfig(TrainConfig):
     mfu: float = 0.4  # share of the peak that the training reaches; 0.3 to 0.5 is usual for GPUs
 
     def problems(self) -> Iterator[str]:
-        """Everything that is inconsistent, one sentence each."""
         yield from super().problems()
         yield from out_of_range(self, ">= 1", "gpus nodes")
         yield from out_of_range(self, ">= 0", "gpu_memory")
@@ -268,7 +265,6 @@ class BenchConfig(_Network):
         return TrainConfig(**settings, gradient_accumulation_steps=1)
 
     def problems(self) -> Iterator[str]:
-        """Everything that is inconsistent, one sentence each."""
         yield from out_of_range(self, ">= 1", "steps")
         yield from out_of_range(self, ">= 0", "warmup_steps")
         yield from self.train_config().problems()

@@ -99,7 +99,6 @@ class GPTConfig(Shape):
         return self.architecture == "gpt2"
 
     def problems(self) -> Iterator[str]:
-        """Everything that is inconsistent, one sentence each."""
         for name in ("architecture", "activation"):
             if getattr(self, name) not in (known := get_args(get_type_hints(GPTConfig)[name])):
                 yield f"{name}={getattr(self, name)!r}: expected {' or '.join(known)}"
