@@ -213,8 +213,7 @@ class Block(nn.Module):
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, mask: Any = None, remember: Remember | None = None
     ) -> Tensor:
         x = x + self.attn(self.ln_1(x), rotary, mask, remember)
-        x = x + self.mlp(self.ln_2(x))
-        return x
+        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
 
 
 class Transformer(nn.Module):
@@ -260,8 +259,7 @@ class Transformer(nn.Module):
                 x = checkpoint(block, x, **context, use_reentrant=False)
             else:
                 x = block(x, **context)
-        x = self.ln_f(x)
-        return x
+        return self.ln_f(x)  # type: ignore[no-any-return]
 
 
 class _NothingDrawn(TorchFunctionMode):
@@ -291,9 +289,8 @@ class GPT(nn.Module):
 
     def tie_weights(self) -> None:
         """Let head and token embedding share one matrix: a token is recognised by what it is embedded as."""
-        if not self.config.tied_head:
-            return
-        self.lm_head.weight = self.transformer.wte.weight
+        if self.config.tied_head:
+            self.lm_head.weight = self.transformer.wte.weight
 
     @torch.no_grad()
     def init_weights(self, zero_init: bool = False) -> None:
@@ -341,6 +338,9 @@ class GPT(nn.Module):
         """
         with torch.device("meta"), _NothingDrawn():
             model = cls(config)
+        for name, parameter in model.state_dict().items():
+            if name in weights and (shape := tuple(weights[name].shape)) != tuple(parameter.shape):
+                raise RuntimeError(f"{name} has shape {shape}, expected {tuple(parameter.shape)}")
         model.load_state_dict(weights, assign=True)
         model.tie_weights()  # assigning has untied them
         return model.requires_grad_()

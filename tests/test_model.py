@@ -12,7 +12,7 @@ import torch
 from nanogpt.config import GPTConfig
 from nanogpt.data.batches import document_ids_of
 from nanogpt.errors import ConfigError
-from nanogpt.model import GPT, attend, document_mask, positions_in
+from nanogpt.model import GPT, Block, attend, document_mask, positions_in
 from tests.conftest import random_ids
 
 TINY = {"block_size": 24, "vocab_size": 61, "n_layer": 3, "n_head": 4, "n_embd": 32}
@@ -44,6 +44,26 @@ def as_transformers(model: GPT) -> Any:
     assert set(state) == set(ours)
     theirs.load_state_dict(ours)
     return theirs
+
+
+class PlainBlock(Block):
+    def forward(self, x: torch.Tensor, **context: Any) -> torch.Tensor:  # type: ignore[override]
+        return x + self.attn(self.ln_1(x), **context) + self.mlp(self.ln_2(x))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
+def test_a_block_of_ones_own_takes_its_place(architecture: str) -> None:
+    model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=8, architecture=architecture))  # type: ignore[arg-type]
+    model.transformer.h[0] = PlainBlock(model.config)
+    idx = torch.tensor([[1, 2, 3]])
+    model(idx, idx)[1].backward()
+    alone = model.generate(idx, 4, temperature=0)
+    with torch.no_grad():
+        for n in range(3, 7):
+            assert model(alone[:, :n])[0].argmax() == alone[0, n]
+    if architecture == "gpt2":
+        model.transformer.h[0].forward = lambda x: x  # needs nothing beside x
+        assert model(idx, idx)[1].isfinite()
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])

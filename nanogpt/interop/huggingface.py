@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -22,10 +22,34 @@ from nanogpt.shape import GPT2_NAMES, GPTConfig, wrong_types
 
 log = logging.getLogger(__name__)
 
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+_ACTIVATIONS: dict[str, Literal["gelu", "gelu_tanh"]] = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+}
 # what `save_pretrained` writes
 FOLDER = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
           "README.md"}  # fmt: skip
+# their names for fields of GPTConfig, and what they take where the file says nothing
+_NAMES = {
+    "gpt2": {
+        "vocab_size": "vocab_size", "n_positions": "block_size", "n_embd": "n_embd", "n_layer": "n_layer",
+        "n_head": "n_head", "n_inner": "n_hidden", "layer_norm_epsilon": "norm_eps", "tie_word_embeddings": "tied_head",
+    },
+    "llama": {
+        "vocab_size": "vocab_size", "max_position_embeddings": "block_size", "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head",
+        "head_dim": "head_size", "intermediate_size": "n_hidden", "rms_norm_eps": "norm_eps",
+        "tie_word_embeddings": "tied_head", "attention_bias": "bias", "mlp_bias": "mlp_bias",
+    },
+}  # fmt: skip
+_NAMES["qwen3"] = {theirs: ours for theirs, ours in _NAMES["llama"].items() if theirs != "mlp_bias"}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+    "llama": {"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+              "attention_bias": False, "mlp_bias": False},
+}  # fmt: skip
+_DEFAULTS["qwen3"] = _DEFAULTS["llama"]
 _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -48,16 +72,10 @@ def load_pretrained(name: str, device: str = "cpu", *, dropout: float = 0.0) -> 
     shape = replace(shape_of(folder), dropout=dropout)
     tokenizer = tokenizer_of(folder, shape)
     try:
-        places = _find_weights(folder, shape)
-        with torch.device("meta"):
-            model = GPT(shape)
-        _check_shapes(model, places)  # before anything is allocated
-        model.to_empty(device=device)
-        model.tie_weights()
-        _copy_weights(model, places)
+        model = GPT.from_weights(shape, _read_weights(folder, shape))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    return Pretrained(model.requires_grad_().eval(), tokenizer)
+    return Pretrained(model.to(device).eval(), tokenizer)
 
 
 def folder_of(name: str) -> Path:
@@ -93,6 +111,12 @@ def shape_of(folder: Path) -> GPTConfig:
         raise CheckpointError(f"{folder}: its config.json describes no model that can be built here: {what}") from error
 
 
+def _fields(config: dict[str, Any], architecture: str) -> dict[str, Any]:
+    """The fields of a shape that a config.json names. Raises `KeyError` for one that it must."""
+    values = {**_DEFAULTS[architecture], **config}
+    return {ours: values[theirs] for theirs, ours in _NAMES[architecture].items()}
+
+
 def _gpt2_shape(config: dict[str, Any]) -> GPTConfig:
     usual = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
     for name, value in usual.items():
@@ -101,18 +125,7 @@ def _gpt2_shape(config: dict[str, Any]) -> GPTConfig:
     activation = config.get("activation_function", "gelu_new")
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation_function is {activation!r}; known: {', '.join(_ACTIVATIONS)}")
-    return GPTConfig(
-        block_size=config["n_positions"],
-        vocab_size=config["vocab_size"],
-        n_layer=config["n_layer"],
-        n_head=config["n_head"],
-        n_embd=config["n_embd"],
-        n_hidden=config.get("n_inner") or 0,
-        bias=True,
-        activation="gelu" if _ACTIVATIONS[activation] == "gelu" else "gelu_tanh",
-        norm_eps=config.get("layer_norm_epsilon", 1e-5),
-        tied_head=config.get("tie_word_embeddings", True),
-    )
+    return GPTConfig(bias=True, activation=_ACTIVATIONS[activation], **_fields(config, "gpt2"))
 
 
 def _llama_shape(config: dict[str, Any]) -> GPTConfig:
@@ -129,21 +142,10 @@ def _llama_shape(config: dict[str, Any]) -> GPTConfig:
     if rope_type not in ("default", "llama3"):
         raise ValueError(f"rope_type is {rope_type!r}; known: default, llama3")
     return GPTConfig(
-        block_size=config["max_position_embeddings"],
-        vocab_size=config["vocab_size"],
-        n_layer=config["num_hidden_layers"],
-        n_head=config["num_attention_heads"],
-        n_embd=config["hidden_size"],
-        bias=config.get("attention_bias", False),
-        architecture="llama" if kind == "llama" else "qwen3",
-        n_kv_head=config.get("num_key_value_heads") or 0,
-        head_size=config.get("head_dim") or 0,
-        n_hidden=config["intermediate_size"],
-        mlp_bias=config.get("mlp_bias", False),
-        tied_head=config.get("tie_word_embeddings", False),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
+        architecture=kind,
         rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10_000.0,
         rope_scaling=[float(rope[key]) for key in _SCALING] if rope_type == "llama3" else [],
+        **_fields(config, kind),
     )
 
 
@@ -206,64 +208,39 @@ def _llama_layout(shape: GPTConfig) -> Iterator[Part]:
             yield Part(f"{theirs}.mlp.down_proj.{kind}", f"{ours}.mlp.c_proj.{kind}")
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a part of a model lies on disk."""
-
-    part: Part
-    path: Path
-    name: str
-    shape: tuple[int, ...]
-
-    def target(self, model: GPT) -> torch.Tensor:
-        """The rows of the model's parameter that it fills."""
-        return model.get_parameter(self.part.ours)[slice(*self.part.rows) if self.part.rows else slice(None)]
-
-
-def _find_weights(folder: Path, shape: GPTConfig) -> list[Place]:
-    """Where the parts of a model lie in the safetensors of `folder`. Raises `ValueError` unless just these do."""
+def _read_weights(folder: Path, shape: GPTConfig) -> dict[str, torch.Tensor]:
+    """The weights in `folder` under our names, in float32. Raises `ValueError` unless just those are there."""
     from safetensors import SafetensorError, safe_open
 
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         pickled = ": its weights are pickled, and a pickle can run any code" if list(folder.glob("*.bin")) else ""
         raise ValueError(f"no *.safetensors there{pickled}; safetensors are what transformers' save_pretrained writes")
-    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    found: dict[str, Path] = {}
     for path in paths:
         try:
             with safe_open(path, "pt") as file:
-                found |= {name: (path, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
+                found |= dict.fromkeys(file.keys(), path)
         except SafetensorError as error:
             raise ValueError(f"{path.name} is damaged: {error}") from error
-    places = []
+    parts: dict[str, list[torch.Tensor]] = {}
     for part in layout(shape):
         # the oldest files of GPT-2 have no prefix
         name = next((n for n in (part.theirs, part.theirs.partition(".")[2]) if n in found), None)
         if name is None:
             raise ValueError(f"the weights lack {part.theirs}")
-        places.append(Place(part, found[name][0], name, found.pop(name)[1]))
+        with safe_open(found.pop(name), "pt") as file:  # opened anew: what was mapped for the last one is let go
+            tensor = file.get_tensor(name).float()
+        if part.rows and len(tensor) != part.rows[1] - part.rows[0]:
+            raise ValueError(f"{name} has {len(tensor)} rows, but config.json says {part.rows[1] - part.rows[0]}")
+        parts.setdefault(part.ours, []).append(tensor.t() if part.transposed else tensor)
     ignored = (".attn.bias", ".attn.masked_bias", "lm_head.weight", "rotary_emb.inv_freq")  # computed, or tied
     if unknown := [name for name in found if not name.endswith(ignored)]:
         raise ValueError(f"{len(unknown)} tensors of the weights have no place in the model, {unknown[0]} for one")
-    return places
-
-
-def _check_shapes(model: GPT, places: list[Place]) -> None:
-    for place in places:
-        shape = place.shape[::-1] if place.part.transposed else place.shape
-        if shape != (expected := tuple(place.target(model).shape)):
-            raise ValueError(f"{place.name} has shape {shape}, but config.json says {expected}")
-
-
-@torch.no_grad()
-def _copy_weights(model: GPT, places: list[Place]) -> None:
-    """Fill the model, one tensor at a time."""
-    from safetensors import safe_open
-
-    for place in places:
-        with safe_open(place.path, "pt") as file:  # opened anew: what was mapped for the last one is let go
-            tensor = file.get_tensor(place.name)
-        place.target(model).copy_(tensor.t() if place.part.transposed else tensor)
+    weights = {name: torch.cat(parts.pop(name)) for name in list(parts)}
+    if shape.tied_head:
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    return weights
 
 
 def tensors_of(model: GPT, vocab_size: int) -> Iterator[tuple[Part, torch.Tensor]]:
@@ -343,39 +320,19 @@ def save_pretrained(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch
 
 def config_of(shape: GPTConfig) -> dict[str, Any]:
     """The `config.json` that describes `shape`."""
-    common = {"vocab_size": shape.vocab_size, "tie_word_embeddings": shape.tied_head}
+    config: dict[str, Any] = {
+        "architectures": [
+            {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[shape.architecture]
+        ],
+        "model_type": shape.architecture,
+        **{theirs: getattr(shape, ours) for theirs, ours in _NAMES[shape.architecture].items()},
+    }
     if shape.is_gpt2:
-        return common | {
-            "architectures": ["GPT2LMHeadModel"],
-            "model_type": "gpt2",
-            "n_positions": shape.block_size,
-            "n_embd": shape.n_embd,
-            "n_layer": shape.n_layer,
-            "n_head": shape.n_head,
-            "n_inner": shape.n_hidden,
-            "activation_function": {"gelu": "gelu", "gelu_tanh": "gelu_new"}[shape.activation],
-            "layer_norm_epsilon": shape.norm_eps,
-            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), shape.dropout),
-        }
+        config["activation_function"] = {"gelu": "gelu", "gelu_tanh": "gelu_new"}[shape.activation]
+        return config | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), shape.dropout)
     scaling: dict[str, Any] | None = None
     if shape.rope_scaling:
         *factors, context = shape.rope_scaling
         scaling = {"rope_type": "llama3", **dict(zip(_SCALING, [*factors, int(context)], strict=True))}
-    config = common | {
-        "architectures": ["LlamaForCausalLM" if shape.architecture == "llama" else "Qwen3ForCausalLM"],
-        "model_type": shape.architecture,
-        "max_position_embeddings": shape.block_size,
-        "hidden_size": shape.n_embd,
-        "num_hidden_layers": shape.n_layer,
-        "num_attention_heads": shape.n_head,
-        "num_key_value_heads": shape.n_kv_head,
-        "head_dim": shape.head_size,
-        "intermediate_size": shape.n_hidden,
-        "hidden_act": "silu",
-        "rms_norm_eps": shape.norm_eps,
-        "rope_theta": shape.rope_theta,
-        "rope_scaling": scaling,
-        "attention_bias": shape.bias,
-        "attention_dropout": 0.0,
-    }
-    return config | ({"mlp_bias": shape.mlp_bias} if shape.architecture == "llama" else {"use_sliding_window": False})
+    config |= {"hidden_act": "silu", "rope_theta": shape.rope_theta, "rope_scaling": scaling, "attention_dropout": 0.0}
+    return config | ({"use_sliding_window": False} if shape.architecture == "qwen3" else {})

@@ -113,7 +113,7 @@ def change_config(**changes: Any) -> Callable[[Path], None]:
         (change_config(layer_norm_epsilon="1e-5"), "norm_eps is '1e-5', expected float"),
         (change_config(n_layer=2.0), "n_layer is 2.0, expected int"),
         (change_config(dataset="tiny", model_type=None), "it is of a run that has no checkpoint yet"),
-        (change_config(n_inner=63), "has shape (64, 16), but config.json says (63, 16)"),
+        (change_config(n_inner=63), "mlp.c_fc.weight has shape (64, 16), expected (63, 16)"),
         (change_config(n_head=3), "n_embd=16 is not a multiple of n_head=3"),
         (change_config(n_layer=3), "the weights lack transformer.h.2.ln_1.weight"),
         (change_config(n_layer=1), "have no place in the model"),
