@@ -76,11 +76,7 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set in at least one process; all must ask at the same point. No GPU has to wait."""
-        if self.size == 1:
-            return flag
-        flags = torch.tensor(float(flag))  # on the CPU, so through gloo
-        dist.all_reduce(flags)
-        return bool(flags > 0)
+        return bool(self.any_tensor(torch.tensor(flag)))  # on the CPU, so through gloo
 
     def any_tensor(self, flag: Tensor) -> Tensor:
         """The same for a flag () on the device, which nobody waits for."""
@@ -282,12 +278,12 @@ def choose_parallel(parallel: str, parameters: int, device: Device, world: World
     """Resolve the setting `parallel` and print the choice: ddp, fsdp, or none for a single process."""
     if world.size == 1:
         return "none"
-    state = parameters * _BYTES_OF_STATE
     fits = fits_ddp(parameters, device.total_memory())
     chosen = parallel if parallel != "auto" else "ddp" if fits else "fsdp"
     if chosen == "fsdp" and device.dtype == torch.float16:
         raise ConfigError("--parallel=fsdp computes in bfloat16 or float32, not in float16; set --dtype or take ddp")
-    why = f"auto: a training state of {state / 1e9:.1f} GB {'fits' if fits else 'does not fit'} beside its activations"
+    size = f"{parameters * _BYTES_OF_STATE / 1e9:.2g} GB of weights, gradients and averages"
+    why = f"auto: {size} {'fit' if fits else 'do not fit'} into each process"
     log.info(f"{world.size} processes, {chosen} ({why if parallel == 'auto' else 'as set'})")
     return chosen
 
