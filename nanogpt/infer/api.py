@@ -8,7 +8,6 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,7 +38,6 @@ from nanogpt.infer.scheduler import Job, OverloadedError, Piece, Scheduler
 from nanogpt.infer.text import prompt_ids
 
 _MOST = 2**19  # values in one answer, which is put together in memory
-_SECONDS_TO_READ = 60  # for a caller to take in what is sent
 
 
 @dataclass(frozen=True)
@@ -137,8 +135,7 @@ class Answer(Response):
         try:
             await asyncio.wait({say, gone}, return_when=asyncio.FIRST_COMPLETED)
             if say.done():
-                with suppress(TimeoutError):  # who does not read what is sent is taken to have gone
-                    say.result()
+                say.result()
         finally:
             say.cancel()
             gone.cancel()
@@ -173,8 +170,7 @@ class Answer(Response):
 
         async def event(content: Any, more: bool = True) -> None:
             text = content if isinstance(content, str) else json.dumps(content, allow_nan=False)
-            async with asyncio.timeout(_SECONDS_TO_READ):
-                await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": more})
+            await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": more})
 
         try:
             async for piece in self._pieces():

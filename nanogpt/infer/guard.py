@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import ipaddress
+import math
 import socket
 from collections.abc import Sequence
 from urllib.parse import urlsplit
@@ -14,6 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from nanogpt.infer.protocol import RefusedError
 
 _SECONDS_TO_ASK = 30
+_SECONDS_TO_READ, _LEAST = 60, 2**16  # for a caller to take in what is sent: so many bytes at least
 _SECONDS_FOR_A_BODY = 30
 _OPEN = ("/", "/health")  # paths that ask for no key
 _HEADERS = [
@@ -24,15 +26,51 @@ _HEADERS = [
 
 
 class Connection(H11Protocol):
-    """A connection that is closed if no request has come in a while: the system has so many of them only."""
+    """A connection that ends if no request comes in, or nothing is read: the system has so many of them only."""
+
+    _asking: asyncio.TimerHandle | None = None
+    _reading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # noqa: D102
         super().connection_made(transport)
-        self.loop.call_later(_SECONDS_TO_ASK, self._close_if_silent)
+        self._await_request()
 
-    def _close_if_silent(self) -> None:
-        if self.cycle is None:
-            self.transport.close()
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: D102
+        super().connection_lost(exc)
+        for timer in (self._asking, self._reading):
+            if timer:
+                timer.cancel()
+
+    def on_response_complete(self) -> None:  # noqa: D102
+        self._await_request()
+        super().on_response_complete()
+
+    def _await_request(self) -> None:
+        if self._asking:
+            self._asking.cancel()
+        self._asking = self.loop.call_later(_SECONDS_TO_ASK, self._close_if_silent, self.cycle)
+
+    def _close_if_silent(self, latest: object) -> None:
+        if self.cycle is latest:
+            self.transport.close()  # when all has been read that was sent
+            self._await_reader()
+
+    def pause_writing(self) -> None:  # noqa: D102
+        super().pause_writing()
+        self._await_reader()
+
+    def resume_writing(self) -> None:  # noqa: D102
+        super().resume_writing()
+        if self._reading and not self.transport.is_closing():
+            self._reading.cancel()
+
+    def _await_reader(self, before: float = math.inf) -> None:
+        """Look again and again how much is unread, while it becomes less."""
+        unread = self.transport.get_write_buffer_size()
+        if unread > before - _LEAST:
+            self.transport.abort()
+        else:
+            self._reading = self.loop.call_later(_SECONDS_TO_READ, self._await_reader, unread)
 
 
 class Guard:

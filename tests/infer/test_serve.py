@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from tests.report.test_runs import write_run
 
 TOKENIZER = ByteTokenizer()
 PAGE = (ROOT / "nanogpt" / "infer" / "page.html").read_text(encoding="utf-8")
+GET = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n"
 
 
 def make_model() -> GPT:
@@ -94,6 +95,7 @@ def serving(
     key: str = "",
     max_body: int = 20_000,
     runs: Sequence[Path] = (),
+    buffer: int = 2**18,
 ) -> Iterator[Server]:
     scheduler = Scheduler(Engine(model, rows, vocab_size=TOKENIZER.vocab_size), TOKENIZER, queue)
     service = Service("m", scheduler, TOKENIZER, max_new_tokens=3000, seconds=seconds, created=0)
@@ -102,6 +104,7 @@ def serving(
     guard = Guard(app, scheduler.registry, names=["me.example"], api_key=key, max_body=max_body)
     server = serve.make_server(guard, ServeConfig(rows=rows, queue=queue))
     listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -492,6 +495,47 @@ def test_idle_connections_refuse_nobody(monkeypatch: pytest.MonkeyPatch) -> None
         assert [connection.recv(100) for connection in idle] == [b""] * 50
         for connection in idle:
             connection.close()
+
+
+def post(headers: str, body: bytes = b"") -> bytes:
+    return f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n{headers}\r\n\r\n".encode() + body
+
+
+@pytest.mark.parametrize("opening", [GET + b"GET / HTTP/1.1\r\nx: ", post("content-length: 19000")])
+def test_who_asks_in_drops_is_cut_off(opening: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the header of a second request, and in a body that is not wanted."""
+    monkeypatch.setattr("nanogpt.infer.guard._SECONDS_TO_ASK", 1)
+    with (
+        serving(make_model(), key="s3cret") as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection,
+    ):
+        connection.sendall(opening)
+        assert connection.recv(100)
+        ends_when_written_to(connection)
+
+
+def ends_when_written_to(connection: socket.socket) -> None:
+    with suppress(ConnectionError):
+        for _ in range(200):
+            time.sleep(0.1)
+            connection.send(b"a")
+        raise AssertionError("the connection is still open")
+
+
+STREAM = b'{"model": "m", "prompt": "a", "max_tokens": 3000, "logprobs": 20, "stream": true}'
+
+
+@pytest.mark.parametrize(
+    "asked", [GET * 20, post(f"content-type: application/json\r\ncontent-length: {len(STREAM)}", STREAM)]
+)
+def test_who_does_not_read_is_cut_off(asked: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanogpt.infer.guard._SECONDS_TO_READ", 1)
+    with serving(make_model(), buffer=4096) as server, slow(server), socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(asked)
+        ends_when_written_to(connection)
+        server.wait_until_idle()
 
 
 def test_time_limits() -> None:
