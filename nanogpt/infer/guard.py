@@ -113,7 +113,7 @@ class Guard:
         host = headers.get("host", "")
         if not self._is_this_machine(host):
             raise RefusedError(403, f"this server does not answer for the host {host!r}; --allow_host adds a name")
-        if "origin" in headers and urlsplit(headers["origin"]).netloc.lower() != host.lower():
+        if "origin" in headers and headers["origin"].partition("://")[2].lower() != host.lower():
             raise RefusedError(403, "requests from pages of other origins are refused")
         if self.api_key and scope["path"] not in _OPEN:
             scheme, _, key = headers.get("authorization", "").partition(" ")

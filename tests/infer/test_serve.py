@@ -338,6 +338,7 @@ def test_other_content_is_no_json(server: Server) -> None:
         ({"origin": "http://localhost:1"}, 403),
         ({"origin": "https://evil.example"}, 403),
         ({"origin": "null"}, 403),
+        ({"origin": "http://["}, 403),
     ],
 )
 def test_hosts_and_origins(server: Server, headers: dict[str, str], status: int) -> None:
