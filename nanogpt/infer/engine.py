@@ -17,6 +17,7 @@ from nanogpt.cache import Cache
 from nanogpt.infer.sampling import Sampling, draw
 from nanogpt.model import GPT
 
+_CHUNK = 512  # tokens of a text whose logits are there together: of 8,000 they would take gigabytes
 # beyond block_size: forget the older half and read the newer one again, or read the whole window again for every token
 Window = Literal["half", "slide"]
 # a token's log-probability, and the likeliest ids in its place with theirs
@@ -137,9 +138,9 @@ class Engine:
     @torch.inference_mode()
     def score(self, tokens: Sequence[int], alternatives: int) -> list[Likelihood]:
         """How likely each of tokens[1:] is after those before it; at most block_size tokens. Uses no row."""
-        idx = torch.tensor([tokens], device=self.device)
-        logits = self.model.lm_head(self.model.transformer(idx))[0, :-1, : self.vocab_size]  # (T - 1, V)
-        return [_alternatives(row.float(), token, alternatives) for row, token in zip(logits, tokens[1:], strict=True)]
+        parts = self.model.transformer(torch.tensor([tokens], device=self.device))[0].split(_CHUNK)
+        logits = (row for part in parts for row in self.model.lm_head(part)[:, : self.vocab_size])  # (V,) each
+        return [_alternatives(row.float(), token, alternatives) for token, row in zip(tokens[1:], logits, strict=False)]
 
     def _move_windows(self) -> None:
         """Make room for the next token where a window is full."""

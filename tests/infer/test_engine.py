@@ -142,6 +142,18 @@ def test_packed_weights_give_the_same_logits(shape: str, precision: str, toleran
             assert (log_p - expected).abs().max() < tolerance
 
 
+def test_scores_need_few_logits_at_a_time(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = random_ids(1, 16)[0].tolist()
+    with torch.no_grad():
+        log_p = model(torch.tensor([tokens]), targets=torch.tensor([tokens]))[0][0].log_softmax(dim=-1)
+    monkeypatch.setattr("nanogpt.infer.engine._CHUNK", 5)
+    heights: list[int] = []
+    model.lm_head.register_forward_hook(lambda _module, _inputs, logits: heights.append(logits.shape[-2]))
+    scores = Engine(model, 1).score(tokens, 1)
+    torch.testing.assert_close([score for score, _ in scores], log_p[range(15), tokens[1:]].tolist())
+    assert heights == [5, 5, 5]
+
+
 def test_int8_in_float32_and_many_rows_is_the_same_product() -> None:
     linear, x = torch.nn.Linear(64, 48), torch.randn(20, 64)
     from nanogpt.infer.packed import Int8Linear
