@@ -145,8 +145,8 @@ class ServeConfig(_ModelConfig, Machine):
         yield from out_of_range(self, ">= 0", "block_size")
         if not 0 <= self.port <= 65535:
             yield f"port={self.port}: expected 0 to 65535"
-        if not self.api_key.isascii() or self.api_key != self.api_key.strip():
-            yield "api_key: expected ASCII characters without blanks around them"
+        if not (self.api_key.isascii() and self.api_key.isprintable()) or self.api_key != self.api_key.strip():
+            yield "api_key, or NANOGPT_API_KEY: expected ASCII characters without line breaks, or blanks around them"
 
 
 @dataclass

@@ -40,6 +40,8 @@ def serve(config: ServeConfig) -> None:
     except ImportError as error:
         raise ConfigError(f"serving needs FastAPI and others: pip install -e '.[serve]' ({error})") from error
     config = dataclasses.replace(config, api_key=config.api_key or os.environ.get("NANOGPT_API_KEY", ""))
+    if problems := [*config.problems()]:
+        raise ConfigError(problems[0])
     listener = _listen(config.host, config.port)
     app, scheduler = load(config)
     server = make_server(app, config)
@@ -51,6 +53,8 @@ def serve(config: ServeConfig) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn hands them on after it has ended because of them
     server.run(sockets=[listener])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # no exception: Python can't end while torch computes in a thread
     if scheduler:
         scheduler.close()
 

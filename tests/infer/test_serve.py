@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -715,6 +716,13 @@ def test_a_host_that_is_not_here_is_one_message(host: str) -> None:
         serve.serve(ServeConfig(host=host, port=0))
 
 
+@pytest.mark.parametrize("key", ["s3cret\n", " ", "s3c\tret", "s\xe9cret"])
+def test_a_key_that_nobody_could_show(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOGPT_API_KEY", key)
+    with pytest.raises(ConfigError, match="NANOGPT_API_KEY: expected ASCII characters"):
+        serve.serve(ServeConfig(host=""))
+
+
 def test_what_serving_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nanogpt.infer.api", None)
     with pytest.raises(ConfigError, match=r"pip install -e '\.\[serve\]'"):
@@ -744,6 +752,21 @@ def test_the_program_drains_and_ends(tmp_path: Path, out_dir: str) -> None:
     assert process.wait(timeout=30) == 0
     _, errors = process.communicate()
     assert errors == ""
+
+
+def test_a_busy_engine_does_not_keep_a_signal_from_ending_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    scheduler = SimpleNamespace(close=lambda: seen.append(signal.getsignal(signal.SIGINT)))
+    server = SimpleNamespace(run=lambda sockets: signal.raise_signal(signal.SIGINT))  # as uvicorn does in the end
+    monkeypatch.setattr(serve, "load", lambda config: (None, scheduler))
+    monkeypatch.setattr(serve, "make_server", lambda app, config: server)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        serve.serve(ServeConfig(port=0))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert seen == [signal.SIG_DFL]
 
 
 def test_what_callers_do_is_no_news(out_dir: str) -> None:
