@@ -38,7 +38,7 @@ def serve(config: ServeConfig) -> None:
         import nanogpt.infer.api
         import nanogpt.infer.guard  # noqa: F401  # what they need, too
     except ImportError as error:
-        raise ConfigError(f"serving needs FastAPI and others: pip install -e '.[serve]' ({error})") from error
+        raise ConfigError(f"serving needs more: pip install fastapi uvicorn prometheus-client ({error})") from error
     config = dataclasses.replace(config, api_key=config.api_key or os.environ.get("NANOGPT_API_KEY", ""))
     if problems := [*config.problems()]:
         raise ConfigError(problems[0])
