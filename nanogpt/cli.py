@@ -8,7 +8,8 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import get_type_hints
 
 from nanogpt import __version__
@@ -28,8 +29,6 @@ from nanogpt.settings import Settings, parse
 
 log = logging.getLogger(__name__)
 
-MISTAKE = 2  # exit code: the user can mend it
-
 
 # verb: its settings, its program, the setting that a bare word stands for
 VERBS: dict[str, tuple[type[Settings], str, str]] = {
@@ -47,55 +46,19 @@ VERBS: dict[str, tuple[type[Settings], str, str]] = {
 }
 
 
-def _survive_narrow_encodings() -> None:
-    """Show a ? for a character that the terminal cannot, rather than crash."""
+@contextmanager
+def _exit_code() -> Iterator[None]:
+    """Turn what ends a program into its exit code, and a mistake of the user into one message."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+        if isinstance(stream, io.TextIOWrapper):  # a ? for a character that the terminal cannot show, rather than crash
             stream.reconfigure(errors="replace")
-
-
-def main() -> None:
-    """The entry point `nanogpt VERB [word …] [--key=value …]`; exits with the program's code."""
-    arguments = sys.argv[1:]
-    if arguments[:1] == ["--version"]:
-        print(f"nanogpt {__version__}")
-    elif not arguments or arguments[0] in ("--help", "-h", "help"):
-        print("usage: nanogpt VERB [run folder or config.py …] [--key=value …]\n")
-        for verb, (settings, _, _) in VERBS.items():
-            print(f"  {verb:9} {(settings.__doc__ or '').splitlines()[0]}")
-        print("\nnanogpt VERB --help lists the settings of one.")
-    elif arguments[0] not in VERBS:
-        print(f"error: unknown verb {arguments[0]!r}; known: {', '.join(VERBS)}", file=sys.stderr)
-        sys.exit(MISTAKE)
-    else:
-        run(arguments[0], arguments[1:], program=f"nanogpt {arguments[0]}")
-
-
-def run(verb: str, arguments: Sequence[str] | None = None, *, program: str = "") -> None:
-    """Run one program with `arguments` (default: those of this process) and exit with its code.
-
-    Exit codes: 0 done, 2 the user's mistake, 75 stopped by a signal and resumable, 130 interrupted.
-    """
-    settings, program_at, positional = VERBS[verb]
-    _survive_narrow_encodings()
-    kind = get_type_hints(settings).get(positional)
-    word = f" [{positional} …]" if kind == list[str] else f" [{positional}]" if kind else ""
-    usage = f"{program or f'python {os.path.basename(sys.argv[0])}'} [config.py …]{word} [--key=value …]"
-    notes: list[str] = []
     try:
-        words = sys.argv[1:] if arguments is None else arguments
-        config = parse(settings, words, usage, positional=positional, notes=notes)
-        from nanogpt.report.log import show_log_lines
-
-        show_log_lines(getattr(config, "verbosity", "normal"))
-        for note in notes:
-            log.info(note)
-        module, _, function = program_at.partition(":")
-        result = getattr(importlib.import_module(module), function)(config)
-        code = result if isinstance(result, int) else 0
-        sys.stdout.flush()
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+        return
     except UserError as error:
-        sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
@@ -106,5 +69,45 @@ def run(verb: str, arguments: Sequence[str] | None = None, *, program: str = "")
         code = 141
     except OSError as error:  # a full disk, a folder without permission, …
         print(f"error: {error}", file=sys.stderr)
-        code = MISTAKE
+        code = UserError.exit_code
     sys.exit(code)
+
+
+def main() -> None:
+    """The entry point `nanogpt VERB [word …] [--key=value …]`; exits with the program's code."""
+    arguments = sys.argv[1:]
+    with _exit_code():
+        if arguments[:1] == ["--version"]:
+            print(f"nanogpt {__version__}")
+        elif not arguments or arguments[0] in ("--help", "-h", "help"):
+            print("usage: nanogpt VERB [run folder or config.py …] [--key=value …]\n")
+            for verb, (settings, _, _) in VERBS.items():
+                print(f"  {verb:9} {(settings.__doc__ or '').splitlines()[0]}")
+            print("\nnanogpt VERB --help lists the settings of one.")
+        elif arguments[0] not in VERBS:
+            raise UserError(f"unknown verb {arguments[0]!r}; known: {', '.join(VERBS)}")
+        else:
+            run(arguments[0], arguments[1:], program=f"nanogpt {arguments[0]}")
+
+
+def run(verb: str, arguments: Sequence[str] | None = None, *, program: str = "") -> None:
+    """Run one program with `arguments` (default: those of this process) and exit with its code.
+
+    Exit codes: 0 done, 2 the user's mistake, 75 stopped by a signal and resumable, 130 interrupted.
+    """
+    settings, program_at, positional = VERBS[verb]
+    kind = get_type_hints(settings).get(positional)
+    word = f" [{positional} …]" if kind == list[str] else f" [{positional}]" if kind else ""
+    usage = f"{program or f'python {os.path.basename(sys.argv[0])}'} [config.py …]{word} [--key=value …]"
+    notes: list[str] = []
+    with _exit_code():
+        words = sys.argv[1:] if arguments is None else arguments
+        config = parse(settings, words, usage, positional=positional, notes=notes)
+        from nanogpt.report.log import show_log_lines
+
+        show_log_lines(getattr(config, "verbosity", "normal"))
+        for note in notes:
+            log.info(note)
+        module, _, function = program_at.partition(":")
+        result = getattr(importlib.import_module(module), function)(config)
+        sys.exit(result if isinstance(result, int) else 0)

@@ -1,6 +1,7 @@
 """The programs as a person starts them: exit codes, messages, help."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -124,6 +125,16 @@ def test_the_output_may_be_cut_off_by_head(data_dir: Path, tmp_path: Path, progr
     process.stdout.close()
     assert process.wait(timeout=60) == 141
     assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("words", ["--help", "--version", "train --help"])
+def test_help_may_be_cut_off_by_head(words: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "nanogpt", *words.split()]
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, check=False, timeout=60)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize("stderr", [subprocess.PIPE, subprocess.STDOUT])
