@@ -137,7 +137,8 @@ class WandB:
 
         path = Path(config.out_dir) / "wandb_id"
         name = path.read_text() if resumed and path.exists() else secrets.token_hex(4)
-        path.write_text(name)
+        with atomic_write(path) as file:
+            file.write(name.encode())
         self.run = wandb.init(
             project=config.wandb_project,
             name=config.wandb_run_name,

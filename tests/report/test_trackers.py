@@ -1,9 +1,11 @@
 """What Weights & Biases and TensorBoard get, read back from their files."""
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ import pytest
 from nanogpt import train
 from nanogpt.checkpoint import Progress
 from nanogpt.config import TrainConfig
-from nanogpt.report.metrics import Metrics, TensorBoard, read_metrics
+from nanogpt.errors import UserError
+from nanogpt.report.metrics import Metrics, TensorBoard, WandB, read_metrics
 
 Recipe = Callable[..., TrainConfig]
 
@@ -87,3 +90,20 @@ def test_a_tracker_that_fails_is_a_warning(
     monkeypatch.setattr(TensorBoard, "__init__", fail)
     assert train.train(recipe(tensorboard_log=True, max_iters=1)) == 0
     assert "warning: TensorBoard could not start" in capsys.readouterr().err
+
+
+def test_the_name_of_a_wandb_run_is_there_whole_or_not_at_all(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError("the power is gone")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: None))
+    config = recipe(out_dir=str(tmp_path / "run"))
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", fail)
+        with pytest.raises(UserError, match="the power is gone"):
+            WandB(config, None)
+    assert list(Path(config.out_dir).iterdir()) == []
+    WandB(config, None)
+    assert len(Path(config.out_dir, "wandb_id").read_text()) == 8
