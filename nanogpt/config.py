@@ -87,6 +87,12 @@ def init_from_problems(init_from: str, *others: str) -> Iterator[str]:
         )
 
 
+def updates_and_seconds(interval: str) -> tuple[int, float] | None:
+    """What `500` (updates) or `30m` (minutes) stands for, the other being 0; None if it is neither."""
+    found = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)m", interval)
+    return (int(found[1] or 0), 60 * float(found[2] or 0)) if found else None
+
+
 _MUON = {
     "learning_rate": 0.0, "muon_momentum": 0.0, "beta1": 0.8, "weight_decay": 0.0,
     "schedule": "wsd", "decay_share": 0.9, "warmup_iters": 0, "min_lr": 0.0,
@@ -206,7 +212,7 @@ class TrainConfig(_Network):
         yield from out_of_range(
             self, ">= 0", f"max_iters warmup_iters lr_decay_iters {rates} health_interval sample_interval"
         )
-        if not re.fullmatch(r"\d+|\d+(\.\d+)?m", self.checkpoint_interval):
+        if not updates_and_seconds(self.checkpoint_interval):
             yield f"checkpoint_interval={self.checkpoint_interval!r}: expected updates, as 500, or minutes, as 30m"
         yield from out_of_range(self, "in [0, 1)", "beta1 beta2 muon_momentum")
         if not 0 < self.decay_share <= 1:

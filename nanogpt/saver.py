@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt import checkpoint
+from nanogpt.config import updates_and_seconds
 from nanogpt.errors import UserError
 from nanogpt.files import sync_folder
 
@@ -32,8 +33,9 @@ class Saver:
         self, folder: Path, interval: str, keep: int, best_on_disk: float = math.inf, is_main: bool = True
     ) -> None:
         self._folder, self._keep, self._best_on_disk, self._is_main = folder, keep, best_on_disk, is_main
-        self._steps = 0 if interval.endswith("m") else int(interval)
-        self._seconds = float(interval.removesuffix("m")) * 60 if interval.endswith("m") else 0.0
+        due = updates_and_seconds(interval)
+        assert due is not None, interval
+        self._steps, self._seconds = due
         self._last = time.monotonic()
         self._thread: threading.Thread | None = None
         self._failure: UserError | None = None
