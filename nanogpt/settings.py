@@ -18,7 +18,10 @@ import textwrap
 import traceback
 import types
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -228,6 +231,12 @@ def convert(value: object, hint: Any) -> Any:
         if isinstance(value, str) and value.lower() in _BOOLEANS:
             return _BOOLEANS[value.lower()]
         raise ValueError("expected True or False")
+    if hint in (tuple, list):  # of a script with the old configurator
+        with suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(value) if isinstance(value, str) else value
+        if isinstance(value, hint):
+            return value
+        raise ValueError(f"expected a {hint.__name__}, such as {hint((1, 2))}")
     assert hint in (int, float), hint
     kind = "a whole number" if hint is int else "a number"
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
@@ -260,7 +269,8 @@ def help_text(cls: type[Config], usage: str, positional: str = "out_dir") -> str
     """What `--help` prints: each field with its default and the comment behind it, by group."""
     lines = [f"usage: {usage}", "", inspect.cleandoc(cls.__doc__ or "")]
     lines += ["", "A word that ends in .py is a config file: Python assignments; its own variables begin with _."]
-    if positional in get_type_hints(cls):
+    hints = get_type_hints(cls)
+    if positional in hints:
         lines[-1] += f" Any other word without dashes sets {positional}."
     width = max(80, min(120, shutil.get_terminal_size().columns))
     groups: dict[str, list[str]] = {}
@@ -271,7 +281,7 @@ def help_text(cls: type[Config], usage: str, positional: str = "out_dir") -> str
                 continue  # a subclass has said it better
             default = defaults.pop(name)
             shown = repr(default) if default in ("", "\n") else default
-            if isinstance(default, list):
+            if hints[name] == list[str]:
                 shown = " ".join(default) or "… …"
             setting = f"--{name}={shown}"
             text = textwrap.wrap(comment, width - 40) or [""]
@@ -288,7 +298,7 @@ def _commented_fields(cls: type) -> Iterator[tuple[str, str, str]]:
     try:
         source = inspect.getsource(cls).splitlines()
     except (OSError, TypeError):  # made at run time, for a script with the old configurator
-        source = [f"    {field.name}: {field.type} = {field.default}" for field in dataclasses.fields(cls)]
+        source = [f"    {field.name}: … = …" for field in dataclasses.fields(cls)]
     for line in [*source, "    # --- end ---"]:
         heading = re.match(r"    # --- (.+) ---$", line)
         field = re.match(r"    (\w+): .+? = .+?(?:  # (.+))?$", line)
@@ -312,7 +322,7 @@ def override_globals(variables: dict[str, Any], arguments: Sequence[str]) -> Non
     """Serve scripts that `exec` configurator.py: override their own globals from files and `--key=value`.
 
     Files are executed over the globals and may set anything. On the command line, names that hold a bool, int,
-    float or str can be set, each to its own type. Raises `ConfigError` with all problems.
+    float or str, or a tuple or list of them, can be set, each to its own type. Raises `ConfigError` with all problems.
     """
     files = [word for word in arguments if word.endswith(".py") and not word.startswith("-")]
     docstring = variables.get("__doc__")
@@ -324,11 +334,13 @@ def override_globals(variables: dict[str, Any], arguments: Sequence[str]) -> Non
             raise ConfigError(f"cannot read config file {file}: {error.strerror}") from error
     variables["__doc__"] = docstring  # of the script, not of a config file
     fields = [
-        (name, type(value), value)
+        (name, type(value), dataclasses.field(default_factory=partial(copy, value)))
         for name, value in variables.items()
-        if not name.startswith("_") and type(value) in (bool, int, float, str)
+        for parts in [value if type(value) in (tuple, list) else [value]]
+        if not name.startswith("_") and all(type(part) in (bool, int, float, str) for part in parts)
     ]
-    script = dataclasses.make_dataclass("Script", fields, bases=(Settings,))
+    namespace = {"__doc__": docstring or "Overrides the script's own variables."}
+    script = dataclasses.make_dataclass("Script", fields, bases=(Settings,), namespace=namespace)
     words = [word for word in arguments if word not in files]
     config: Settings = parse(script, words, "python SCRIPT.py [config.py …] [--key=value …]")
     for name, value in vars(config).items():

@@ -181,6 +181,20 @@ def test_configurator_overrides_the_globals_of_a_script(tmp_path: Path) -> None:
         override_globals(variables, ["--step=5"])
 
 
+def test_configurator_overrides_tuples_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    variables: dict[str, object] = {"betas": (0.9, 0.95), "layers": [1], "others": [pytest]}
+    override_globals(variables, ["--betas=(0.8, 0.99)", "--layers", "[2, 3]"])
+    assert variables == {"betas": (0.8, 0.99), "layers": [2, 3], "others": [pytest], "__doc__": None}
+    for word in ("--betas=[1, 2]", "--betas=0.9, 0.95)", "--others=[1]"):
+        with pytest.raises(ConfigError, match=r"expected a tuple, such as \(1, 2\)|no setting 'others'"):
+            override_globals(variables, [word])
+    with pytest.raises(SystemExit):
+        override_globals(variables, ["--help"])
+    text = capsys.readouterr().out
+    assert "--layers=[2, 3]" in text
+    assert "Script(" not in text  # what a dataclass says of itself
+
+
 @dataclass
 class Listing(Settings):
     """With a list."""
