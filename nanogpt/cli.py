@@ -3,10 +3,12 @@
 The programs are named and imported when they run, so that `--help` and mistakes answer without loading torch.
 """
 
+import difflib
 import importlib
 import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +51,7 @@ VERBS: dict[str, tuple[type[Settings], str, str]] = {
 @contextmanager
 def _exit_code() -> Iterator[None]:
     """Turn what ends a program into its exit code, and a mistake of the user into one message."""
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # closed before we came
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a ? for a character that the terminal cannot show, rather than crash
             stream.reconfigure(errors="replace")
@@ -67,10 +70,28 @@ def _exit_code() -> Iterator[None]:
     except BrokenPipeError:  # `sample.py | head` has read enough; 141 is what the shell expects of a program then
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
-    except OSError as error:  # a full disk, a folder without permission, …
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        if not (explained := _explained(error)):
+            raise
+        print(f"error: {explained}", file=sys.stderr)
         code = UserError.exit_code
     sys.exit(code)
+
+
+def _explained(error: Exception) -> str:
+    """What a person can do about an error that is none of ours; empty if it is a bug."""
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "nanogpt").startswith("nanogpt"):
+        return (
+            f"{sys.executable} has no package {error.name}; activate the environment that has it "
+            f"(. .venv/bin/activate), or install it: pip install {error.name}"
+        )
+    said = str(error).partition("\n")[0]
+    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", said):
+        return (
+            f"there is not enough memory: {said}; a smaller batch_size, block_size or model takes less, and so does "
+            "--gradient_checkpointing=True; nanogpt plan tells how much"
+        )
+    return str(error) if isinstance(error, OSError) else ""  # a full disk, a folder without permission, …
 
 
 def main() -> None:
@@ -85,7 +106,9 @@ def main() -> None:
                 print(f"  {verb:9} {(settings.__doc__ or '').splitlines()[0]}")
             print("\nnanogpt VERB --help lists the settings of one.")
         elif arguments[0] not in VERBS:
-            raise UserError(f"unknown verb {arguments[0]!r}; known: {', '.join(VERBS)}")
+            nearest = difflib.get_close_matches(arguments[0], VERBS, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise UserError(f"unknown verb {arguments[0]!r}; known: {', '.join(VERBS)}{hint}")
         else:
             run(arguments[0], arguments[1:], program=f"nanogpt {arguments[0]}")
 

@@ -48,6 +48,47 @@ def test_usage_says_which_words_are_taken(verb: str, usage: str, capsys: pytest.
     assert "--runs" not in text
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ModuleNotFoundError("No module named 'tiktoken'", name="tiktoken"), 2, "has no package tiktoken; activate"),
+        (MemoryError("Unable to allocate 7 PiB"), 2, "not enough memory: Unable to allocate 7 PiB; a smaller batch"),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+            2,
+            "CUDA out of memory. Tried to allocate 2 GiB;",
+        ),
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (ModuleNotFoundError("No module named 'nanogpt.gone'", name="nanogpt.gone"), None, ""),
+        (RuntimeError("a bug"), None, ""),
+    ],
+)
+def test_what_a_person_can_mend_is_no_traceback(
+    error: Exception,
+    code: int | None,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("nanogpt.report.runs.list_runs", fail)
+    with pytest.raises(SystemExit if code else type(error)) as ended:
+        cli.run("runs", [])
+    assert not code or ended.value.code == code  # type: ignore[union-attr]
+    assert message in capsys.readouterr().err
+
+
+def test_an_output_that_was_closed_before_is_no_crash(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    command = [sys.executable, "-m", "nanogpt", "runs", str(tmp_path)]
+    result = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_mistakes_end_with_2_and_one_message(program: Program) -> None:
     result = program("train.py", "--lerning_rate=1", "--n_embd=100", "--batch_size=x")
     assert result.returncode == 2
@@ -69,6 +110,7 @@ def test_mistakes_end_with_2_and_one_message(program: Program) -> None:
         (["nanogpt", "plot"], "missing or empty"),
         (["nanogpt", "prepare"], "which data set?"),
         (["nanogpt", "bake"], "unknown verb 'bake'; known: prepare, train"),
+        (["nanogpt", "trian"], "inspect; did you mean train?"),
         (["bench.py", "--device=cpu"], "--real_data=False"),
         (["bench.py", "out"], "out: expected config files (*.py) and --key=value only"),
         (["train.py", "missing.py"], "config file missing.py: FileNotFoundError"),
