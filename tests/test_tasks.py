@@ -181,6 +181,11 @@ def test_published_files_are_checked_and_kept(monkeypatch: pytest.MonkeyPatch, t
     assert examples_of("lambada", "", "data", 0) == [{"text": "as if it were"}]
     (tmp_path / "lambada_test.jsonl").unlink()
     assert examples_of("lambada", "", "data", 0) == [{"text": "as if it were"}]
+    kept = Path("data/lambada/lambada_test.jsonl")
+    kept.write_text('{"text": "my own"}')
+    with pytest.raises(DataError, match=r"lambada_test\.jsonl is not the published file.*--lambada="):
+        examples_of("lambada", "", "data", 0)
+    assert kept.read_text() == '{"text": "my own"}'
 
 
 def test_an_unknown_task_is_refused() -> None:

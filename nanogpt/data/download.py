@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import logging
 import os
 import time
 import urllib.error
@@ -11,6 +12,9 @@ from pathlib import Path
 from nanogpt.errors import DataError
 from nanogpt.files import atomic_write
 
+log = logging.getLogger(__name__)
+
+LARGEST = 1 << 27  # bytes of a published file, at most
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -39,8 +43,10 @@ def _download(url: str, attempts: int, by_hand: str) -> bytes:
     for attempt in range(attempts):
         try:
             with urllib.request.urlopen(url, timeout=30) as response:
-                content = response.read()
+                content = response.read(LARGEST)  # the checksum refuses what is longer
                 assert isinstance(content, bytes)
+                if response.length and len(content) < LARGEST:  # read() with a limit is silent about it
+                    raise http.client.IncompleteRead(content, response.length)
                 return content
         except (OSError, http.client.HTTPException) as error:
             is_final = isinstance(error, urllib.error.HTTPError) and error.code < 500
@@ -51,17 +57,27 @@ def _download(url: str, attempts: int, by_hand: str) -> bytes:
 
 
 def kept(path: Path, name: str, url: str, sha256: str, option: str = "input") -> Path:
-    """`path`, which holds the file that `fetch` fetches, now or from earlier."""
-    if not (path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256):
+    """`path`, with the file that `fetch` fetches, now or from earlier. Raises `DataError` if it is another."""
+    if not path.is_file():
         content = fetch(name, url, sha256, option=option)
         with atomic_write(path) as file:
             file.write(content)
+    elif not _holds(path, sha256):
+        raise DataError(f"{path} is not the published file; move it away, or pass it as --{option}={path} to use it")
     return path
 
 
+def _holds(path: Path, sha256: str) -> bool:
+    return hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+
+
 def shakespeare(folder: Path) -> Path:
-    """Tiny Shakespeare, 1,115,394 characters, kept as input.txt in `folder`."""
-    return kept(folder / "input.txt", "tinyshakespeare.txt", SHAKESPEARE_URL, SHAKESPEARE_SHA256)
+    """Tiny Shakespeare (1.1 MB) as input.txt in `folder`; or what somebody put there, as in the original."""
+    path = folder / "input.txt"
+    if path.is_file() and not _holds(path, SHAKESPEARE_SHA256):
+        log.warning(f"{path} is not Tiny Shakespeare as published: it is used as it is")
+        return path
+    return kept(path, "tinyshakespeare.txt", SHAKESPEARE_URL, SHAKESPEARE_SHA256)
 
 
 def hub_folder(repository: str, patterns: list[str], option: str = "init_from") -> Path:

@@ -57,6 +57,12 @@ def test_a_download_is_checked(server: Server) -> None:
         fetch("x.txt", server.url, "0" * 64)
 
 
+def test_a_file_without_end_is_not_read_to_its_end(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "LARGEST", 5)
+    with pytest.raises(DataError, match="is not the file expected: 5 bytes"):
+        fetch("x.txt", server.url, SHA256)
+
+
 def test_a_server_that_stumbles_is_asked_again(server: Server) -> None:
     server.script = [500, CUT_OFF]
     assert fetch("x.txt", server.url, SHA256) == CONTENT

@@ -69,6 +69,16 @@ def test_known_data_sets_take_other_text_and_other_tokens() -> None:
     assert open_dataset(Path("data/openwebtext")).tokenizer.name == "byte"
 
 
+def test_a_text_of_ones_own_in_the_place_of_shakespeare_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path("data/shakespeare_char/input.txt")
+    path.parent.mkdir(parents=True)
+    path.write_text("years of work\n" * 20)
+    prepare(PrepareConfig(name="shakespeare_char"))
+    assert path.read_text() == "years of work\n" * 20
+    assert open_dataset(path.parent).tokenizer.describe()["characters"] == "\n aefkorswy"
+    assert "is not Tiny Shakespeare as published" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, "there is no such file or folder"), (b"\xff\xfe" * 50, "is not UTF-8 text"), (b"", "there is no text")],
