@@ -173,7 +173,7 @@ def load(path: Path, data_dir: str = "data", *, spread: bool = False, is_checked
             raise CheckpointError(f"{path} holds an impossible model: {'; '.join(problems)}")
         # the original's compiled models carry a prefix, its oldest ones attention masks
         weights = {
-            name.removeprefix("_orig_mod."): tensor
+            name.removeprefix("_orig_mod."): _weight(name, tensor)
             for name, tensor in content["model"].items()
             if not name.endswith(".attn.bias")
         }
@@ -181,23 +181,38 @@ def load(path: Path, data_dir: str = "data", *, spread: bool = False, is_checked
             raise CheckpointError(f"{path} holds the weights of {layers} layers, but describes {shape.n_layer}")
         if ours:
             tokenizer = from_description(ours["tokenizer"])
+            if tokenizer.vocab_size > shape.vocab_size:
+                raise CheckpointError(f"{path} holds a model of {shape.vocab_size} entries for the {tokenizer}")
         else:
             tokenizer = _tokenizer_of_original(path, Path(data_dir, str(content["config"].get("dataset"))), shape)
+        progress = Progress(
+            **{field.name: ours[field.name] for field in dataclasses.fields(Progress) if field.name in ours}
+            | {"step": content["iter_num"], "best_val_loss": float(content["best_val_loss"])}
+        )
+        expected: dict[str, Any] = {name: (int, type(default)) for name, default in vars(Progress()).items()}
+        for name, value in {"config": content["config"], **vars(progress)}.items():
+            if not isinstance(value, expected.get(name, dict)):
+                raise CheckpointError(f"{path} is no checkpoint of a GPT: its {name} is {value!r:.100}")
         return Checkpoint(
             path=path,
             weights=weights,
             model_config=shape,
             config=content["config"],
-            progress=Progress(
-                **{field.name: ours[field.name] for field in dataclasses.fields(Progress) if field.name in ours}
-                | {"step": content["iter_num"], "best_val_loss": float(content["best_val_loss"])}
-            ),
+            progress=progress,
             tokenizer=tokenizer,
             optimizer=content["optimizer"],
             scaler=ours.get("scaler", {}),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path} is no checkpoint of a GPT: {type(error).__name__}: {error}") from error
+
+
+def _weight(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A weight, contiguous, as kernels expect it. Raises `TypeError` for what is none, or shows few numbers as many."""
+    is_usual = tensor.layout == torch.strided and tensor.is_floating_point()
+    if not is_usual or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise TypeError(f"{name} is no plain tensor of numbers: {tensor.dtype}, {tensor.layout}, {tensor.shape}")
+    return tensor.contiguous()
 
 
 def is_damaged(path: Path) -> bool:

@@ -181,6 +181,25 @@ def test_an_impossible_shape_is_refused(trained: Path) -> None:
             checkpoint.load(trained / "ckpt.pt")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("config", 5), ("config", [1]), ("iter_num", "x"), ("tokens", "x"), ("losses", 1.5)]
+)
+def test_what_is_of_another_type_is_refused(trained: Path, key: str, value: Any) -> None:
+    content = torch.load(trained / "ckpt.pt", weights_only=True)
+    (content if key in content else content["nanogpt"])[key] = value
+    torch.save(content, trained / "ckpt.pt")
+    with pytest.raises(CheckpointError, match="is no checkpoint of a GPT: its "):
+        checkpoint.load(trained / "ckpt.pt")
+
+
+def test_a_tokenizer_larger_than_its_model_is_refused(trained: Path) -> None:
+    content = torch.load(trained / "ckpt.pt", weights_only=True)
+    content["nanogpt"]["tokenizer"] = {"kind": "byte"}
+    torch.save(content, trained / "ckpt.pt")
+    with pytest.raises(CheckpointError, match=r"a model of 28 entries for the byte tokenizer \(257 entries\)"):
+        checkpoint.load(trained / "ckpt.pt")
+
+
 def test_find_prefers_the_best_and_says_what_is_missing(trained: Path, tmp_path: Path) -> None:
     out = str(trained)
     assert checkpoint.find(out, "auto").name == "best.pt"

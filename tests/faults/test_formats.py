@@ -150,6 +150,30 @@ def test_no_shape_allocates_more_than_the_weights_hold(recipe: Recipe, tmp_path:
             load_pretrained(str(tmp_path / "m"))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: torch.zeros(1).expand(w.shape), "no plain tensor"),
+        (lambda w: w.to_sparse(), "no plain tensor"),
+        (lambda w: w.long(), "no plain tensor"),
+        (lambda w: 5, "AttributeError"),
+    ],
+)
+def test_weights_that_no_kernel_expects_are_refused(change: Callable[..., Any], message: str, recipe: Recipe) -> None:
+    train.train(recipe(max_iters=1))
+    path = Path(recipe().out_dir, "ckpt.pt")
+    content = torch.load(path, weights_only=True)
+    name = "transformer.h.0.mlp.c_fc.weight"
+    weight = content["model"][name]
+    torch.save({**content, "model": {**content["model"], name: change(weight)}}, path)
+    with pytest.raises(UserError, match=f"is no checkpoint of a GPT: .*{message}"):
+        checkpoint.load(path)
+    torch.save({**content, "model": {**content["model"], name: weight.T.contiguous().T}}, path)
+    loaded = checkpoint.load(path).weights[name]
+    assert loaded.is_contiguous()
+    assert torch.equal(loaded, weight)
+
+
 def test_a_compressed_checkpoint_is_no_checkpoint(recipe: Recipe) -> None:
     train.train(recipe(max_iters=1))
     path = Path(recipe().out_dir, "ckpt.pt")
