@@ -12,7 +12,7 @@ import zipfile
 from concurrent.futures import Future
 from enum import EnumMeta
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -148,13 +148,23 @@ def read_into(path: Path, model: GPT, optimizer: torch.optim.Optimizer) -> dict[
 
 def damage(path: Path) -> str | None:
     """The name of a tensor whose checksum is wrong; None if all is well. Raises what reading broken files raises."""
+    sizes = {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
     for index, place in _reader(path).read_metadata().storage_data.items():
+        if not 0 <= place.offset <= place.offset + place.length <= sizes[place.relative_path]:
+            raise ValueError(f"{index.fqn} lies outside of {place.relative_path}")
         with open(path / place.relative_path, "rb") as file:
             file.seek(place.offset)
-            with zipfile.ZipFile(io.BytesIO(file.read(place.length))) as archive:
-                if archive.testzip() is not None:
-                    return str(index.fqn)
+            if damaged_part(io.BytesIO(file.read(place.length))):
+                return str(index.fqn)
     return None if read_json(path / _DESCRIPTION) else _DESCRIPTION
+
+
+def damaged_part(file: Path | io.BytesIO) -> str | None:
+    """What in a zip of torch's does not have its checksum. Raises `BadZipFile` for what torch packs never: a bomb."""
+    with zipfile.ZipFile(file) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise zipfile.BadZipFile("it is compressed, which no checkpoint is")
+        return archive.testzip()
 
 
 def _contents(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -181,8 +191,11 @@ def _member(enumeration: Any, name: str) -> Any:
     raise pickle.UnpicklingError(f"{name} has no place in a checkpoint")
 
 
-class _Unpickler(pickle.Unpickler):
-    """Reads torch's `.metadata`, and runs nothing that somebody has hidden in it."""
+class _Unpickler(pickle._Unpickler):
+    """Reads torch's `.metadata`, and runs nothing that is hidden in it; Python's unpickler takes no memory ahead."""
+
+    dispatch: ClassVar = {**pickle._Unpickler.dispatch}
+    del dispatch[pickle.BYTEARRAY8[0]]  # but for this
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" in _IN_METADATA:
@@ -201,7 +214,6 @@ def _reader(path: Path) -> Any:
 
     class Reader(FileSystemReader):
         def read_metadata(self, *args: Any, **keywords: Any) -> Any:
-            with open(path / _METADATA, "rb") as file:
-                return _Unpickler(file).load()
+            return _Unpickler(io.BytesIO((path / _METADATA).read_bytes())).load()
 
     return Reader(path)

@@ -6,6 +6,7 @@ import pickle
 import random
 import resource
 import shutil
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanogpt import checkpoint, train
+from nanogpt import checkpoint, sharded, train
 from nanogpt.config import TrainConfig
 from nanogpt.data.batches import gather, window_starts
 from nanogpt.data.tokens import open_dataset
@@ -177,11 +178,38 @@ def test_weights_that_no_kernel_expects_are_refused(change: Callable[..., Any], 
 def test_a_compressed_checkpoint_is_no_checkpoint(recipe: Recipe) -> None:
     train.train(recipe(max_iters=1))
     path = Path(recipe().out_dir, "ckpt.pt")
+    torch.save({**torch.load(path, weights_only=True), "more": torch.zeros(1 << 22)}, path)
+    checkpoint.load(path)
     shutil.move(path, "stored.pt")
     with zipfile.ZipFile("stored.pt") as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
         for name in source.namelist():
-            content = source.read(name)
-            target.writestr(name, bytes(1 << 28) if name.endswith("/data/0") else content)
-    assert path.stat().st_size < 1 << 20  # 256 MB in less than one
+            target.writestr(name, source.read(name))
+    assert path.stat().st_size < 1 << 20  # 16 MB in less than one
     with pytest.raises(UserError, match="compressed"):
         checkpoint.load(path)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_shares_of_checkpoints_lie_in_their_folder(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint import FileSystemWriter, save
+
+    folder = tmp_path / "1"
+    save({"model.w": torch.ones(3)}, storage_writer=FileSystemWriter(folder), no_dist=True)
+    (folder / "run.json").write_text('{"iter_num": 1}')
+    assert sharded.damage(folder) is None
+    (tmp_path / "share").write_bytes(next(folder.glob("*.distcp")).read_bytes())
+    content = (folder / ".metadata").read_bytes()
+    for field, value in {
+        "relative_path": "../share", "length": 10**12, "offset": -1, " relative_path": "/dev/zero",
+    }.items():  # fmt: skip
+        metadata = pickle.loads(content)
+        setattr(next(iter(metadata.storage_data.values())), field.strip(), value)
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+        with pytest.raises((KeyError, ValueError)):
+            sharded.damage(folder)
+        assert checkpoint.is_damaged(folder)
+    (folder / ".metadata").write_bytes(b"\x80\x04Nr\x00\x87\x93\x03.")
+    tracemalloc.start()
+    assert checkpoint.is_damaged(folder)
+    assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    tracemalloc.stop()
