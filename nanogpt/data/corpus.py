@@ -234,7 +234,7 @@ class _Zstandard(io.RawIOBase):
         except ImportError:
             raise DataError(f"{source.path}: unpacking .zst needs zstandard: pip install zstandard") from None
         self._file, self._new_frame = file, zstandard.ZstdDecompressor().decompressobj
-        self._frame, self._unpacked, self._is_between = self._new_frame(), b"", True
+        self._frame, self._unpacked, self._is_between = self._new_frame(), memoryview(b""), True
 
     def readable(self) -> bool:
         return True
@@ -248,12 +248,12 @@ class _Zstandard(io.RawIOBase):
             packed = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
                 self._frame, self._is_between = self._new_frame(), True
-            packed = packed or self._file.read(1 << 17)
+            packed = packed or self._file.read(1 << 10)  # of one letter repeated, 32 MB come out
             if not packed:
                 if self._is_between:
                     return 0
                 raise EOFError("the file ends in the midst of its content")
-            self._unpacked, self._is_between = self._frame.decompress(packed), False
+            self._unpacked, self._is_between = memoryview(self._frame.decompress(packed)), False
         count = min(len(buffer), len(self._unpacked))
         buffer[:count], self._unpacked = self._unpacked[:count], self._unpacked[count:]
         return count

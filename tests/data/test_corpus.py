@@ -1,12 +1,14 @@
 import gzip
 import hashlib
 import itertools
+import tracemalloc
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from nanogpt.data import corpus
-from nanogpt.data.corpus import Source, cut, digests_of, find_sources, is_published
+from nanogpt.data.corpus import Source, cut, digests_of, find_sources, is_published, source_of
 from nanogpt.data.prepare import standard_library
 from nanogpt.errors import DataError
 
@@ -119,3 +121,12 @@ def test_the_standard_library_is_large_sorted_and_without_tests() -> None:
     assert "argparse.py" in names(sources)
     assert not any("test" in Path(source.path).parts for source in sources)
     assert sum(source.size for source in sources) > 9_000_000
+
+
+def test_what_is_packed_tightly_is_unpacked_piece_by_piece() -> None:
+    Path("a.txt.zst").write_bytes(zstandard.compress(b"a" * 10**8))
+    tracemalloc.start()
+    _, digest = digests_of(source_of(Path("a.txt.zst")))
+    assert tracemalloc.get_traced_memory()[1] < 80 * 2**20
+    tracemalloc.stop()
+    assert digest == hashlib.sha256(b"a" * 10**8).hexdigest()
