@@ -38,7 +38,10 @@ class LibraryTokenizer(Tokenizer):
         self._definition = json.dumps({**json.loads(definition), "post_processor": None}, ensure_ascii=False)
         self._engine.no_truncation()
         self._engine.no_padding()
-        self.vocab_size = max(self._engine.get_vocab(with_added_tokens=True).values(), default=0) + 1
+        ids = self._engine.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = max(ids, default=0) + 1
+        if self.vocab_size > 10 * len(ids) + (1 << 20):
+            raise DataError(f"the vocabulary has {len(ids):,} tokens with ids up to {self.vocab_size - 1:,}")
         self.end_of_text = end_of_text
         self.tokens = [self._engine.id_to_token(i) or "" for i in range(self.vocab_size)]
         if end_of_text is not None and not 0 <= end_of_text < self.vocab_size:
@@ -244,7 +247,8 @@ def _eos_token(path: Path) -> str | None:
         token = parse_json(path.read_bytes()).get("eos_token")
     except (OSError, ValueError, AttributeError):
         return None
-    return token.get("content") if isinstance(token, dict) else token
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 def from_description(description: Any) -> Tokenizer:

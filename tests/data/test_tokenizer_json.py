@@ -89,7 +89,8 @@ def test_special_tokens_are_text_in_a_corpus_and_special_in_a_prompt() -> None:
 @pytest.mark.parametrize(
     ("config", "expected"),
     [(None, "</s>"), ('{"eos_token": "<unk>"}', "<unk>"), ('{"eos_token": {"content": "<s>"}}', "<s>"),
-     ("no json", "</s>"), ('{"eos_token": null}', "</s>")],
+     ("no json", "</s>"), ('{"eos_token": null}', "</s>"), ('{"eos_token": 5}', "</s>"),
+     ('{"eos_token": {"content": [5]}}', "</s>")],
 )  # fmt: skip
 def test_the_end_of_text_is_what_the_folder_names(config: str | None, expected: str, tmp_path: Path) -> None:
     llama_like().save(str(tmp_path / "tokenizer.json"))
@@ -121,6 +122,12 @@ def test_a_folder_without_a_readable_tokenizer_says_what_is_expected(tmp_path: P
         read_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="no tokenizer that tokenizers"):
+        read_tokenizer(tmp_path)
+
+
+def test_an_id_far_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 10**8}, "a")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match="2 tokens with ids up to 100,000,000"):
         read_tokenizer(tmp_path)
 
 
