@@ -12,9 +12,9 @@ import torch
 from nanogpt import __version__
 from nanogpt.device import Device
 from nanogpt.errors import ConfigError, UserError
-from nanogpt.files import atomic_write
+from nanogpt.files import atomic_write, sync_folder
 from nanogpt.interop.flat import save_flat
-from nanogpt.interop.gguf import save_gguf
+from nanogpt.interop.gguf import MARK, save_gguf
 from nanogpt.interop.huggingface import FOLDER, save_pretrained
 from nanogpt.programs import ExportConfig
 from nanogpt.trained import TrainedModel, load_trained
@@ -66,13 +66,14 @@ def _is_export(output: Path) -> bool:
         names = {path.name for path in output.iterdir()}
         return "model.safetensors" in names and names <= FOLDER
     with open(output, "rb") as file:
-        if file.read(4) == b"GGUF":
-            return True
+        if (start := file.read(256)).startswith(b"GGUF"):
+            return MARK.encode() in start
     try:
         content = torch.load(output, weights_only=True, mmap=True)
     except Exception:  # a file of another kind: torch has many ways to say so
         return False
-    return isinstance(content, dict) and "model_args" in content and "nanogpt" not in content
+    config = content.get("config") if isinstance(content, dict) and content.get("optimizer", "") is None else None
+    return isinstance(config, dict) and "model_args" in content and "out_dir" not in config  # as `_public` leaves it
 
 
 @contextmanager
@@ -83,6 +84,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         yield work
+        for written in (*work.iterdir(), work):
+            sync_folder(written)  # and file
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)  # of an export that was killed here
             path.rename(old)
@@ -92,6 +95,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             if old.exists():
                 old.rename(path)
             raise
+        sync_folder(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error

@@ -186,8 +186,12 @@ def test_nothing_is_overwritten_or_left_behind(recipe: Recipe, tmp_path: Path, m
         with pytest.raises(ConfigError, match="--force replaces it"):
             export(ExportConfig(**{**settings, "output": str(file)}, to=to))  # type: ignore[arg-type]
         export(ExportConfig(**{**settings, "output": str(file)}, to=to, force=True))  # type: ignore[arg-type]
-    for precious in ("notes.txt", f"{config.out_dir}/ckpt.pt"):
-        Path("notes.txt").write_text("years of work")
+    Path("notes.txt").write_text("years of work")
+    Path("other.gguf").write_bytes(b"GGUF\3" + bytes(300))
+    theirs = torch.load(tmp_path / "file.flat", weights_only=True)
+    torch.save({**theirs, "optimizer": {"state": {}}}, "original.pt")
+    torch.save({**theirs, "config": {"out_dir": "out"}}, "slim.pt")
+    for precious in ("notes.txt", f"{config.out_dir}/ckpt.pt", "other.gguf", "original.pt", "slim.pt"):
         content = Path(precious).read_bytes()
         for to in ("gguf", "flat"):
             with pytest.raises(ConfigError, match="not an earlier export"):
@@ -243,6 +247,14 @@ def test_a_folder_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "a").write_text("a file")
     with pytest.raises(UserError, match="cannot write"), new_folder(tmp_path / "a" / "b"):
         pass
+
+
+def test_a_folder_is_on_the_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(module, "sync_folder", lambda path: synced.append(f"{path.name} {(tmp_path / 'a').exists()}"))
+    with new_folder(tmp_path / "a") as folder:
+        (folder / "file").touch()
+    assert synced == ["file False", "a.new.tmp False", f"{tmp_path.name} True"]
 
 
 @pytest.mark.parametrize("to", ["hf", "gguf", "flat"])

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nanogpt import __version__
 from nanogpt.data.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, Tokenizer
 from nanogpt.data.tokenizer_json import definition_of
 from nanogpt.errors import ConfigError, DataError
@@ -22,6 +23,7 @@ _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _MARKS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # how a byte-level tokenizer cuts text: its regular expression, llama.cpp's name for it
 _CUTS = {_LETTERS + r"|\p{N}{1,3}" + _MARKS: "llama-bpe", _LETTERS + r"|\p{N}" + _MARKS: "qwen2"}
+MARK = "nanogpt.version"  # the first key of our files, by which an export is known
 
 
 def save_gguf(path: Path, name: str, model: GPT, tokenizer: Tokenizer, dtype: str) -> None:
@@ -45,6 +47,7 @@ def save_gguf(path: Path, name: str, model: GPT, tokenizer: Tokenizer, dtype: st
         "bfloat16": gguf.GGMLQuantizationType.BF16,
         "q8_0": gguf.GGMLQuantizationType.Q8_0,
     }[dtype]
+    writer.add_string(MARK, __version__)
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType[("ALL_" if dtype == "float32" else "MOSTLY_") + wanted.name])
     _add_shape(writer, shape)
