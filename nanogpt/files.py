@@ -24,17 +24,17 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     The bytes are on the disk before the name is: temporary file beside it, fsync, rename, fsync of the
     folder. Raises `UserError` when the operating system refuses (no permission, disk full, …).
     """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    target = Path(os.path.realpath(path))  # a link stays one
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
-            sync_folder(path.parent)
+            os.replace(temporary, target)
+            sync_folder(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:

@@ -27,6 +27,17 @@ def test_the_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert os.listdir(path.parent) == ["b.bin"]
 
 
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "file")
+    for content in (b"one", b"two"):  # what it leads to is not there yet, then is
+        with atomic_write(tmp_path / "link") as file:
+            file.write(content)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "disk" / "file").read_bytes() == content
+    assert os.listdir(tmp_path / "disk") == ["file"]
+
+
 def test_an_operating_system_that_refuses_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"cannot write .*file/b\.bin: (Not a directory|File exists)"):
