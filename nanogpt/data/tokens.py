@@ -23,7 +23,7 @@ from nanogpt.data.pieces import Ids
 from nanogpt.data.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, VocabularyTokenizer
 from nanogpt.data.tokenizer_json import from_description
 from nanogpt.errors import DataError
-from nanogpt.files import atomic_write, parse_json, write_json
+from nanogpt.files import atomic_write, parse_json, sync_folder, write_json
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +145,7 @@ def finish_dataset(
         (folder / "meta.pkl").unlink(missing_ok=True)  # of an earlier data set
     for split in finished:
         os.replace(work / f"{split}.bin", folder / f"{split}.bin")
+    sync_folder(folder)  # before `work` may go
     return description
 
 

@@ -125,6 +125,17 @@ def test_ids_are_never_read_with_a_tokenizer_that_is_not_theirs(folder: Path, mo
         open_dataset(folder)
 
 
+def test_ids_have_their_names_on_the_disk_before_the_work_is_done(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nanogpt.data import tokens
+
+    seen: list[bool] = []
+    monkeypatch.setattr(tokens, "sync_folder", lambda path: seen.append(is_prepared(path)))
+    write_dataset(folder, ByteTokenizer(), np.arange(9), np.arange(3))
+    assert seen == [True]
+
+
 def test_several_files_are_one_stream(folder: Path) -> None:
     whole = open_dataset(folder).train
     np.array([0, 1], dtype="<u2").tofile(folder / "train-0.bin")
