@@ -55,12 +55,13 @@ def load_trained(config: SourceConfig, device: Device) -> TrainedModel:
 
     Raises `CheckpointError` if it can't be had.
     """
+    data_dir = getattr(config, "data_dir", "") or "data"
     if config.init_from == "resume":
-        loaded = checkpoint.load(checkpoint.find(config.out_dir, config.checkpoint))
+        loaded = checkpoint.load(checkpoint.find(config.out_dir, config.checkpoint), data_dir)
         name = f"{loaded.path}, {loaded.progress.step} updates"
         trained = TrainedModel(loaded.model(device), loaded.tokenizer, name, loaded.config, loaded.progress)
     else:
-        pretrained = load_model(config.init_from, device)
+        pretrained = load_model(config.init_from, device, data_dir=data_dir)
         trained = TrainedModel(pretrained.model, pretrained.tokenizer, config.init_from)
     if device.compile:
         trained.model.compile()

@@ -1,6 +1,7 @@
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from nanogpt.data.tokens import Tokens
 from nanogpt.device import Device
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.evaluate import evaluate, whole_split_loss
+from nanogpt.export import export
 from nanogpt.model import GPT
-from nanogpt.programs import EvalConfig
+from nanogpt.programs import EvalConfig, ExportConfig
 from tests.conftest import random_ids
 
 CPU = Device("cpu", "cpu", torch.float32, False)
@@ -45,6 +47,17 @@ def test_the_program_prints_a_line_of_json(
     assert json.loads(out[-1]) == result
     assert (result["dataset"], result["split"], result["tokens"], result["block_size"]) == ("tiny", "val", 719, 16)
     assert out[-2].split()[:3] == ["loss", "perplexity", f"{math.exp(result['loss']):.4f}"]
+
+
+def test_data_dir_is_where_an_originals_checkpoint_has_its_characters(
+    recipe: Callable[..., TrainConfig], data_dir: Path
+) -> None:
+    train.train(recipe(max_iters=1))
+    export(ExportConfig(out_dir="out", output="flat.pt", to="flat"))
+    data_dir.rename("elsewhere")
+    for source in ({"init_from": "flat.pt", "dataset": "tiny"}, {"checkpoint": "flat.pt"}):
+        result = evaluate(EvalConfig(**source, data_dir="elsewhere", device="cpu"))  # type: ignore[arg-type]
+        assert result["tokens"] == 719
 
 
 def test_mismatches_are_refused(recipe: Callable[..., TrainConfig]) -> None:
