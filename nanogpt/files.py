@@ -72,6 +72,8 @@ def locked(path: str | Path, what: str) -> Iterator[None]:
             file.seek(0)
             try:
                 _lock(file)
+                if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+                    raise BlockingIOError(errno.EAGAIN, "who had it has removed it just now")
             except OSError as error:
                 if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
                     log.warning(f"{path} can't be locked here ({error}): start nothing else there")

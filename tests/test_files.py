@@ -1,6 +1,7 @@
 import errno
 import os
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -54,3 +55,20 @@ def test_where_nothing_can_be_locked_it_goes_on_with_a_warning(
     with files.locked(tmp_path / "lock", "it"):
         pass
     assert "can't be locked here" in capsys.readouterr().err
+
+
+def test_a_lock_that_its_owner_removes_is_none_for_who_had_opened_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = files._lock
+
+    def removed_meanwhile(file: IO[bytes]) -> None:
+        (tmp_path / "lock").unlink()
+        real(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_lock", removed_meanwhile)
+        with pytest.raises(UserError, match="another process is at work on it"), files.locked(tmp_path / "lock", "it"):
+            pass
+    with files.locked(tmp_path / "lock", "it"):
+        pass

@@ -19,6 +19,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -90,9 +91,12 @@ def build(folder: Path, recipe: Recipe, num_proc: int = 0) -> dict[str, Any]:
     Returns its description. Raises `ConfigError` and `DataError`; nothing that existed is touched then.
     """
     with locked(folder / ".lock", f"the data set {folder}"):
-        description = _build(folder, recipe, num_proc)
-        (folder / ".lock").unlink(missing_ok=True)
-        return description
+        try:
+            return _build(folder, recipe, num_proc)
+        finally:
+            with suppress(OSError):  # nothing is left of a refused request
+                (folder / ".lock").unlink()
+                folder.rmdir()
 
 
 def _build(folder: Path, recipe: Recipe, num_proc: int) -> dict[str, Any]:

@@ -88,6 +88,7 @@ def test_unusable_text_is_one_message(content: bytes | None, message: str) -> No
         Path("own.txt").write_bytes(content)
     with pytest.raises(DataError, match=message):
         prepare(PrepareConfig(name="shakespeare_char", input=["own.txt"]))
+    assert not Path("data/shakespeare_char").exists()
 
 
 def test_an_unknown_name_says_how_to_use_ones_own_text() -> None:
