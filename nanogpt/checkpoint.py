@@ -27,7 +27,7 @@ from nanogpt.interop.flat import model_args, save_tensors, unknown_to_the_origin
 from nanogpt.model import GPT
 from nanogpt.settings import as_json
 from nanogpt.shape import wrong_types
-from nanogpt.spread import spread_like
+from nanogpt.spread import is_spread, spread_like
 
 log = logging.getLogger(__name__)
 
@@ -83,24 +83,45 @@ class Checkpoint:
     def restore(self, model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
         """Bring back what a run needs beside its weights: moments and loss scale; and weights that are yet to be read.
 
-        Betas and weight decay stay those that `optimizer` was made with; every step sets the learning rate.
+        Betas and weight decay stay those that `optimizer` was made with; every step sets the learning rate. Raises
+        `CheckpointError` for a state that is not this model's.
         """
         if self.optimizer is None:
             raise CheckpointError(f"{self.path} has no optimizer state: it can be sampled, but not resumed")
-        settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
         try:
-            if self.is_unread:
-                optimizer.load_state_dict(sharded.read_into(self.path, model, optimizer))
-            else:
-                optimizer.load_state_dict(self.optimizer)
-        except (ValueError, KeyError) as error:
+            saved = sharded.read_into(self.path, model, optimizer) if self.is_unread else self.optimizer
+            states = _states_for(optimizer, saved)
+            optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{self.path}: the optimizer state does not fit the model: {error}") from error
-        for parameter, averages in optimizer.state.items():
-            averages.update({name: spread_like(parameter, value) for name, value in averages.items()})
-        for group, setting in zip(optimizer.param_groups, settings, strict=True):
-            group.update(setting)
         if self.scaler and scaler.is_enabled():
             scaler.load_state_dict(self.scaler)
+
+
+def _states_for(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[int, dict[str, torch.Tensor]]:
+    """The saved states of the optimizer's parameters, in its order: spread as they are, one whole one at a time.
+
+    AdamW's kernel writes as many numbers as the parameter has, wherever they lie: nothing else may pass.
+    """
+    sizes, expected = ([len(g["params"]) for g in groups] for groups in (saved["param_groups"], optimizer.param_groups))
+    if sizes != expected:
+        raise ValueError(f"it is of groups of {sizes} parameters, and not of {expected}")
+    owners = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    states = {}
+    for n, ((parameter, group), number) in enumerate(zip(owners, numbers, strict=True)):
+        if state := saved["state"].get(number):
+            names = ("momentum_buffer",) if "cuts" in group else ("exp_avg", "exp_avg_sq")
+            averages = {name: spread_like(parameter, _fitting(name, state[name], parameter.shape)) for name in names}
+            states[n] = {"step": _fitting("step", torch.as_tensor(state["step"]), torch.Size()), **averages}
+    return states
+
+
+def _fitting(name: str, value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    is_plain = is_spread(value) or (value.layout == torch.strided and not value.is_meta)
+    if value.shape != shape or not is_plain or not (value.is_floating_point() or name == "step"):
+        raise ValueError(f"{name} is {value.dtype} of shape {tuple(value.shape)}, where {tuple(shape)} is needed")
+    return value.contiguous()
 
 
 def description(

@@ -19,6 +19,7 @@ from nanogpt.export import export
 from nanogpt.infer.sample import sample
 from nanogpt.model import GPT
 from nanogpt.programs import ExportConfig, SampleConfig
+from nanogpt.optim import adamw
 from tests.conftest import random_ids
 
 Recipe = Callable[..., TrainConfig]
@@ -194,6 +195,51 @@ def test_weights_that_do_not_fit_are_refused(trained: Path) -> None:
     torch.save(content, trained / "ckpt.pt")
     with pytest.raises(CheckpointError, match="the weights do not fit"):
         checkpoint.load(trained / "ckpt.pt").model(CPU)
+
+
+def test_weights_that_are_views_of_fewer_numbers_are_refused(trained: Path) -> None:
+    content = torch.load(trained / "ckpt.pt", weights_only=True)
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        content["model"][name] = content["model"][name][:1].expand_as(content["model"][name])
+    torch.save(content, trained / "ckpt.pt")
+    with pytest.raises(CheckpointError, match="some are views of fewer numbers"):  # an update would write beyond them
+        checkpoint.load(trained / "ckpt.pt").model(CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("exp_avg", lambda value: value[:3], r"exp_avg is torch.float32 of shape \(3, 32\), where \(.*\) is needed"),
+        ("exp_avg_sq", lambda value: value.int(), "exp_avg_sq is torch.int32"),
+        ("exp_avg", lambda value: value.to_sparse(), "exp_avg is"),
+        ("exp_avg", lambda value: value.to("meta"), "exp_avg is"),
+        ("exp_avg", lambda value: "words", "'str' object has no attribute"),
+        ("step", lambda value: value.expand(3), r"step is .* of shape \(3,\)"),
+    ],
+)
+def test_an_optimizer_state_that_is_not_the_models_is_refused(
+    trained: Path, recipe: Recipe, name: str, change: Callable[[Any], Any], message: str
+) -> None:
+    content = torch.load(trained / "ckpt.pt", weights_only=True)
+    state = content["optimizer"]["state"][0]
+    state[name] = change(state[name])
+    torch.save(content, trained / "ckpt.pt")
+    with pytest.raises(CheckpointError, match=f"the optimizer state does not fit the model: .*{message}"):
+        train.train(recipe(init_from="resume"))
+
+
+def test_an_optimizer_state_is_brought_into_the_form_that_the_kernel_needs(tmp_path: Path) -> None:
+    path, model = original_checkpoint(tmp_path, "openwebtext", vocab_size=50304)  # of an AdamW that is not fused
+    content = torch.load(path, weights_only=True)
+    content["optimizer"]["state"][0]["step"] = torch.tensor(3.0, dtype=torch.float64)
+    content["optimizer"]["state"][0]["exp_avg"] = torch.ones(1).expand(50304, 8)
+    torch.save(content, path)
+    optimizer = adamw(model, 1e-3, (0.9, 0.95), 0.1)
+    checkpoint.load(path).restore(model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    state = optimizer.state[model.transformer.wte.weight]
+    assert (state["step"].dtype, state["step"].item()) == (torch.float32, 3)  # fused: also where the parameter is
+    assert state["exp_avg"].is_contiguous()
+    assert optimizer.param_groups[0]["fused"]
 
 
 def test_an_impossible_shape_is_refused(trained: Path) -> None:
