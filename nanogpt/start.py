@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,6 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
 
     Raises `DataError` and `CheckpointError` for what can only be seen now.
     """
-    world.check_same(dataclasses.asdict(config))
     dataset = open_or_prepare(config, world)
     torch.manual_seed(config.seed)
     cpu = dataclasses.replace(device, name="cpu")  # from where the model, or a share of it, goes to its device
@@ -109,6 +109,7 @@ def assemble(
     scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
     if loaded and (is_unread or not config.eval_only):
         loaded.restore(model, optimizer, scaler)
+    patience = timedelta(minutes=config.dist_timeout)
     return Run(
         config=config,
         device=device,
@@ -121,7 +122,7 @@ def assemble(
         scaler=scaler,
         progress=loaded.progress if loaded else Progress(),
         resumed_from=loaded.path if loaded else None,
-        shards=torch.distributed.new_group(backend="gloo") if parallel == "fsdp" else None,
+        shards=torch.distributed.new_group(backend="gloo", timeout=patience) if parallel == "fsdp" else None,
     )
 
 

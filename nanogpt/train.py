@@ -66,6 +66,7 @@ def start_and_train(config: TrainConfig, device: Device, world: World) -> int:
     """Train, or only evaluate, among processes that can talk. Returns the exit code."""
     run = None
     with contact(world, config.dist_timeout, step=lambda: run.progress.step if run else 0):
+        world.check_same(dataclasses.asdict(config))  # before any question that some might not ask
         run = start(resumed_if_there(config, world), device, world)
         log.info(derived_values(run.config, run.model.config, run.model.get_num_params(), len(run.dataset.train)))
         if not config.eval_only:

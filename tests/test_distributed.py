@@ -165,11 +165,13 @@ def test_processes_that_were_started_differently_are_refused(data_dir: Path) -> 
     script = Path("differs.py")
     script.write_text(
         "import os\nfrom nanogpt import cli\n"
-        f"cli.run('train', {[*TINY, '--out_dir=two', '--batch_size=4']} + ['--seed=' + os.environ['RANK']])\n"
+        f"words = {[*TINY, '--out_dir=two', '--batch_size=4', '--dist_timeout=0.2']}\n"
+        "cli.run('train', words + ['--seed=1', '--resume=auto'] * int(os.environ['RANK']))\n"
     )
     result = launch(2, "two", script=script)
     assert result.returncode != 0
-    assert "the processes do not agree: seed is 1 in process 1, 0 in process 0; start all with" in result.stderr
+    for difference in ("seed is 1 in process 1, 1337 in", "resume is 'auto' in process 1, 'never' in"):
+        assert difference in result.stderr.split("the processes do not agree: ")[1].split("; start all with")[0]
     assert not Path("two").exists()
 
 

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from nanogpt import train
+from nanogpt import start, train
 from nanogpt.config import TrainConfig
 from nanogpt.data.prepare import prepare
 from nanogpt.data.tokenizer import GPT2Tokenizer
@@ -17,6 +18,7 @@ from nanogpt.device import Device
 from nanogpt.distributed import World
 from nanogpt.errors import ConfigError
 from nanogpt.evaluate import evaluate
+from nanogpt.model import GPT
 from nanogpt.programs import EvalConfig, PrepareConfig
 from nanogpt.report.metrics import read_metrics
 from nanogpt.start import loader
@@ -52,6 +54,16 @@ def test_the_global_batch_is_the_same_for_any_number_of_processes(recipe: Recipe
         assert one.shape == (24, config.block_size + 1)
         assert torch.equal(one, global_batch(step, 2))
         assert torch.equal(one, global_batch(step, 8))
+
+
+def test_processes_that_write_together_wait_as_long_as_others(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = recipe(dist_timeout=4)
+    dataset = open_dataset(Path(config.data_dir, "tiny"))
+    monkeypatch.setattr(start, "choose_parallel", lambda *_: "fsdp")
+    monkeypatch.setattr(start, "wrap", lambda model, *_: model)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend, timeout: (backend, timeout))
+    model = GPT(config.model_config(dataset.tokenizer.vocab_size))
+    assert start.assemble(config, CPU, World(), dataset, model).shards == ("gloo", timedelta(minutes=4))
 
 
 def test_an_epoch_reads_everything_once(recipe: Recipe, data_dir: Path) -> None:
