@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import shlex
+import shutil
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +23,8 @@ from nanogpt.config import TrainConfig
 from nanogpt.data.batches import EVALUATION, document_ids_of, dropout_seed, gather, window_starts
 from nanogpt.device import Device, choose
 from nanogpt.distributed import World, contact, joined, keep_log, no_gradient_exchange, this_process
-from nanogpt.errors import DivergedError
-from nanogpt.files import locked, remove_unfinished
+from nanogpt.errors import CheckpointError, DivergedError
+from nanogpt.files import atomic_write, locked, remove_unfinished
 from nanogpt.guards import Guard, is_spike, ways_out
 from nanogpt.health import Checkup
 from nanogpt.infer.text import short_sample
@@ -167,12 +168,21 @@ def owned(run: Run) -> Iterator[None]:
 
 def tidy(run: Run) -> None:
     """Make `out_dir` ready for this run: nothing half-written, no damaged checkpoints, no earlier run."""
-    folder = Path(run.config.out_dir)
+    folder, progress = Path(run.config.out_dir), run.progress
+    best = folder / "best.pt"
     remove_unfinished(folder)
     sharded.remove_unfinished(folder)
     if run.resumed_from:  # newer checkpoints were damaged, and must not take the place of good ones
         for path in itertools.takewhile(lambda path: path != run.resumed_from, checkpoint.kept(folder)):
-            os.replace(path, path.with_name(f"{path.name}.damaged"))
+            aside = path.with_name(f"{path.name}.damaged")
+            try:
+                checkpoint.remove(aside)  # a folder can't take another one's place
+                os.replace(path, aside)
+            except OSError as error:
+                raise CheckpointError(f"cannot move the damaged {path} aside: {error.strerror}") from error
+        if not best.exists() and progress.evaluated < 0 and math.isfinite(progress.best_val_loss):
+            with atomic_write(best) as file, open(run.resumed_from, "rb") as source:
+                shutil.copyfileobj(source, file)  # the original's only file is its best model, too
     else:
         checkpoint.set_previous_run_aside(run.config.out_dir)
     checkpoint.save_config(run.config)
@@ -182,7 +192,10 @@ def tidy(run: Run) -> None:
 def saving(run: Run) -> Iterator[Saver]:
     """Within the block, checkpoints are written in the background; what is being written is awaited at its end."""
     config, folder = run.config, Path(run.config.out_dir)
-    best = checkpoint.best_val_loss(folder / "best.pt") if run.resumed_from and run.world.is_main else math.inf
+    best = math.inf
+    if run.resumed_from:  # a best loss whose weights were lost is none
+        best = run.world.first(lambda: checkpoint.best_val_loss(folder / "best.pt"))
+        run.progress.best_val_loss = max(run.progress.best_val_loss, best)
     saver = Saver(folder, config.checkpoint_interval, config.keep_checkpoints, best, run.world.is_main)
     try:
         yield saver

@@ -128,8 +128,12 @@ def test_a_run_of_the_original_is_resumed(tmp_path: Path, recipe: Recipe, data_d
         random_ids(100, vocab_size=4).numpy().astype("uint16").tofile(folder / name)
     shape = {"n_layer": 1, "n_embd": 8, "block_size": 8}
     config = recipe(out_dir=str(tmp_path), dataset="letters", init_from="resume", max_iters=7, **shape)
+    content = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    torch.save({**content, "best_val_loss": torch.tensor(0.5)}, tmp_path / "ckpt.pt")  # nothing will beat it
+    best = (tmp_path / "ckpt.pt").read_bytes()
     assert train.train(config) == 0
     assert checkpoint.load(tmp_path / "ckpt.pt").progress.step == 7
+    assert (tmp_path / "best.pt").read_bytes() == best  # which has no other file
 
 
 def test_a_vocabulary_of_words_is_trained_on_resumed_sampled_and_handed_back(

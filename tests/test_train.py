@@ -307,6 +307,34 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(recipe: Recipe, capsy
         train.train(config)
 
 
+def test_a_damaged_checkpoint_is_moved_aside_however_often(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    train.train(recipe())
+    folder = Path(recipe().out_dir, "ckpt.dcp")
+    for attempt in (1, 2):
+        for name in (".metadata", "run.json"):  # what makes it one: newer than ckpt.pt, and empty
+            (folder / "7").mkdir(parents=True, exist_ok=True)
+            (folder / "7" / name).touch()
+        train.train(recipe(max_iters=6 + attempt, init_from="resume"))
+        assert [path.name for path in folder.iterdir()] == ["7.damaged"]
+    (folder / "9").mkdir()
+    for name in (".metadata", "run.json"):
+        (folder / "9" / name).touch()
+    monkeypatch.setattr(os, "replace", lambda *_: os.rename("nowhere", "there"))
+    with pytest.raises(CheckpointError, match=r"cannot move the damaged .*9 aside: No such file"):
+        train.train(recipe(max_iters=9, init_from="resume"))
+
+
+def test_a_best_loss_whose_weights_were_lost_is_none(recipe: Recipe) -> None:
+    train.train(recipe())
+    path = Path(recipe().out_dir, "ckpt.pt")
+    torch.save({**torch.load(path, weights_only=True), "best_val_loss": 0.1}, path)
+    path.with_name("best.pt").unlink()
+    train.train(recipe(max_iters=8, init_from="resume"))
+    best = checkpoint.load(path.with_name("best.pt")).progress.best_val_loss
+    assert best == min(loss for step, loss in rows(recipe(), "val/loss").items() if step > 6)
+    assert checkpoint.load(path).progress.best_val_loss == best
+
+
 def test_the_best_model_is_never_replaced_by_a_worse_one(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     train.train(recipe(max_iters=12, checkpoint_interval="4"))
     best = Path(recipe().out_dir, "best.pt").read_bytes()
