@@ -70,7 +70,9 @@ def begin_write(path: Path, model: GPT, optimizer: torch.optim.Optimizer, group:
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import async_save
 
-    if path in finished(path.parents[1]):  # a run was stopped just after it had saved
+    is_there = [path in finished(path.parents[1])]
+    torch.distributed.broadcast_object_list(is_there, group=group)  # each sees a shared disk at a time of its own
+    if is_there[0]:  # a run was stopped just after it had saved
         done: Future[Any] = Future()
         done.set_result(None)
         return done
@@ -84,7 +86,8 @@ def finish_write(path: Path, begun: Future[Any], described: dict[str, Any] | Non
     if described:
         write_json(path / _DESCRIPTION, described)
     begun.result()
-    sync_folder(path)
+    for folder in (path, *path.parents[:2]):  # the names, too: older checkpoints will be deleted
+        sync_folder(folder)
 
 
 def whole_weights(model: GPT) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanogpt import checkpoint, train
+from nanogpt import checkpoint, sharded, train
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data.tokenizer import CharTokenizer, GPT2Tokenizer
 from nanogpt.data.tokens import write_meta
@@ -300,6 +300,21 @@ def test_a_failed_write_leaves_the_old_checkpoint(
         train.train(recipe(max_iters=4, init_from="resume"))
     assert (trained / "ckpt.pt").read_bytes() == before
     assert list(trained.glob("*.tmp")) == []
+
+
+def test_shares_are_written_if_the_main_process_finds_none_and_their_names_are_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda answer, group: answer.__setitem__(0, True))
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=8))
+    path = tmp_path / "out" / "ckpt.dcp" / "6"
+    begun = sharded.begin_write(path, model, adamw(model, 1e-3, (0.9, 0.95), 0.1), group=None)
+    assert begun.done()  # since the main one has it, whatever this one sees
+    path.mkdir(parents=True)
+    synced: list[Path] = []
+    monkeypatch.setattr(sharded, "sync_folder", synced.append)
+    sharded.finish_write(path, begun, None)
+    assert synced == [path, path.parent, tmp_path / "out"]
 
 
 def test_what_cannot_be_read_just_now_is_not_taken_for_damaged(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
