@@ -107,6 +107,17 @@ class World:
         result: T = outcome[0]
         return result
 
+    def after_main(self, function: Callable[[], None]) -> None:
+        """Call `function`, once in a run, in the main process; the others wait, however long that takes."""
+        if self.is_main:
+            try:
+                function()
+            finally:
+                self.store.set("main is done", "")
+        else:
+            while not self.store.check(["main is done"]):
+                time.sleep(0.05)
+
     def check_same(self, settings: dict[str, Any]) -> None:
         """Raise `ConfigError` if processes were started with other settings, or run other code, than the main one."""
         if self.size == 1:
@@ -158,7 +169,8 @@ def joined(world: World, backend: str, device: Device, minutes: float) -> Iterat
             f"--backend=nccl connects CUDA GPUs, but this run computes on {device.type}; use --backend=gloo"
         )
     through_nccl = device.type == "cuda" and backend != "gloo"
-    store, patience = _store_of_this_attempt(world, minutes), timedelta(minutes=minutes)
+    # some machines take their time to start Python and torch: here nobody's patience is shorter than a minute
+    store, patience = _store_of_this_attempt(world, max(minutes, 1.0)), timedelta(minutes=minutes)
     names = "cpu:gloo,cuda:nccl" if through_nccl else "gloo"
     dist.init_process_group(names, store=store, rank=world.rank, world_size=world.size, timeout=patience)
     stdout = sys.stdout

@@ -23,7 +23,7 @@ from nanogpt.config import TrainConfig
 from nanogpt.data.batches import EVALUATION, document_ids_of, dropout_seed, gather, window_starts
 from nanogpt.device import Device, choose
 from nanogpt.distributed import World, contact, joined, keep_log, no_gradient_exchange, this_process
-from nanogpt.errors import CheckpointError, DivergedError
+from nanogpt.errors import CheckpointError, ConfigError, DivergedError
 from nanogpt.files import atomic_write, locked, remove_unfinished
 from nanogpt.guards import Guard, is_spike, ways_out
 from nanogpt.health import Checkup
@@ -48,6 +48,8 @@ def train(config: TrainConfig) -> int:
     show_log_lines(config.verbosity, must_go_on=True)
     world = this_process()
     local_rank = world.local_rank if world.size > 1 else None
+    if world.size > 1 and config.device.startswith("cuda:") and os.environ.get("LOCAL_WORLD_SIZE") != "1":
+        raise ConfigError(f"--device={config.device} is one GPU for all; with --device=cuda each process takes its own")
     device = choose(config.device, config.dtype, config.compile, local_rank, training=config)
     world.share(config.batch_size, config.gradient_accumulation_steps)  # or refuse
     if config.dry_run:
@@ -87,7 +89,7 @@ def train_until_done(run: Run) -> int:
         Metrics(config, progress if run.resumed_from else None, is_main=world.is_main) as metrics,
         Console(total=config.max_iters, done=progress.step, is_main=world.is_main) as console,
         saving(run) as saver,
-        contact(world, config.dist_timeout, step=lambda: progress.step),
+        contact(world, config.dist_timeout, step=lambda: progress.step),  # here, too: it speaks before `saving` waits
     ):
         model.train()
         settle_sums(run)
@@ -385,10 +387,9 @@ def finish_saving(run: Run, saver: Saver, is_saved: bool) -> None:
         is_saved = not run.world.any(saver.has_failed or not is_saved)
     if run.shards or run.world.is_main:
         saver.finish(lambda old: snapshot(run, old), is_saved)
-    folder = Path(run.config.out_dir)
-    if run.shards and run.world.is_main and run.progress.step >= run.config.max_iters:
-        checkpoint.write(folder / "ckpt.pt", sharded.read(sharded.finished(folder)[0]))
-        saver.remove_old()
+    if run.shards and run.progress.step >= run.config.max_iters:
+        folder = Path(run.config.out_dir)  # the older shares stay: the newest are in both
+        run.world.after_main(lambda: checkpoint.write(folder / "ckpt.pt", sharded.read(sharded.finished(folder)[0])))
 
 
 def snapshot(run: Run, into: Any = None, is_best: bool = False) -> dict[str, Any]:

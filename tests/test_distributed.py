@@ -6,11 +6,14 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from nanogpt import checkpoint, sharded
 from nanogpt.config import TrainConfig
@@ -23,6 +26,7 @@ from nanogpt.train import train
 from tests.conftest import ROOT
 from tests.test_cli import TINY
 
+Recipe = Callable[..., TrainConfig]
 COMMON = ["--max_iters=6", "--eval_interval=3", "--eval_iters=3", "--learning_rate=1e-2", "--warmup_iters=2"]
 COMPARED = ("train/loss", "val/loss", "train/eval_loss", "grad_norm", "health/update_ratio")
 
@@ -105,7 +109,7 @@ def test_a_run_goes_on_at_any_number_of_processes(data_dir: Path) -> None:
     alone("moved", *words, "--max_iters=2")
     result = launch(2, "moved", *words, "--max_iters=4", "--init_from=resume", "--parallel=fsdp")  # from one file
     assert result.returncode == 0, result.stderr
-    assert [path.name for path in sharded.finished(Path("moved"))] == ["4"]
+    assert [path.name for path in sharded.finished(Path("moved"))] == ["4", "3"]  # ckpt.pt, too, is of step 4
     Path("moved/ckpt.pt").unlink()  # the shares alone are enough
     result = launch(4, "moved", *words, "--max_iters=6", "--resume=auto")
     assert result.returncode == 0, result.stderr
@@ -180,7 +184,7 @@ def test_processes_that_were_started_differently_are_refused(data_dir: Path) -> 
     [
         ("raise ArithmeticError('what happened')", [], ["ArithmeticError: what happened", "process 0 of 2, after 4"]),
         ("os.kill(os.getpid(), 9)", ["--parallel=fsdp"], ["process 0 of 2, after 4 updates: another process is gone"]),
-        ("time.sleep(15)", ["--dist_timeout=0.05"], ["process 0 of 2, after 4 updates: waited 0.05 minutes for the "
+        ("time.sleep(15)", ["--dist_timeout=0.1"], ["process 0 of 2, after 4 updates: waited 0.1 minutes for the "
          "others (--dist_timeout); no word from process 1"]),
     ],
 )  # fmt: skip
@@ -250,6 +254,25 @@ def test_a_stop_signal_to_one_process_saves_and_the_run_goes_on(data_dir: Path) 
     result = launch(2, "two", *words, f"--max_iters={stopped + 5}", "--init_from=resume")
     assert result.returncode == 0, result.stderr
     assert checkpoint.load(Path("two", "ckpt.pt")).progress.step == stopped + 5
+
+
+def test_the_others_wait_for_what_the_main_process_does_alone() -> None:
+    store, done = HashStore(), []
+    worlds = [World(rank, rank, 2, store) for rank in range(2)]
+    other = threading.Thread(target=worlds[1].after_main, args=[lambda: done.append("by the other")])
+    other.start()
+    with pytest.raises(ArithmeticError):
+        worlds[0].after_main(lambda: done.append(f"while it waits: {other.is_alive()}") or 1 / 0)  # type: ignore[func-returns-value]
+    other.join(60)
+    assert not other.is_alive()  # and will see at the next barrier that the main one has failed
+    assert done == ["while it waits: True"]
+
+
+def test_one_gpu_for_several_processes_is_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="--device=cuda:0 is one GPU for all; with --device=cuda each process takes"):
+        train(recipe(device="cuda:0"))
 
 
 def test_the_choice_between_ddp_and_fsdp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
