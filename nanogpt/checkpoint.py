@@ -22,11 +22,8 @@ from nanogpt.data.tokenizer_json import from_description
 from nanogpt.data.tokens import tokenizer_of_original
 from nanogpt.device import Device
 from nanogpt.errors import CheckpointError, ConfigError
-from nanogpt.files import atomic_write
 from nanogpt.interop.flat import model_args, save_tensors, unknown_to_the_original
 from nanogpt.model import GPT
-from nanogpt.settings import as_json
-from nanogpt.shape import wrong_types
 from nanogpt.spread import is_spread, spread_like
 
 log = logging.getLogger(__name__)
@@ -106,14 +103,16 @@ def _states_for(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict
     sizes, expected = ([len(g["params"]) for g in groups] for groups in (saved["param_groups"], optimizer.param_groups))
     if sizes != expected:
         raise ValueError(f"it is of groups of {sizes} parameters, and not of {expected}")
-    owners = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
-    states = {}
-    for n, ((parameter, group), number) in enumerate(zip(owners, numbers, strict=True)):
-        if state := saved["state"].get(number):
-            names = ("momentum_buffer",) if "cuts" in group else ("exp_avg", "exp_avg_sq")
-            averages = {name: spread_like(parameter, _fitting(name, state[name], parameter.shape)) for name in names}
-            states[n] = {"step": _fitting("step", torch.as_tensor(state["step"]), torch.Size()), **averages}
+    states: dict[int, dict[str, torch.Tensor]] = {}
+    for n, (parameter, number) in enumerate(zip(parameters, numbers, strict=True)):
+        for name, value in saved["state"].get(number, {}).items():
+            if name == "step":
+                fitting = _fitting(name, torch.as_tensor(value), torch.Size())
+            else:
+                fitting = spread_like(parameter, _fitting(name, value, parameter.shape))
+            states.setdefault(n, {})[name] = fitting
     return states
 
 
@@ -189,7 +188,7 @@ def load(path: Path, data_dir: str = "data", *, spread: bool = False, is_checked
         if ours.get("format", FORMAT) > FORMAT:
             raise CheckpointError(f"{path} was written by a newer version of nanoGPT (format {ours['format']})")
         shape = GPTConfig(**(ours.get("model_config") or content["model_args"]))
-        if problems := list(wrong_types(shape)) or list(shape.problems()):
+        if problems := list(shape.problems()):
             raise CheckpointError(f"{path} holds an impossible model: {'; '.join(problems)}")
         # the original's compiled models carry a prefix, its oldest ones attention masks
         weights = {
@@ -363,9 +362,3 @@ def set_previous_run_aside(out_dir: str) -> None:
     except OSError as error:
         raise ConfigError(f"cannot move the earlier run in {out_dir} aside: {error.strerror}") from error
     log.info(f"{out_dir} held an earlier run: moved to {aside}")
-
-
-def save_config(config: TrainConfig) -> None:
-    """Write the resolved config beside the checkpoints."""
-    with atomic_write(Path(config.out_dir) / "config.json") as file:
-        file.write((as_json(config) + "\n").encode())

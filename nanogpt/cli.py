@@ -14,37 +14,28 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import get_type_hints
 
-from nanogpt import __version__
+from nanogpt import __version__, programs
 from nanogpt.config import BenchConfig, PlanConfig, TrainConfig
 from nanogpt.errors import UserError
-from nanogpt.programs import (
-    EvalConfig,
-    ExportConfig,
-    InspectConfig,
-    PlotConfig,
-    PrepareConfig,
-    RunsConfig,
-    SampleConfig,
-    ServeConfig,
-)
 from nanogpt.settings import Settings, parse
 
 log = logging.getLogger(__name__)
 
+_TO_SERVE = "fastapi uvicorn prometheus-client"  # packages that `nanogpt serve` needs beside the others
 
 # verb: its settings, its program, the setting that a bare word stands for
 VERBS: dict[str, tuple[type[Settings], str, str]] = {
-    "prepare": (PrepareConfig, "nanogpt.data.prepare:prepare", "name"),
+    "prepare": (programs.PrepareConfig, "nanogpt.data.prepare:prepare", "name"),
     "train": (TrainConfig, "nanogpt.train:train", "out_dir"),
-    "sample": (SampleConfig, "nanogpt.infer.sample:sample", "out_dir"),
-    "serve": (ServeConfig, "nanogpt.infer.serve:serve", "out_dir"),
-    "eval": (EvalConfig, "nanogpt.evaluate:evaluate", "out_dir"),
-    "export": (ExportConfig, "nanogpt.export:export", "out_dir"),
+    "sample": (programs.SampleConfig, "nanogpt.infer.sample:sample", "out_dir"),
+    "serve": (programs.ServeConfig, "nanogpt.infer.serve:serve", "out_dir"),
+    "eval": (programs.EvalConfig, "nanogpt.evaluate:evaluate", "out_dir"),
+    "export": (programs.ExportConfig, "nanogpt.export:export", "out_dir"),
     "bench": (BenchConfig, "nanogpt.bench:bench", "out_dir"),
     "plan": (PlanConfig, "nanogpt.plan:plan", "out_dir"),
-    "plot": (PlotConfig, "nanogpt.report.plots:plot", "out_dir"),
-    "runs": (RunsConfig, "nanogpt.report.runs:list_runs", "folder"),
-    "inspect": (InspectConfig, "nanogpt.report.inside:inspect", "out_dir"),
+    "plot": (programs.PlotConfig, "nanogpt.report.plots:plot", "out_dir"),
+    "runs": (programs.RunsConfig, "nanogpt.report.runs:list_runs", "folder"),
+    "inspect": (programs.InspectConfig, "nanogpt.report.inside:inspect", "out_dir"),
 }
 
 
@@ -81,9 +72,11 @@ def _exit_code() -> Iterator[None]:
 def _explained(error: Exception) -> str:
     """What a person can do about an error that is none of ours; empty if it is a bug."""
     if isinstance(error, ModuleNotFoundError) and not (error.name or "nanogpt").startswith("nanogpt"):
+        name = str(error.name)
+        packages = _TO_SERVE if name in _TO_SERVE.replace("-", "_") else name
         return (
-            f"{sys.executable} has no package {error.name}; activate the environment that has it "
-            f"(. .venv/bin/activate), or install it: pip install {error.name}"
+            f"{sys.executable} has no package {name}; activate the environment that has it (. .venv/bin/activate), or "
+            f"pip install {packages}"
         )
     said = str(error).partition("\n")[0]
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", said):

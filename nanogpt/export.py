@@ -41,7 +41,12 @@ def export(config: ExportConfig) -> None:
             log.warning(
                 "the original computes the exact GELU in place of this model's tanh form: losses differ slightly"
             )
-    print(f"wrote {output} from {trained.name}: {_use(config)}")
+    use = {
+        "hf": f'AutoModelForCausalLM.from_pretrained("{config.output}")',
+        "gguf": f"llama-cli -m {config.output}",
+        "flat": "the original's sample.py reads it as out_dir/ckpt.pt; characters need data/NAME/meta.pkl there",
+    }
+    print(f"wrote {output} from {trained.name}: {use[config.to]}")
 
 
 def _check_free(output: Path, config: ExportConfig) -> None:
@@ -101,14 +106,6 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _use(config: ExportConfig) -> str:
-    return {
-        "hf": f'AutoModelForCausalLM.from_pretrained("{config.output}")',
-        "gguf": f"llama-cli -m {config.output}",
-        "flat": "the original's sample.py reads it as out_dir/ckpt.pt; characters need data/NAME/meta.pkl there",
-    }[config.to]
 
 
 def _public(config: dict[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,10 @@ so that `--help` answers at once.
 """
 
 import ast
+import builtins
 import dataclasses
 import difflib
 import inspect
-import json
 import math
 import re
 import shutil
@@ -74,7 +74,7 @@ def parse(
     values = dataclasses.asdict(cls())
     for file in files:
         _run_config_file(cls, file, values, problems, [] if notes is None else notes)
-    _assign(cls, values, {name: (value, f"--{name}={value}") for name, value in _lists_joined(cls, settings)}, problems)
+    _assign(cls, values, {name: (value, f"--{name}={value}") for name, value in settings.items()}, problems)
     config = cls(**values)
     problems.extend(config.problems())
     if problems:
@@ -84,21 +84,25 @@ def parse(
 
 def _split_arguments(
     cls: type[Config], arguments: Sequence[str], positional: str, problems: list[str]
-) -> tuple[list[str], list[tuple[str, str]]]:
-    """Sort the words of a command line into config files and `(name, text)` settings."""
+) -> tuple[list[str], dict[str, Any]]:
+    """Sort the words of a command line into config files and settings: the last text of each, of a list all."""
     # Not argparse: it stops at the first mistake, and takes the file in `--eval_only config/a.py` for a value.
     hints = get_type_hints(cls)
     files: list[str] = []
-    settings: list[tuple[str, str]] = []
+    settings: dict[str, Any] = {}
     words = list(arguments)
+
+    def note(name: str, text: str) -> None:
+        settings[name] = [*settings.get(name, []), text] if hints.get(name) == list[str] else text
+
     while words:
         word = words.pop(0)
         if not word.startswith("-") or word == "-":
             if word.endswith(".py"):
                 files.append(word)
-            elif Path(f"{word}.py").is_file():
+            elif found := [path for path in (f"{word}.py", f"config/{word}.py") if Path(path).is_file()]:
                 other = f" If not, --{positional}={word}" if positional in hints else ""
-                problems.append(f"{word}: did you mean the config file {word}.py?{other}")
+                problems.append(f"{word}: did you mean the config file {found[0]}?{other}")
             elif word.partition("=")[0] in hints:
                 problems.append(f"{word}: options begin with two dashes: --{word}")
             elif positional not in hints:
@@ -106,25 +110,26 @@ def _split_arguments(
             elif positional in ("out_dir", "folder") and (word.endswith(".pt") or Path(word).is_file()):
                 what = "checkpoints go into --init_from" if word.endswith(".pt") else "config files end in .py"
                 problems.append(f"{word}: {positional} is a folder, this a file; {what}")
-            elif (first := dict(settings).get(positional)) is not None and hints[positional] is str:
-                problems.append(f"{word}: {positional} is {first} already, and takes one; options begin with --")
+            elif (first := settings.get(positional)) is not None and hints[positional] is str:
+                other = f"; did you mean --input={word}?" if "input" in hints else "; options begin with --"
+                problems.append(f"{word}: {positional} is {first} already, and takes one{other}")
             else:
-                settings.append((positional, word))
+                note(positional, word)
             continue
         name, equals, text = word.lstrip("-").partition("=")
         name = name.replace("-", "_")
         if not word.startswith("--"):
             problems.append(f"{word}: options begin with two dashes: --{name}=…")
         elif equals:
-            settings.append((name, text))
+            note(name, text)
         elif hints.get(name) == list[str] and words and not words[0].startswith("--"):
             while words and not words[0].startswith("--"):
-                settings.append((name, words.pop(0)))
+                note(name, words.pop(0))
         elif bool in (hints.get(name), *get_args(hints.get(name))):
             is_value = bool(words) and words[0].lower() in (*_BOOLEANS, "auto")
-            settings.append((name, words.pop(0) if is_value else "True"))
+            note(name, words.pop(0) if is_value else "True")
         elif name in hints and words and not words[0].startswith("--"):
-            settings.append((name, words.pop(0)))
+            note(name, words.pop(0))
         elif name in hints:
             problems.append(f"--{name}: a value is missing: --{name}=…")
         else:
@@ -132,37 +137,29 @@ def _split_arguments(
     return files, settings
 
 
-def _lists_joined(cls: type[Config], settings: list[tuple[str, str]]) -> Iterator[tuple[str, object]]:
-    """The settings, with all that is said of a setting that is a list in one."""
-    hints = get_type_hints(cls)
-    lists: dict[str, list[str]] = {}
-    for name, text in settings:
-        if hints.get(name) == list[str]:
-            lists.setdefault(name, []).append(text)
-        else:
-            yield name, text
-    yield from lists.items()
-
-
 def _run_config_file(
     cls: type[Config], path: str, values: dict[str, Any], problems: list[str], notes: list[str]
 ) -> None:
     """Execute a config file with the values set so far, and take over what it assigned."""
-    names = dict(values)
+    if not Path(path).is_file():
+        there = [str(each) for folder in {Path(path).parent, Path("config")} for each in sorted(folder.glob("*.py"))]
+        near = difflib.get_close_matches(path, there, n=1)
+        problems.append(f"there is no config file {path}" + (f"; did you mean {near[0]}?" if near else ""))
+        return
+    # the values can be read like Python's own functions, and what is assigned lies in `names` alone
+    names: dict[str, Any] = {"__builtins__": {**vars(builtins), **values}}
     try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)
-        exec(compile(tree, path, "exec"), names)
+        exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), names)
     except (Exception, SystemExit) as error:  # a config file is a program: anything can go wrong in it
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         where = f", line {lines[-1]}" if lines else ""
         problems.append(f"config file {path}{where}: {type(error).__name__}: {error}")
         return
-    said = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    settings = {}
-    for name, value in names.items():
-        is_setting = not (name.startswith("_") or isinstance(value, types.ModuleType) or callable(value))
-        if is_setting and not (name in values and values[name] is value and name not in said):
-            settings[name] = (value, f"{path}: {name} = {value!r}")
+    settings = {
+        name: (value, f"{path}: {name} = {value!r}")
+        for name, value in names.items()
+        if not (name.startswith("_") or isinstance(value, types.ModuleType) or callable(value))
+    }
     if others := cls.passed_over(settings):
         notes.append(
             f"{path}: passed over, not for this program: {', '.join(name for name in settings if name in others)}"
@@ -248,7 +245,7 @@ def convert(value: object, hint: Any) -> Any:
     except (ValueError, OverflowError):
         raise ValueError(f"expected {kind}") from None
     if not math.isfinite(number) or (hint is int and number != int(number)):
-        raise ValueError(f"expected {kind}")
+        raise ValueError(f"expected {kind}{'' if hint is int else ' that is finite'}")
     return hint(number)
 
 
@@ -311,11 +308,6 @@ def _commented_fields(cls: type) -> Iterator[tuple[str, str, str]]:
             name, comment = field[1], field[2] or ""
         elif name and (more := re.match(r"    # (.+)$", line)):
             comment += " " + more[1]
-
-
-def as_json(config: Settings) -> str:
-    """A config as the text of `config.json`."""
-    return json.dumps(dataclasses.asdict(config), indent=1)
 
 
 def override_globals(variables: dict[str, Any], arguments: Sequence[str]) -> None:

@@ -99,6 +99,9 @@ class GPTConfig(Shape):
         return self.architecture == "gpt2"
 
     def problems(self) -> Iterator[str]:
+        if wrong := list(self._wrong_types()):
+            yield from wrong  # of a shape that comes from a file
+            return
         for name in ("architecture", "activation"):
             if getattr(self, name) not in (known := get_args(get_type_hints(GPTConfig)[name])):
                 yield f"{name}={getattr(self, name)!r}: expected {' or '.join(known)}"
@@ -137,10 +140,9 @@ class GPTConfig(Shape):
     def _is_scaling(factor: float, low: float, high: float, context: float) -> bool:
         return factor > 0 and 0 <= low < high and context > 0
 
-
-def wrong_types(shape: GPTConfig) -> Iterator[str]:
-    """The fields whose values are of another type than declared, for shapes that come from files."""
-    for name, value in vars(shape).items():
-        expected = type(getattr(GPTConfig(), name))
-        if type(value) is not expected and not (expected is float and type(value) is int):
-            yield f"{name} is {value!r}, expected {expected.__name__}"
+    def _wrong_types(self) -> Iterator[str]:
+        defaults = vars(GPTConfig())
+        for name, value in vars(self).items():
+            expected = type(defaults[name])
+            if type(value) is not expected and not (expected is float and type(value) is int):
+                yield f"{name} is {value!r}, expected {expected.__name__}"

@@ -22,22 +22,12 @@ from nanogpt.model import GPT
 
 FOLDER = "ckpt.dcp"  # in the run folder
 _METADATA, _DESCRIPTION = ".metadata", "run.json"
-_IN_METADATA = {
+_CLASSES = "Metadata MetadataIndex StorageMeta TensorStorageMetadata ChunkStorageMetadata TensorProperties"
+_IN_METADATA = {f"torch.distributed.checkpoint.metadata.{name}" for name in f"{_CLASSES} _MEM_FORMAT_ENCODING".split()}
+_IN_METADATA |= {
     "torch.Size",
     "torch.serialization._get_layout",
     "torch.distributed.checkpoint.filesystem._StorageInfo",
-    *(
-        f"torch.distributed.checkpoint.metadata.{name}"
-        for name in (
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorStorageMetadata",
-            "ChunkStorageMetadata",
-            "TensorProperties",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
 }
 
 

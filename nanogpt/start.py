@@ -1,8 +1,13 @@
 """Before the first step: a run with everything in place for the next update, and what can be said about it."""
 
 import dataclasses
+import itertools
 import logging
-from collections.abc import Callable
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -11,15 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt import checkpoint
+from nanogpt import checkpoint, sharded
 from nanogpt.checkpoint import Progress
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data.batches import Ahead, check_length, epoch_window_starts, gather, window_starts
 from nanogpt.data.prepare import DATASETS, NEEDS_NO_NETWORK, prepare
 from nanogpt.data.tokens import Dataset, is_prepared, open_dataset
 from nanogpt.device import Device
-from nanogpt.distributed import World, choose_parallel, compile_model, wrap
-from nanogpt.errors import ConfigError, DataError
+from nanogpt.distributed import World, choose_parallel, compile_model, keep_log, wrap
+from nanogpt.errors import CheckpointError, ConfigError, DataError
+from nanogpt.files import atomic_write, locked, read_json, remove_unfinished, write_json
 from nanogpt.interop.huggingface import folder_of, shape_of
 from nanogpt.model import GPT
 from nanogpt.optim import optimizer_for
@@ -152,6 +158,52 @@ def loader(
         return device.pin(gather(dataset.train, starts[rows.start : rows.stop], shape.block_size, shape.vocab_size))
 
     return Ahead(make) if device.type == "cuda" else make
+
+
+@contextmanager
+def owned(run: Run) -> Iterator[None]:
+    """Within the block, no other run can use `out_dir`; an earlier one there is set aside.
+
+    Raises `ConfigError` if the folder is something else, of which files would be overwritten.
+    """
+    folder = Path(run.config.out_dir)
+    run.world.first(lambda: refuse_other_folders(folder))
+    with ExitStack() as stack:
+        lock = locked(folder / "lock", f"a run in {run.config.out_dir}")
+        run.world.first(lambda: stack.enter_context(lock))
+        run.world.first(lambda: tidy(run))
+        keep_log(run.world, folder / "logs")
+        yield
+
+
+def refuse_other_folders(folder: Path) -> None:
+    """Raise `ConfigError` if there is a config.json, as models of other programs have, which is not a run's."""
+    path = folder / "config.json"
+    is_run = checkpoint.kept(folder) or (folder / "metrics.jsonl").exists()
+    if path.exists() and not is_run and "out_dir" not in read_json(path):
+        raise ConfigError(f"out_dir={folder}: {path} is not of a run, and would be overwritten; choose another folder")
+
+
+def tidy(run: Run) -> None:
+    """Make `out_dir` ready for this run: nothing half-written, no damaged checkpoints, no earlier run."""
+    folder, progress = Path(run.config.out_dir), run.progress
+    best = folder / "best.pt"
+    remove_unfinished(folder)
+    sharded.remove_unfinished(folder)
+    if run.resumed_from:  # newer checkpoints were damaged, and must not take the place of good ones
+        for path in itertools.takewhile(lambda path: path != run.resumed_from, checkpoint.kept(folder)):
+            aside = path.with_name(f"{path.name}.damaged")
+            try:
+                checkpoint.remove(aside)  # a folder can't take another one's place
+                os.replace(path, aside)
+            except OSError as error:
+                raise CheckpointError(f"cannot move the damaged {path} aside: {error.strerror}") from error
+        if not best.exists() and progress.evaluated < 0 and math.isfinite(progress.best_val_loss):
+            with atomic_write(best) as file, open(run.resumed_from, "rb") as source:
+                shutil.copyfileobj(source, file)  # the original's only file is its best model, too
+    else:
+        checkpoint.set_previous_run_aside(run.config.out_dir)
+    write_json(folder / "config.json", dataclasses.asdict(run.config))
 
 
 def with_shape_of(model: GPT, config: TrainConfig) -> TrainConfig:

@@ -1,16 +1,14 @@
 """The training program. Reads from top to bottom: `train` is the story, the functions below it are its steps."""
 
 import dataclasses
-import itertools
 import logging
 import math
 import os
 import shlex
-import shutil
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,8 @@ from nanogpt import checkpoint, sharded
 from nanogpt.config import TrainConfig
 from nanogpt.data.batches import EVALUATION, document_ids_of, dropout_seed, gather, window_starts
 from nanogpt.device import Device, choose
-from nanogpt.distributed import World, contact, joined, keep_log, no_gradient_exchange, this_process
-from nanogpt.errors import CheckpointError, ConfigError, DivergedError
-from nanogpt.files import atomic_write, locked, remove_unfinished
+from nanogpt.distributed import World, contact, joined, no_gradient_exchange, this_process
+from nanogpt.errors import ConfigError, DivergedError
 from nanogpt.guards import Guard, is_spike, ways_out
 from nanogpt.health import Checkup
 from nanogpt.infer.text import short_sample
@@ -36,7 +33,7 @@ from nanogpt.report.progress import Console
 from nanogpt.saver import Saver
 from nanogpt.signals import stop_signals
 from nanogpt.spread import whole
-from nanogpt.start import Run, derived_values, dry_run, start
+from nanogpt.start import Run, derived_values, dry_run, owned, start
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +84,7 @@ def train_until_done(run: Run) -> int:
         owned(run),
         stop_signals(world) as stopping,
         Metrics(config, progress if run.resumed_from else None, is_main=world.is_main) as metrics,
-        Console(total=config.max_iters, done=progress.step, is_main=world.is_main) as console,
+        closing(Console(total=config.max_iters, done=progress.step, is_main=world.is_main)) as console,
         saving(run) as saver,
         contact(world, config.dist_timeout, step=lambda: progress.step),  # here, too: it speaks before `saving` waits
     ):
@@ -154,40 +151,6 @@ def train_until_done(run: Run) -> int:
             f"{progress.best_val_loss:.4f}; to see text: python sample.py --out_dir={shlex.quote(config.out_dir)}"
         )
         return 0
-
-
-@contextmanager
-def owned(run: Run) -> Iterator[None]:
-    """Within the block, no other run can use `out_dir`; an earlier one there is set aside."""
-    folder = Path(run.config.out_dir)
-    with ExitStack() as stack:
-        lock = locked(folder / "lock", f"a run in {run.config.out_dir}")
-        run.world.first(lambda: stack.enter_context(lock))
-        run.world.first(lambda: tidy(run))
-        keep_log(run.world, folder / "logs")
-        yield
-
-
-def tidy(run: Run) -> None:
-    """Make `out_dir` ready for this run: nothing half-written, no damaged checkpoints, no earlier run."""
-    folder, progress = Path(run.config.out_dir), run.progress
-    best = folder / "best.pt"
-    remove_unfinished(folder)
-    sharded.remove_unfinished(folder)
-    if run.resumed_from:  # newer checkpoints were damaged, and must not take the place of good ones
-        for path in itertools.takewhile(lambda path: path != run.resumed_from, checkpoint.kept(folder)):
-            aside = path.with_name(f"{path.name}.damaged")
-            try:
-                checkpoint.remove(aside)  # a folder can't take another one's place
-                os.replace(path, aside)
-            except OSError as error:
-                raise CheckpointError(f"cannot move the damaged {path} aside: {error.strerror}") from error
-        if not best.exists() and progress.evaluated < 0 and math.isfinite(progress.best_val_loss):
-            with atomic_write(best) as file, open(run.resumed_from, "rb") as source:
-                shutil.copyfileobj(source, file)  # the original's only file is its best model, too
-    else:
-        checkpoint.set_previous_run_aside(run.config.out_dir)
-    checkpoint.save_config(run.config)
 
 
 @contextmanager

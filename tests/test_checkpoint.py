@@ -18,8 +18,8 @@ from nanogpt.errors import CheckpointError, UserError
 from nanogpt.export import export
 from nanogpt.infer.sample import sample
 from nanogpt.model import GPT
-from nanogpt.programs import ExportConfig, SampleConfig
 from nanogpt.optim import adamw
+from nanogpt.programs import ExportConfig, SampleConfig
 from tests.conftest import random_ids
 
 Recipe = Callable[..., TrainConfig]
@@ -201,13 +201,13 @@ def test_weights_that_do_not_fit_are_refused(trained: Path) -> None:
         checkpoint.load(trained / "ckpt.pt").model(CPU)
 
 
-def test_weights_that_are_views_of_fewer_numbers_are_refused(trained: Path) -> None:
+def test_weights_that_are_views_of_fewer_numbers_become_plain(trained: Path) -> None:
     content = torch.load(trained / "ckpt.pt", weights_only=True)
     for name in ("transformer.wte.weight", "lm_head.weight"):
         content["model"][name] = content["model"][name][:1].expand_as(content["model"][name])
     torch.save(content, trained / "ckpt.pt")
-    with pytest.raises(CheckpointError, match="some are views of fewer numbers"):  # an update would write beyond them
-        checkpoint.load(trained / "ckpt.pt").model(CPU)
+    model = checkpoint.load(trained / "ckpt.pt").model(CPU)
+    assert all(parameter.is_contiguous() for parameter in model.parameters())  # an update would write beyond them
 
 
 @pytest.mark.parametrize(

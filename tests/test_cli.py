@@ -113,7 +113,7 @@ def test_mistakes_end_with_2_and_one_message(program: Program) -> None:
         (["nanogpt", "trian"], "inspect; did you mean train?"),
         (["bench.py", "--device=cpu"], "--real_data=False"),
         (["bench.py", "out"], "out: expected config files (*.py) and --key=value only"),
-        (["train.py", "missing.py"], "config file missing.py: FileNotFoundError"),
+        (["train.py", "missing.py"], "there is no config file missing.py"),
     ],
 )
 def test_what_is_missing_is_said_with_what_to_do(program: Program, command: list[str], message: str) -> None:

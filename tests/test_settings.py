@@ -85,7 +85,8 @@ def test_command_line_says_what_a_person_expects(words: list[str], name: str, va
         ("here/steps", "here/steps: did you mean the config file here/steps.py? If not, --out_dir=here/steps"),
         ("here/recipe", "here/recipe: out_dir is a folder, this a file; config files end in .py"),
         ("here/ckpt.pt", "here/ckpt.pt: out_dir is a folder, this a file; checkpoints go into --init_from"),
-        ("missing.py", "config file missing.py: FileNotFoundError"),
+        ("missing.py", "there is no config file missing.py"),
+        ("here/stepz.py", "there is no config file here/stepz.py; did you mean here/steps.py?"),
         ("steps=3", "steps=3: options begin with two dashes: --steps=3"),
     ],
 )
@@ -224,7 +225,7 @@ def test_the_command_lines_list_replaces_that_of_a_file() -> None:
 
 
 def test_two_words_for_one_setting_are_one_too_many() -> None:
-    with pytest.raises(ConfigError, match="y: name is x already, and takes one; options begin with --"):
+    with pytest.raises(ConfigError, match="y: name is x already, and takes one; did you mean --input=y"):
         parse(Listing, ["x", "y"], "usage", positional="name")
     with pytest.raises(ConfigError, match="--input: a value is missing"):
         parse(Listing, ["x", "--input"], "usage", positional="name")

@@ -115,3 +115,18 @@ def test_characters_know_no_documents(recipe: Recipe) -> None:
         ConfigError, match=r"mask_documents: the char tokenizer .* of data set tiny has no token that ends"
     ):
         train.train(recipe(mask_documents=True))
+
+
+def test_a_model_of_another_program_is_not_written_over(recipe: Recipe) -> None:
+    config = recipe(max_iters=1)
+    folder = Path(config.out_dir)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ConfigError, match=r"config\.json is not of a run, and would be overwritten"):
+        train.train(config)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert (folder / "config.json").read_text() == '{"model_type": "gpt2"}'
+    (folder / "config.json").unlink()
+    assert train.train(config) == 0
+    (folder / "config.json").write_text("damaged")
+    assert train.train(recipe(max_iters=2, init_from="resume")) == 0

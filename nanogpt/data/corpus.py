@@ -4,9 +4,9 @@ A corpus is a list of `Source`s. It is cut into `Span`s, parts that can be read 
 bounded memory.
 """
 
+import glob
 import gzip
 import hashlib
-import io
 import logging
 import os
 import re
@@ -99,10 +99,7 @@ def source_of(path: Path, found: bool = False) -> Source:
 
 def _matches(pattern: Path) -> list[Path]:
     """The files that a pattern stands for; like a shell's, without hidden ones."""
-    root = Path(pattern.anchor or ".")
-    matches = root.glob(str(pattern.relative_to(pattern.anchor)))
-    named = set(pattern.parts)
-    return sorted(m for m in matches if m.is_file() and not any(p[0] == "." for p in set(m.parts) - named))
+    return sorted(path for path in map(Path, glob.glob(str(pattern), recursive=True)) if path.is_file())
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -221,42 +218,13 @@ def opened(source: Source, unpack: bool = True) -> IO[bytes]:
         file.close()
         return cast(IO[bytes], gzip.open(source.path))
     if unpack and source.packing == ".zst":
-        return cast(IO[bytes], io.BufferedReader(_Zstandard(file, source), 1 << 20))
-    return file
-
-
-class _Zstandard(io.RawIOBase):
-    """Unpacks while reading. The library's own reader takes a file that was cut off for a whole one."""
-
-    def __init__(self, file: IO[bytes], source: Source) -> None:
         try:
-            import zstandard
+            import pyarrow
         except ImportError:
-            raise DataError(f"{source.path}: unpacking .zst needs zstandard: pip install zstandard") from None
-        self._file, self._new_frame = file, zstandard.ZstdDecompressor().decompressobj
-        self._frame, self._unpacked, self._is_between = self._new_frame(), memoryview(b""), True
-
-    def readable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._unpacked:
-            packed = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame, self._is_between = self._new_frame(), True
-            packed = packed or self._file.read(1 << 10)  # of one letter repeated, 32 MB come out
-            if not packed:
-                if self._is_between:
-                    return 0
-                raise EOFError("the file ends in the midst of its content")
-            self._unpacked, self._is_between = memoryview(self._frame.decompress(packed)), False
-        count = min(len(buffer), len(self._unpacked))
-        buffer[:count], self._unpacked = self._unpacked[:count], self._unpacked[count:]
-        return count
+            raise DataError(f"{source.path}: unpacking .zst needs pyarrow: pip install pyarrow") from None
+        file.close()
+        return cast(IO[bytes], pyarrow.input_stream(source.path, "zstd", buffer_size=1 << 20))
+    return file
 
 
 def parquet_file(source: Source) -> Any:

@@ -58,7 +58,7 @@ def documents(span: Span, reading: Reading, skipped: Counter[str]) -> Iterator[P
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{span.source.path} cannot be read: {error}") from error
     except Exception as error:  # each format's library has its own for a damaged file
-        if type(error).__module__.startswith(("pyarrow", "zstandard")) or type(error).__name__ == "ZstdError":
+        if type(error).__module__.startswith("pyarrow"):
             raise DataError(f"{span.source.path} cannot be read: {error}") from error
         raise
 
@@ -238,17 +238,9 @@ def _field_of(row: Any, field: str, where: str) -> str:
     if text is None and isinstance(row, dict) and field in row:
         return ""
     if isinstance(text, str):
-        return text if text.isascii() or _is_well_formed(text) else well_formed(text)
+        return well_formed(text)
     names = ", ".join(row) if isinstance(row, dict) else f"none: it is a {type(row).__name__}"
     raise DataError(f"{where}: no text in the field {field!r}; choose one with --field=NAME (fields: {names})")
-
-
-def _is_well_formed(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _rows(span: Span, field: str) -> Iterator[str]:

@@ -1,10 +1,10 @@
 """The program behind `nanogpt prepare`: from text to a data set folder, and a look into one."""
 
-import dataclasses
 import logging
 import shutil
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,34 +31,16 @@ def standard_library() -> list[Source]:
     return [source_of(root / path, found=True) for path in files if not skipped.intersection(path.parts)]
 
 
-def pystdlib(folder: Path, needs_text: bool) -> Recipe:
-    """The Python standard library of this machine, byte by byte."""
-    if not needs_text:
-        raise ConfigError("pystdlib reads the Python library of this machine; --input does not apply")
-    return Recipe(standard_library(), tokenizer="byte")
-
-
-def shakespeare_char(folder: Path, needs_text: bool) -> Recipe:
-    """Tiny Shakespeare, one token per character; the last tenth is validation."""
-    return dataclasses.replace(tiny_shakespeare(folder, needs_text), tokenizer="char")
-
-
-def tiny_shakespeare(folder: Path, needs_text: bool) -> Recipe:
-    """Tiny Shakespeare in GPT-2's tokens, for finetuning; the last tenth is validation."""
-    inputs = [str(shakespeare(folder))] if needs_text else []
-    return Recipe(inputs, val_fraction=0.1, end_documents=False)  # one text, as in the original
-
-
-def openwebtext(folder: Path, needs_text: bool) -> Recipe:
-    """OpenWebText (Gokaslan and Cohen 2019): 8 million web pages, 9 billion of GPT-2's tokens."""
-    return Recipe(["Skylion007/openwebtext"] if needs_text else [], val_fraction=0.0005)
-
-
-DATASETS: dict[str, Callable[[Path, bool], Recipe]] = {
-    "pystdlib": pystdlib,
-    "shakespeare_char": shakespeare_char,
-    "shakespeare": tiny_shakespeare,
-    "openwebtext": openwebtext,
+_SHAKESPEARE = Recipe(
+    [], val_fraction=0.1, end_documents=False
+)  # one text, its last tenth for validation: as the original
+# what is known by name: where its text comes from, given the folder, and how it is prepared
+DATASETS: dict[str, tuple[Callable[[Path], Sequence[str | Source]], Recipe]] = {
+    "pystdlib": (lambda _: standard_library(), Recipe([], tokenizer="byte")),
+    "shakespeare_char": (lambda folder: [str(shakespeare(folder))], replace(_SHAKESPEARE, tokenizer="char")),
+    "shakespeare": (lambda folder: [str(shakespeare(folder))], _SHAKESPEARE),  # in GPT-2's tokens, for finetuning
+    # 8 million web pages, 9 billion of GPT-2's tokens (Gokaslan and Cohen 2019)
+    "openwebtext": (lambda _: ["Skylion007/openwebtext"], Recipe([], val_fraction=0.0005)),
 }
 NEEDS_NO_NETWORK = {"pystdlib"}
 
@@ -82,15 +64,17 @@ def prepare(config: PrepareConfig) -> None:
             f"no data set is known as {config.name!r}; for your own text: nanogpt prepare {config.name} --input=PATH "
             f"(known without --input: {', '.join(DATASETS)})"
         )
-    recipe = DATASETS[config.name](folder, not config.input) if config.name in DATASETS else Recipe([])
+    if config.name == "pystdlib" and config.input:
+        raise ConfigError("pystdlib reads the Python library of this machine; --input does not apply")
     if config.name == "openwebtext" and not config.input and not config.limit:
         _check_room_for_openwebtext(folder)
-    recipe = Recipe(
-        inputs=config.input or recipe.inputs,
+    text_of, recipe = DATASETS.get(config.name, (None, Recipe([])))
+    recipe = replace(
+        recipe,
+        inputs=config.input or (text_of(folder) if text_of else []),
         tokenizer=config.tokenizer or recipe.tokenizer,
         val_fraction=recipe.val_fraction if config.val_fraction == "auto" else config.val_fraction,
         reading=Reading(config.field, unescaped(config.separator)),
-        end_documents=recipe.end_documents,
         limit=config.limit,
     )
     description = build(folder, recipe, config.num_proc)

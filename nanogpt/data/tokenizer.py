@@ -233,4 +233,8 @@ def well_formed(text: str) -> str:
     """`text` with U+FFFD for every half of a surrogate pair, which no UTF-8 can hold."""
     if text.isascii():
         return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

@@ -28,7 +28,6 @@ from nanogpt.infer.protocol import (
     CompletionRequest,
     ErrorReply,
     RefusedError,
-    extend,
     logprobs,
     mistakes,
     pieces_of,
@@ -154,15 +153,23 @@ class Answer(Response):
                 ended.add(piece.job)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        choices: dict[int, dict[str, Any]] = {}
+        pieces: dict[Job, list[Piece]] = {job: [] for job in self.jobs}
         try:
             async for piece in self._pieces():
-                extend(choices.setdefault(piece.job.index, {}), await self._choice(piece))
-            content = self._completion([choices[n] for n in sorted(choices)], usage=True)
-            response = await asyncio.to_thread(JSONResponse, content)  # it may be long, and the others' events go on
+                pieces[piece.job].append(piece)
+            response = await asyncio.to_thread(self._reply, pieces)  # it may be long, and the others' events go on
         except RefusedError as refusal:
             response = refusal.response
         await response(scope, receive, send)
+
+    def _reply(self, pieces: dict[Job, list[Piece]]) -> JSONResponse:
+        """All continuations, each put together from its pieces."""
+        choices = []
+        for job, parts in pieces.items():
+            tokens = [token for part in parts for token in part.tokens]
+            whole = Piece(job, "".join(part.text for part in parts), tokens, parts[-1].end)
+            choices.append(self._form(whole, is_echo=bool(self.asked.echo)))
+        return JSONResponse(self._completion(choices, usage=True))
 
     async def _stream(self, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]

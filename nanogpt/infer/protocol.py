@@ -159,20 +159,6 @@ def mistakes(error: RequestValidationError) -> Iterator[str]:
             yield f"{where}: {message}" if where else message
 
 
-def extend(whole: dict[str, Any], piece: dict[str, Any]) -> None:
-    """Append a piece of a continuation to what is there of it."""
-    if not whole:
-        whole.update(piece)
-        return
-    whole["text"] += piece["text"]
-    whole["finish_reason"] = piece["finish_reason"]
-    if whole["logprobs"] is None:
-        whole["logprobs"] = piece["logprobs"]
-    elif piece["logprobs"]:
-        for name, values in piece["logprobs"].items():
-            whole["logprobs"][name] += values
-
-
 def logprobs(told: Sequence[tuple[int, int, Likelihood | None]], tokenizer: Tokenizer) -> dict[str, Any]:
     """Tokens by offset, id and likelihood, in OpenAI's form."""
 

@@ -10,35 +10,29 @@ import socket
 import time
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import uvicorn
+from prometheus_client import CollectorRegistry
 
 from nanogpt.checkpoint import kept
 from nanogpt.device import choose
 from nanogpt.errors import ConfigError
+from nanogpt.infer.api import Service, create_app
+from nanogpt.infer.board import add_board
 from nanogpt.infer.engine import Engine
+from nanogpt.infer.guard import Connection, Guard
 from nanogpt.infer.packed import pack
+from nanogpt.infer.scheduler import Scheduler
 from nanogpt.programs import ServeConfig, SourceConfig
 from nanogpt.trained import load_trained
 
 log = logging.getLogger(__name__)
-
-if TYPE_CHECKING:
-    import uvicorn
-
-    from nanogpt.infer.api import Service
-    from nanogpt.infer.guard import Guard
-    from nanogpt.infer.scheduler import Scheduler
 
 _SMALL = 10e6  # parameters
 
 
 def serve(config: ServeConfig) -> None:
     """Answer requests until a signal says to stop; then finish those under way. A second Ctrl-C cuts them off."""
-    try:
-        import nanogpt.infer.api
-        import nanogpt.infer.guard  # noqa: F401  # what they need, too
-    except ImportError as error:
-        raise ConfigError(f"serving needs more: pip install fastapi uvicorn prometheus-client ({error})") from error
     config = dataclasses.replace(config, api_key=config.api_key or os.environ.get("NANOGPT_API_KEY", ""))
     if problems := [*config.problems()]:
         raise ConfigError(problems[0])
@@ -59,12 +53,8 @@ def serve(config: ServeConfig) -> None:
         scheduler.close()
 
 
-def make_server(app: "Guard", config: ServeConfig) -> "uvicorn.Server":
+def make_server(app: Guard, config: ServeConfig) -> uvicorn.Server:
     """What speaks HTTP for the guard and those behind it."""
-    import uvicorn
-
-    from nanogpt.infer.guard import Connection
-
     logging.getLogger("uvicorn.error").addFilter(_is_news)
     return uvicorn.Server(
         uvicorn.Config(
@@ -86,14 +76,8 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
-def load(config: ServeConfig) -> "tuple[Guard, Scheduler | None]":
+def load(config: ServeConfig) -> tuple[Guard, Scheduler | None]:
     """The model behind its API, and what runs it; of a run that has no checkpoint yet, the curves alone."""
-    from prometheus_client import CollectorRegistry
-
-    from nanogpt.infer.api import create_app
-    from nanogpt.infer.board import add_board
-    from nanogpt.infer.guard import Guard
-
     runs = [Path(path) for path in config.out_dir]
     service = None
     has_checkpoint = bool(kept(runs[0])) or (runs[0] / "best.pt").exists()
@@ -109,11 +93,8 @@ def load(config: ServeConfig) -> "tuple[Guard, Scheduler | None]":
     return Guard(app, registry, names=names, api_key=config.api_key, max_body=config.max_body), scheduler
 
 
-def _service(config: ServeConfig) -> "Service":
+def _service(config: ServeConfig) -> Service:
     """The model, ready to answer."""
-    from nanogpt.infer.api import Service
-    from nanogpt.infer.scheduler import Scheduler
-
     device = choose(config.device, config.dtype, False)
     out_dir = config.out_dir[0]
     trained = load_trained(

@@ -41,12 +41,7 @@ def save_gguf(path: Path, name: str, model: GPT, tokenizer: Tokenizer, dtype: st
     if shape.architecture == "qwen3" and shape.bias:
         raise ConfigError("llama.cpp's Qwen3 has no biases, and this model has; --to=hf carries them")
     writer = gguf.GGUFWriter(path, shape.architecture)
-    wanted = {
-        "float32": gguf.GGMLQuantizationType.F32,
-        "float16": gguf.GGMLQuantizationType.F16,
-        "bfloat16": gguf.GGMLQuantizationType.BF16,
-        "q8_0": gguf.GGMLQuantizationType.Q8_0,
-    }[dtype]
+    wanted = gguf.GGMLQuantizationType[{"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}[dtype]]
     writer.add_string(MARK, __version__)
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType[("ALL_" if dtype == "float32" else "MOSTLY_") + wanted.name])

@@ -18,7 +18,7 @@ from nanogpt.data.tokenizer_json import TOKENIZER_FILES, definition_of, read_tok
 from nanogpt.errors import CheckpointError, ConfigError, DataError
 from nanogpt.files import parse_json, write_json
 from nanogpt.model import GPT
-from nanogpt.shape import GPT2_NAMES, GPTConfig, wrong_types
+from nanogpt.shape import GPT2_NAMES, GPTConfig
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def shape_of(folder: Path) -> GPTConfig:
     try:
         config = parse_json((folder / "config.json").read_bytes())
         shape = _gpt2_shape(config) if config.get("model_type") == "gpt2" else _llama_shape(config)
-        if problems := list(wrong_types(shape)) or list(shape.problems()):
+        if problems := list(shape.problems()):
             raise ValueError("; ".join(problems))
         return shape
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -159,7 +159,7 @@ class Part:
 
     theirs: str
     ours: str
-    rows: tuple[int, int] | None = None  # from, to; None: all
+    rows: slice = slice(None)
     transposed: bool = False  # GPT-2 stores matrices as (inputs, outputs), torch's Linear as (outputs, inputs)
 
 
@@ -198,13 +198,13 @@ def _llama_layout(shape: GPTConfig) -> Iterator[Part]:
             yield Part(f"{theirs}.self_attn.q_norm.weight", f"{ours}.attn.q_norm.weight")
             yield Part(f"{theirs}.self_attn.k_norm.weight", f"{ours}.attn.k_norm.weight")
         for kind in ("weight", "bias") if shape.bias else ("weight",):
-            yield Part(f"{theirs}.self_attn.q_proj.{kind}", f"{ours}.attn.c_attn.{kind}", (0, q))
-            yield Part(f"{theirs}.self_attn.k_proj.{kind}", f"{ours}.attn.c_attn.{kind}", (q, q + kv))
-            yield Part(f"{theirs}.self_attn.v_proj.{kind}", f"{ours}.attn.c_attn.{kind}", (q + kv, q + 2 * kv))
+            yield Part(f"{theirs}.self_attn.q_proj.{kind}", f"{ours}.attn.c_attn.{kind}", slice(0, q))
+            yield Part(f"{theirs}.self_attn.k_proj.{kind}", f"{ours}.attn.c_attn.{kind}", slice(q, q + kv))
+            yield Part(f"{theirs}.self_attn.v_proj.{kind}", f"{ours}.attn.c_attn.{kind}", slice(q + kv, q + 2 * kv))
             yield Part(f"{theirs}.self_attn.o_proj.{kind}", f"{ours}.attn.c_proj.{kind}")
         for kind in ("weight", "bias") if shape.mlp_bias else ("weight",):
-            yield Part(f"{theirs}.mlp.gate_proj.{kind}", f"{ours}.mlp.c_fc.{kind}", (0, hidden))
-            yield Part(f"{theirs}.mlp.up_proj.{kind}", f"{ours}.mlp.c_fc.{kind}", (hidden, 2 * hidden))
+            yield Part(f"{theirs}.mlp.gate_proj.{kind}", f"{ours}.mlp.c_fc.{kind}", slice(0, hidden))
+            yield Part(f"{theirs}.mlp.up_proj.{kind}", f"{ours}.mlp.c_fc.{kind}", slice(hidden, 2 * hidden))
             yield Part(f"{theirs}.mlp.down_proj.{kind}", f"{ours}.mlp.c_proj.{kind}")
 
 
@@ -231,8 +231,8 @@ def _read_weights(folder: Path, shape: GPTConfig) -> dict[str, torch.Tensor]:
             raise ValueError(f"the weights lack {part.theirs}")
         with safe_open(found.pop(name), "pt") as file:  # opened anew: what was mapped for the last one is let go
             tensor = file.get_tensor(name).float()
-        if part.rows and len(tensor) != part.rows[1] - part.rows[0]:
-            raise ValueError(f"{name} has {len(tensor)} rows, but config.json says {part.rows[1] - part.rows[0]}")
+        if part.rows.stop and len(tensor) != (expected := part.rows.stop - part.rows.start):
+            raise ValueError(f"{name} has {len(tensor)} rows, but config.json says {expected}")
         parts.setdefault(part.ours, []).append(tensor.t() if part.transposed else tensor)
     ignored = (".attn.bias", ".attn.masked_bias", "lm_head.weight", "rotary_emb.inv_freq")  # computed, or tied
     if unknown := [name for name in found if not name.endswith(ignored)]:
@@ -259,7 +259,7 @@ def tensors_of(model: GPT, vocab_size: int) -> Iterator[tuple[Part, torch.Tensor
             )
     for part in layout(replace(shape, bias=True) if shape.is_gpt2 else shape):
         if part.ours in weights:
-            tensor = weights[part.ours][slice(*part.rows) if part.rows else slice(None)]
+            tensor = weights[part.ours][part.rows]
         else:
             weight = weights[part.ours.removesuffix("bias") + "weight"]
             tensor = weight.new_zeros(len(weight))

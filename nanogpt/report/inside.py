@@ -45,7 +45,11 @@ def inspect(config: InspectConfig) -> None:
             f"text has {len(ids):,} tokens; expected 2 to {model.config.block_size:,}, the model's context"
         )
     print(f"{trained.name}, {model.get_num_params() / 1e6:.2f}M parameters")
-    print_table([("parameter", "shape", "dtype", "norm"), *_parameters(model)])
+    parameters = [
+        (name, " x ".join(map(str, p.shape)), str(p.dtype).removeprefix("torch."), f"{p.norm().item():.3f}")
+        for name, p in model.named_parameters()
+    ]
+    print_table([("parameter", "shape", "dtype", "norm"), *parameters])
     folder = Path(config.output or (config.out_dir if config.init_from == "resume" else "."))
     losses, attention = look(model, ids)
     with atomic_write(folder / "tokens.html") as file:
@@ -53,13 +57,6 @@ def inspect(config: InspectConfig) -> None:
     print(f"wrote {folder / 'tokens.html'}: {sum(losses) / len(losses):.4f} nats per token")
     draw_attention(folder / "attention.png", ids, attention, tokenizer)
     print(f"drew {folder / 'attention.png'}: {len(attention)} layers of {attention[0].shape[0]} heads")
-
-
-def _parameters(model: GPT) -> list[tuple[str, str, str, str]]:
-    return [
-        (name, " x ".join(map(str, p.shape)), str(p.dtype).removeprefix("torch."), f"{p.norm().item():.3f}")
-        for name, p in model.named_parameters()
-    ]
 
 
 class _Attention(TorchFunctionMode):

@@ -1,5 +1,6 @@
 """What a run records: one JSON object a line in metrics.jsonl; Weights & Biases and TensorBoard when asked for."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -14,7 +15,6 @@ from typing import IO, Any
 from nanogpt.checkpoint import Progress
 from nanogpt.config import TrainConfig
 from nanogpt.files import atomic_write, parse_json
-from nanogpt.settings import as_json
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class WandB:
             project=config.wandb_project,
             name=config.wandb_run_name,
             dir=config.out_dir,
-            config=json.loads(as_json(config)),
+            config=dataclasses.asdict(config),
             id=name,
             resume="allow",
         )

@@ -58,8 +58,8 @@ def draw(runs: Sequence[RunRecord], target: Path) -> None:
         axes.grid(alpha=0.3)
         if "val/loss" in names:
             axes.set_ylabel("nats per token")
-            late = [loss for run in runs for name in names for loss in _after_the_start(run, name)]
-            if late:  # what is learned at once would leave no room for the rest
+            late = [loss for run in runs for name in names for _, loss in run.curve(name, since=run.step // 20)]
+            if late:  # what is learned at once, in the first twentieth, would leave no room for the rest
                 axes.set_ylim(top=max(late) + 0.05 * (max(late) - min(late)) + 1e-9)
     handles = [Figure().subplots().plot([], [], color=f"C{n}")[0] for n in range(len(runs) if len(runs) > 1 else 2)]
     labels = [_label(run) for run in runs] if len(runs) > 1 else ["a training batch", "validation"]
@@ -69,11 +69,6 @@ def draw(runs: Sequence[RunRecord], target: Path) -> None:
         raise ConfigError(f"output={target}: matplotlib draws no .{kind}; .png, .svg and .pdf always work")
     with atomic_write(target) as file:
         figure.savefig(file, dpi=110, format=kind)
-
-
-def _after_the_start(run: RunRecord, name: str) -> list[float]:
-    """The values from the first twentieth of a run on."""
-    return [value for _, value in run.curve(name, since=run.step // 20)]
 
 
 def _label(run: RunRecord) -> str:

@@ -1,7 +1,6 @@
 """What a run says of its updates: lines, or a live one where someone is watching."""
 
 import logging
-from types import TracebackType
 
 from tqdm import tqdm
 
@@ -35,10 +34,6 @@ class Console:
         """One update is done."""
         self._bar.update()
 
-    def __enter__(self) -> "Console":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Take the live line away."""
         self._bar.close()

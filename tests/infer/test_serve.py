@@ -17,7 +17,7 @@ import openai
 import pytest
 import torch
 
-from nanogpt import train
+from nanogpt import cli, train
 from nanogpt.config import TrainConfig
 from nanogpt.data.tokenizer import ByteTokenizer
 from nanogpt.errors import CheckpointError, ConfigError
@@ -723,10 +723,16 @@ def test_a_key_that_nobody_could_show(key: str, monkeypatch: pytest.MonkeyPatch)
         serve.serve(ServeConfig(host=""))
 
 
-def test_what_serving_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "nanogpt.infer.api", None)
-    with pytest.raises(ConfigError, match="pip install fastapi uvicorn prometheus-client"):
-        serve.serve(ServeConfig())
+@pytest.mark.parametrize("package", ["fastapi", "uvicorn", "prometheus_client"])
+def test_what_serving_needs_is_named(
+    package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("nanogpt.infer.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match="2"):
+        cli.run("serve", [])
+    assert "pip install fastapi uvicorn prometheus-client" in capsys.readouterr().err
 
 
 def test_the_program_drains_and_ends(tmp_path: Path, out_dir: str) -> None:

@@ -1,5 +1,6 @@
 import logging
 import sys
+from contextlib import closing
 
 import pytest
 
@@ -7,7 +8,7 @@ from nanogpt.report.progress import Console
 
 
 def test_lines_are_plain_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
-    with Console(total=3, done=1) as console:
+    with closing(Console(total=3, done=1)) as console:
         console.report(2.0, "iter 1: loss 2.0", "evaluation in 5")
         console.advance()
     assert capsys.readouterr() == ("iter 1: loss 2.0\n", "")
@@ -17,7 +18,7 @@ def test_on_a_terminal_there_is_a_bar_below_the_lines(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with Console(total=3, done=1) as console:
+    with closing(Console(total=3, done=1)) as console:
         console.say("evaluating")
         logging.getLogger("nanogpt").info("step 1: loss")
         console.report(2.0, "iter 1: loss 2.0", "evaluation in 5")
@@ -33,6 +34,6 @@ def test_on_a_terminal_there_is_a_bar_below_the_lines(
 
 def test_other_processes_show_no_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with Console(total=3, is_main=False) as console:
+    with closing(Console(total=3, is_main=False)) as console:
         console.advance()
     assert capsys.readouterr().err == ""
