@@ -129,7 +129,7 @@ class ServeConfig(_ModelConfig, Machine):
     rows: int = 16  # continuations that are computed side by side
     queue: int = 256  # continuations that may wait for a free row; more are answered with 429
     max_new_tokens: int = 4096  # length of a continuation at most
-    timeout: int = 300  # seconds after which a continuation ends, however long it is
+    timeout: int = 300  # seconds that a continuation may wait for a row, and then as many until it ends
     max_body: int = 1_000_000  # bytes of a request
     block_size: int = 0  # context length, if it is to be shorter than the model's; 0: the model's
 

@@ -184,8 +184,7 @@ def test_training_goes_on_when_nobody_listens_any_more(stderr: int, data_dir: Pa
     command = [sys.executable, str(ROOT / "train.py"), *TINY, "--max_iters=200"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=stderr, text=True)
     assert process.stdout is not None
-    while not process.stdout.readline().startswith("iter 1:"):
-        pass
+    assert any(line.startswith("iter 1:") for line in process.stdout)
     process.stdout.close()
     assert process.wait(timeout=60) == 0
     if process.stderr is not None:

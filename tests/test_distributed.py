@@ -86,11 +86,13 @@ def assert_same_run(one: str, two: str) -> None:
     ("processes", "words"),
     [
         (2, ["--gradient_accumulation_steps=4", "--batch_size=3", "--optimizer=muon"]),
-        (4, ["--gradient_accumulation_steps=1", "--batch_size=12", "--mask_documents=False", "--parallel=ddp"]),
+        pytest.param(4, ["--gradient_accumulation_steps=1", "--batch_size=12", "--mask_documents=False",
+                         "--parallel=ddp"], marks=pytest.mark.slow),
         (4, ["--gradient_accumulation_steps=5", "--batch_size=4", "--parallel=fsdp", "--sampling=epoch",
              "--optimizer=muon", "--zero_init"]),
-        (2, ["--gradient_accumulation_steps=1", "--batch_size=6", "--parallel=fsdp", "--gradient_checkpointing",
-             "--architecture=qwen3", "--tied_head=False", "--health_interval=2"]),
+        pytest.param(2, ["--gradient_accumulation_steps=1", "--batch_size=6", "--parallel=fsdp", "--health_interval=2",
+                         "--gradient_checkpointing", "--architecture=qwen3", "--tied_head=False"],
+                     marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_several_processes_equal_one(data_dir: Path, processes: int, words: list[str]) -> None:

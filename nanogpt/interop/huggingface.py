@@ -5,7 +5,7 @@ Reads and writes `config.json` and safetensors directly; transformers is not nee
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,7 +159,7 @@ class Part:
 
     theirs: str
     ours: str
-    rows: slice = slice(None)
+    rows: slice = field(default_factory=lambda: slice(None))  # of ours
     transposed: bool = False  # GPT-2 stores matrices as (inputs, outputs), torch's Linear as (outputs, inputs)
 
 
