@@ -122,7 +122,10 @@ class GPTConfig(Shape):
             yield f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}, which share them in groups"
         if self.is_gpt2:
             if self.n_kv_head != self.n_head:
-                yield f"n_kv_head={self.n_kv_head}: GPT-2 has n_head={self.n_head} of them; use --architecture=llama"
+                yield (
+                    f"n_kv_head={self.n_kv_head}: GPT-2 has n_head={self.n_head} of them; use --architecture=llama "
+                    "(in Python: make a new GPTConfig rather than change one)"
+                )
             if self.n_embd % self.n_head == 0 and self.head_size * self.n_head != self.n_embd:
                 yield f"head_size={self.head_size}: GPT-2's heads have n_embd / n_head = {self.n_embd // self.n_head}"
             if self.mlp_bias != self.bias:
