@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanogpt.infer.text import eager
 from nanogpt.spread import whole
 from nanogpt.start import Run
 
@@ -59,8 +60,7 @@ class Checkup:
 
         hooks = [block.register_forward_hook(note) for block in self.run.model.transformer.h]
         self.run.model.eval()
-        # compiling again, with hooks, would take minutes
-        with self.run.device.autocast(), torch.compiler.set_stance("force_eager"):
+        with self.run.device.autocast(), eager(self.run.model):
             self.run.model(x, document_ids=document_ids)
         self.run.model.train()
         for hook in hooks:

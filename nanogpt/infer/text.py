@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -92,6 +93,12 @@ def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
         return [0]
 
 
+def eager(model: GPT) -> AbstractContextManager[object]:
+    """Within the block, what was compiled runs as it is written: compiling it again, for other sizes, takes minutes."""
+    is_compiled = any(module._compiled_call_impl for module in model.modules())
+    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()  # the former takes a second
+
+
 def short_sample(model: GPT, tokenizer: Tokenizer, tokens: int) -> str:
     """What a model says by itself, always from the same seed. For a look at it."""
     end = tokenizer.end_of_text
@@ -102,7 +109,7 @@ def short_sample(model: GPT, tokenizer: Tokenizer, tokens: int) -> str:
     training = model.training
     model.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):  # compiling again, for one token at a time, would take minutes
+        with eager(model):
             while engine.step():
                 pass
     finally:
