@@ -3,6 +3,7 @@
 Reads and writes `config.json` and safetensors directly; transformers is not needed.
 """
 
+import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -64,18 +65,18 @@ class Pretrained:
 def load_pretrained(name: str, device: str = "cpu", *, dropout: float = 0.0) -> Pretrained:
     """The model `name` on `device`: gpt2, gpt2-medium, gpt2-large, gpt2-xl, ORGANISATION/NAME on the hub, or a folder.
 
-    Weights become float32 and are copied once. Raises `CheckpointError` if the model can't be had, is damaged or
-    is none of the three architectures.
+    Weights become float32, and go to `device` one at a time. Raises `CheckpointError` if the model can't be had, is
+    damaged or is none of the three architectures.
     """
     folder = folder_of(name)
     log.info(f"loading {name} from {folder}")
     shape = replace(shape_of(folder), dropout=dropout)
     tokenizer = tokenizer_of(folder, shape)
     try:
-        model = GPT.from_weights(shape, _read_weights(folder, shape))
+        model = GPT.from_weights(shape, _read_weights(folder, shape, device))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    return Pretrained(model.to(device).eval(), tokenizer)
+    return Pretrained(model.eval(), tokenizer)
 
 
 def folder_of(name: str) -> Path:
@@ -208,7 +209,7 @@ def _llama_layout(shape: GPTConfig) -> Iterator[Part]:
             yield Part(f"{theirs}.mlp.down_proj.{kind}", f"{ours}.mlp.c_proj.{kind}")
 
 
-def _read_weights(folder: Path, shape: GPTConfig) -> dict[str, torch.Tensor]:
+def _read_weights(folder: Path, shape: GPTConfig, device: str) -> dict[str, torch.Tensor]:
     """The weights in `folder` under our names, in float32. Raises `ValueError` unless just those are there."""
     from safetensors import SafetensorError, safe_open
 
@@ -223,21 +224,23 @@ def _read_weights(folder: Path, shape: GPTConfig) -> dict[str, torch.Tensor]:
                 found |= dict.fromkeys(file.keys(), path)
         except SafetensorError as error:
             raise ValueError(f"{path.name} is damaged: {error}") from error
-    parts: dict[str, list[torch.Tensor]] = {}
-    for part in layout(shape):
+
+    def read(part: Part) -> torch.Tensor:
         # the oldest files of GPT-2 have no prefix
         name = next((n for n in (part.theirs, part.theirs.partition(".")[2]) if n in found), None)
         if name is None:
             raise ValueError(f"the weights lack {part.theirs}")
         with safe_open(found.pop(name), "pt") as file:  # opened anew: what was mapped for the last one is let go
-            tensor = file.get_tensor(name).float()
-        if part.rows.stop and len(tensor) != (expected := part.rows.stop - part.rows.start):
-            raise ValueError(f"{name} has {len(tensor)} rows, but config.json says {expected}")
-        parts.setdefault(part.ours, []).append(tensor.t() if part.transposed else tensor)
+            tensor: torch.Tensor = file.get_tensor(name).float()
+        if part.rows.stop and tensor.shape[:1] != (expected := part.rows.stop - part.rows.start,):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but config.json says {expected} rows")
+        return tensor.t() if part.transposed else tensor
+
+    parts_of = itertools.groupby(layout(shape), key=lambda part: part.ours)
+    weights = {ours: torch.cat([read(part) for part in parts]).to(device) for ours, parts in parts_of}
     ignored = (".attn.bias", ".attn.masked_bias", "lm_head.weight", "rotary_emb.inv_freq")  # computed, or tied
     if unknown := [name for name in found if not name.endswith(ignored)]:
         raise ValueError(f"{len(unknown)} tensors of the weights have no place in the model, {unknown[0]} for one")
-    weights = {name: torch.cat(parts.pop(name)) for name in list(parts)}
     if shape.tied_head:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
     return weights

@@ -95,6 +95,14 @@ def change_config(**changes: Any) -> Callable[[Path], None]:
     return change
 
 
+def test_weights_go_to_their_device_one_at_a_time(folder: Path) -> None:
+    weights = load_pretrained(str(folder), "meta").model.state_dict()
+    assert all(tensor.is_meta for tensor in weights.values())
+    assert {name: tensor.shape for name, tensor in weights.items()} == {
+        name: tensor.shape for name, tensor in load_pretrained(str(folder)).model.state_dict().items()
+    }
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
