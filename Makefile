@@ -36,7 +36,7 @@ demo: $(RUNS)
 	@echo "  config/train_pystdlib_fast.py  its recipe; train_pystdlib.py has GPT-2's architecture and AdamW instead"
 	@echo "Next, with '. .venv/bin/activate':"
 	@echo "  python sample.py --out_dir=out-pystdlib-fast --start='class Model' --temperature=0.6"
-	@echo "  python train.py config/train_pystdlib_fast.py --n_layer=6 --max_iters=3000 --lr_decay_iters=3000"
+	@echo "  python train.py config/train_pystdlib_fast.py --n_layer=6 --max_iters=3000 --lr_decay_iters=3000 --out_dir=out-deeper"
 	@echo "  python train.py --help"
 
 # make lint: format, style and types

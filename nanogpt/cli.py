@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import get_type_hints
 
 from nanogpt import __version__, programs
@@ -49,10 +49,14 @@ def _exit_code() -> Iterator[None]:
     try:
         try:
             yield
-        finally:
+        except SystemExit:
             sys.stdout.flush()
+            raise
+        sys.stdout.flush()
         return
     except UserError as error:
+        with suppress(OSError):
+            sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
@@ -71,9 +75,9 @@ def _exit_code() -> Iterator[None]:
 
 def _explained(error: Exception) -> str:
     """What a person can do about an error that is none of ours; empty if it is a bug."""
-    if isinstance(error, ModuleNotFoundError) and not (error.name or "nanogpt").startswith("nanogpt"):
-        name = str(error.name)
-        packages = _TO_SERVE if name in _TO_SERVE.replace("-", "_") else name
+    name = (getattr(error, "name", "") or "nanogpt").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and name != "nanogpt":
+        packages = _TO_SERVE if name in _TO_SERVE.replace("-", "_").split() else name
         return (
             f"{sys.executable} has no package {name}; activate the environment that has it (. .venv/bin/activate), or "
             f"pip install {packages}"
@@ -81,8 +85,8 @@ def _explained(error: Exception) -> str:
     said = str(error).partition("\n")[0]
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", said):
         return (
-            f"there is not enough memory: {said}; a smaller batch_size, block_size or model takes less, and so does "
-            "--gradient_checkpointing=True; nanogpt plan tells how much"
+            f"there is not enough memory{': ' * bool(said)}{said}; a smaller batch_size, block_size or model takes "
+            "less, and in training so does --gradient_checkpointing=True; nanogpt plan tells how much"
         )
     return str(error) if isinstance(error, OSError) else ""  # a full disk, a folder without permission, …
 

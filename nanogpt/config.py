@@ -141,7 +141,7 @@ class TrainConfig(_Network):
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # how they talk; auto: nccl on CUDA, gloo elsewhere
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # ddp: each holds the whole model; fsdp: each holds a share of
     # it; auto: ddp, unless weights, gradients and AdamW's averages would fill more than half of a GPU
-    dist_timeout: float = 10.0  # minutes that one waits for the others before it gives up
+    dist_timeout: float = 10.0  # minutes that one waits for the others before it gives up; at least 1 at the start
 
     # --- data ---
     data_dir: str = "data"  # folder of the data sets

@@ -294,7 +294,7 @@ def choose_parallel(parallel: str, parameters: int, device: Device, world: World
     chosen = parallel if parallel != "auto" else "ddp" if fits else "fsdp"
     if chosen == "fsdp" and device.dtype == torch.float16:
         raise ConfigError("--parallel=fsdp computes in bfloat16 or float32, not in float16; set --dtype or take ddp")
-    size = f"{parameters * _BYTES_OF_STATE / 1e9:.3g} GB of weights, gradients and averages"
+    size = f"{parameters * _BYTES_OF_STATE / 1e9:,.1f} GB of weights, gradients and averages"
     why = f"auto: {size} {'fit' if fits else 'do not fit'} into each process"
     log.info(f"{world.size} processes, {chosen} ({why if parallel == 'auto' else 'as set'})")
     return chosen

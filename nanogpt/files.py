@@ -72,10 +72,10 @@ def locked(path: str | Path, what: str) -> Iterator[None]:
             file.seek(0)
             try:
                 _lock(file)
-                if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
-                    raise BlockingIOError(errno.EAGAIN, "who had it has removed it just now")
+                if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    raise FileNotFoundError(errno.ENOENT, "who had it has removed it just now")
             except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+                if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.ENOENT):
                     log.warning(f"{path} can't be locked here ({error}): start nothing else there")
                 else:
                     owner = file.read(200).decode("utf-8", "replace").strip() or "another process"
@@ -131,4 +131,5 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_write(path) as file:
-        file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        file.write(text.encode(errors="backslashreplace"))  # names of files may hold what is no Unicode

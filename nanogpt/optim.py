@@ -46,6 +46,8 @@ class AdamW(torch.optim.AdamW):
             if function := getattr(method, "__wrapped__", None):
                 function.__dict__.setdefault("__dynamo_disable", function)  # where torch looks before it imports
         super().__init__(*args, **settings)
+        devices = {parameter.device.type for group in self.param_groups for parameter in group["params"]}
+        self._step_supports_amp_scaling = "mps" not in devices  # whose kernel looks at nothing that a GradScaler sets
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -68,7 +70,7 @@ class AdamW(torch.optim.AdamW):
             [self.state[p][name] for p in parameters] for name in ("step", "exp_avg", "exp_avg_sq")
         )
         bad, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)  # a GradScaler sets both
-        if bad is not None and bad.device.type == "mps" and bad:  # whose kernel does not look at it
+        if bad is not None and bad.device.type == "mps" and bad:
             return
         torch._foreach_add_(steps, 1)
         torch._fused_adamw_(

@@ -100,7 +100,9 @@ def _split_arguments(
         if not word.startswith("-") or word == "-":
             if word.endswith(".py"):
                 files.append(word)
-            elif found := [path for path in (f"{word}.py", f"config/{word}.py") if Path(path).is_file()]:
+            elif not Path(word).is_dir() and (
+                found := [p for p in (f"{word}.py", f"config/{word}.py") if Path(p).is_file()]
+            ):
                 other = f" If not, --{positional}={word}" if positional in hints else ""
                 problems.append(f"{word}: did you mean the config file {found[0]}?{other}")
             elif word.partition("=")[0] in hints:

@@ -77,7 +77,9 @@ class GPTConfig(Shape):
     # factor, low_freq_factor, high_freq_factor, original context; empty: not
 
     def __post_init__(self) -> None:
-        """Resolve what follows from other fields."""
+        """Resolve what follows from other fields; numpy's numbers become Python's."""
+        for name, value in vars(self).items():
+            setattr(self, name, value.item() if hasattr(value, "item") else value)
         self.n_kv_head = self.n_kv_head or self.n_head
         if self.n_head > 0:
             self.head_size = self.head_size or self.n_embd // self.n_head
@@ -100,7 +102,7 @@ class GPTConfig(Shape):
 
     def problems(self) -> Iterator[str]:
         if wrong := list(self._wrong_types()):
-            yield from wrong  # of a shape that comes from a file
+            yield from wrong
             return
         for name in ("architecture", "activation"):
             if getattr(self, name) not in (known := get_args(get_type_hints(GPTConfig)[name])):

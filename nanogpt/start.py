@@ -181,7 +181,9 @@ def refuse_other_folders(folder: Path) -> None:
     path = folder / "config.json"
     is_run = checkpoint.kept(folder) or (folder / "metrics.jsonl").exists()
     if path.exists() and not is_run and "out_dir" not in read_json(path):
-        raise ConfigError(f"out_dir={folder}: {path} is not of a run, and would be overwritten; choose another folder")
+        raise ConfigError(
+            f"out_dir={folder}: {path} belongs to no run, and would be overwritten; choose another folder"
+        )
 
 
 def tidy(run: Run) -> None:

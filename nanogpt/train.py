@@ -45,7 +45,11 @@ def train(config: TrainConfig) -> int:
     show_log_lines(config.verbosity, must_go_on=True)
     world = this_process()
     local_rank = world.local_rank if world.size > 1 else None
-    if world.size > 1 and config.device.startswith("cuda:") and os.environ.get("LOCAL_WORLD_SIZE") != "1":
+    if (
+        world.size > 1
+        and config.device.startswith("cuda:")
+        and os.environ.get("LOCAL_WORLD_SIZE", f"{torch.cuda.device_count()}") != "1"
+    ):
         raise ConfigError(f"--device={config.device} is one GPU for all; with --device=cuda each process takes its own")
     device = choose(config.device, config.dtype, config.compile, local_rank, training=config)
     world.share(config.batch_size, config.gradient_accumulation_steps)  # or refuse
@@ -351,7 +355,7 @@ def finish_saving(run: Run, saver: Saver, is_saved: bool) -> None:
     if run.shards or run.world.is_main:
         saver.finish(lambda old: snapshot(run, old), is_saved)
     if run.shards and run.progress.step >= run.config.max_iters:
-        folder = Path(run.config.out_dir)  # the older shares stay: the newest are in both
+        folder = Path(run.config.out_dir)  # the shares stay, so that there are older ones
         run.world.after_main(lambda: checkpoint.write(folder / "ckpt.pt", sharded.read(sharded.finished(folder)[0])))
 
 

@@ -169,6 +169,18 @@ def test_the_output_may_be_cut_off_by_head(data_dir: Path, tmp_path: Path, progr
     assert process.stderr.read() == ""
 
 
+def test_a_mistake_is_told_behind_a_closed_pipe(tmp_path: Path) -> None:
+    (tmp_path / "talks.py").write_text("print('waits in the buffer')")
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, str(ROOT / "train.py"), "talks.py", "--nonsense=1"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path, env=environment, check=False)
+    os.close(writer)
+    assert result.returncode in (2, 120)  # 120: Python itself can't write the rest at its end
+    assert b"there is no setting 'nonsense'" in result.stderr
+
+
 @pytest.mark.parametrize("words", ["--help", "--version", "train --help"])
 def test_help_may_be_cut_off_by_head(words: str) -> None:
     reader, writer = os.pipe()
@@ -177,6 +189,17 @@ def test_help_may_be_cut_off_by_head(words: str) -> None:
     result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, check=False, timeout=60)
     os.close(writer)
     assert (result.returncode, result.stderr) == (141, b"")
+
+
+def test_a_run_that_compiles_nothing_does_not_load_the_compiler(data_dir: Path, tmp_path: Path) -> None:
+    words = [*TINY, "--max_iters=4", "--eval_interval=2", "--health_interval=2", "--plot=False"]
+    script = f"import sys; from nanogpt import cli\ntry: cli.run('train', {words})\n"
+    script += "finally: print('torch._dynamo' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.splitlines()[-1] == "False"  # it takes a second
 
 
 @pytest.mark.parametrize("stderr", [subprocess.PIPE, subprocess.STDOUT])

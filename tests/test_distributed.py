@@ -282,7 +282,7 @@ def test_the_choice_between_ddp_and_fsdp(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(Device, "total_memory", lambda _: 80 * 10**9)
     assert choose_parallel("auto", 2 * 10**9, gpu, world) == "ddp"
     assert choose_parallel("auto", 7 * 10**9, gpu, world) == "fsdp"
-    assert "112 GB of weights, gradients and averages do not fit" in capsys.readouterr().out
+    assert "112.0 GB of weights, gradients and averages do not fit" in capsys.readouterr().out
     assert choose_parallel("fsdp", 10**6, gpu, World()) == "none"
     with pytest.raises(ConfigError, match="not in float16"):
         choose_parallel("fsdp", 10**6, Device("cuda:0", "cuda", torch.float16, False), world)

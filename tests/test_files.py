@@ -7,7 +7,7 @@ import pytest
 
 from nanogpt import files
 from nanogpt.errors import UserError
-from nanogpt.files import atomic_write, write_json
+from nanogpt.files import atomic_write, read_json, write_json
 
 
 def test_the_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -72,3 +72,8 @@ def test_a_lock_that_its_owner_removes_is_none_for_who_had_opened_it(
             pass
     with files.locked(tmp_path / "lock", "it"):
         pass
+
+
+def test_json_holds_names_that_are_no_unicode(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"folder": os.fsdecode(b"\xff")})
+    assert read_json(tmp_path / "a.json") == {"folder": os.fsdecode(b"\xff")}

@@ -6,6 +6,7 @@ from typing import Literal
 import pytest
 
 from nanogpt.errors import ConfigError
+from nanogpt.programs import RunsConfig
 from nanogpt.settings import Settings, convert, help_text, out_of_range, override_globals, parse
 
 
@@ -222,6 +223,16 @@ def test_the_command_lines_list_replaces_that_of_a_file() -> None:
     Path("c.py").write_text("input = [1]")
     with pytest.raises(ConfigError, match="expected text, or a list of texts"):
         parse(Listing, ["c.py"], "usage", positional="name")
+
+
+def test_a_run_may_be_named_like_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("config").mkdir()
+    Path("config/mine.py").touch()
+    with pytest.raises(ConfigError, match=r"mine: did you mean the config file config/mine\.py\?"):
+        parse(RunsConfig, ["mine"], "usage", positional="folder")
+    Path("mine").mkdir()
+    assert parse(RunsConfig, ["mine"], "usage", positional="folder").folder == "mine"
 
 
 def test_two_words_for_one_setting_are_one_too_many() -> None:

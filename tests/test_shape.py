@@ -1,5 +1,6 @@
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,3 +43,9 @@ def test_presets_have_the_parameters_of_their_models(name: str) -> None:
 def test_what_cannot_be_built_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, **settings))
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    shape = GPTConfig(vocab_size=np.int64(65), dropout=np.float64(0.1))
+    assert list(shape.problems()) == []
+    assert {type(shape.vocab_size), type(shape.dropout)} == {int, float}

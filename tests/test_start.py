@@ -122,7 +122,7 @@ def test_a_model_of_another_program_is_not_written_over(recipe: Recipe) -> None:
     folder = Path(config.out_dir)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(ConfigError, match=r"config\.json is not of a run, and would be overwritten"):
+    with pytest.raises(ConfigError, match=r"config\.json belongs to no run, and would be overwritten"):
         train.train(config)
     assert [path.name for path in folder.iterdir()] == ["config.json"]
     assert (folder / "config.json").read_text() == '{"model_type": "gpt2"}'

@@ -211,20 +211,17 @@ def digests_of(source: Source) -> tuple[str, str]:
 def opened(source: Source, unpack: bool = True) -> IO[bytes]:
     """A source to read bytes from, by default what is packed in it. Raises `DataError` if it can't be had."""
     try:
-        file = open(source.path, "rb")
-    except OSError as error:
-        raise DataError(f"cannot read {source.path}: {error.strerror}") from error
-    if unpack and source.packing == ".gz":
-        file.close()
-        return cast(IO[bytes], gzip.open(source.path))
-    if unpack and source.packing == ".zst":
-        try:
+        if unpack and source.packing == ".gz":
+            return cast(IO[bytes], gzip.open(source.path))
+        if unpack and source.packing == ".zst":
             import pyarrow
-        except ImportError:
-            raise DataError(f"{source.path}: unpacking .zst needs pyarrow: pip install pyarrow") from None
-        file.close()
-        return cast(IO[bytes], pyarrow.input_stream(source.path, "zstd", buffer_size=1 << 20))
-    return file
+
+            return cast(IO[bytes], pyarrow.input_stream(source.path, "zstd", buffer_size=1 << 20))
+        return open(source.path, "rb")
+    except ImportError:
+        raise DataError(f"{source.path}: unpacking .zst needs pyarrow: pip install pyarrow") from None
+    except OSError as error:
+        raise DataError(f"cannot read {source.path}: {error.strerror or error}") from error
 
 
 def parquet_file(source: Source) -> Any:

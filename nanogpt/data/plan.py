@@ -41,7 +41,7 @@ VERSION = 1  # of the files in .preparing
 class Recipe:
     """What a data set is made of, and how."""
 
-    inputs: Sequence[str | Source]
+    inputs: Sequence[str | Source] = ()
     tokenizer: str = "gpt2"  # char, byte, gpt2, bpe:N, or the path of a tokenizer.json or a model's folder
     val_fraction: float = 0.05
     reading: Reading = DEFAULT_READING

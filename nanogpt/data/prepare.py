@@ -31,16 +31,15 @@ def standard_library() -> list[Source]:
     return [source_of(root / path, found=True) for path in files if not skipped.intersection(path.parts)]
 
 
-_SHAKESPEARE = Recipe(
-    [], val_fraction=0.1, end_documents=False
-)  # one text, its last tenth for validation: as the original
+# one text, its last tenth for validation, as in the original
+_SHAKESPEARE = Recipe(val_fraction=0.1, end_documents=False)
 # what is known by name: where its text comes from, given the folder, and how it is prepared
 DATASETS: dict[str, tuple[Callable[[Path], Sequence[str | Source]], Recipe]] = {
-    "pystdlib": (lambda _: standard_library(), Recipe([], tokenizer="byte")),
+    "pystdlib": (lambda _: standard_library(), Recipe(tokenizer="byte")),
     "shakespeare_char": (lambda folder: [str(shakespeare(folder))], replace(_SHAKESPEARE, tokenizer="char")),
     "shakespeare": (lambda folder: [str(shakespeare(folder))], _SHAKESPEARE),  # in GPT-2's tokens, for finetuning
     # 8 million web pages, 9 billion of GPT-2's tokens (Gokaslan and Cohen 2019)
-    "openwebtext": (lambda _: ["Skylion007/openwebtext"], Recipe([], val_fraction=0.0005)),
+    "openwebtext": (lambda _: ["Skylion007/openwebtext"], Recipe(val_fraction=0.0005)),
 }
 NEEDS_NO_NETWORK = {"pystdlib"}
 
@@ -68,7 +67,7 @@ def prepare(config: PrepareConfig) -> None:
         raise ConfigError("pystdlib reads the Python library of this machine; --input does not apply")
     if config.name == "openwebtext" and not config.input and not config.limit:
         _check_room_for_openwebtext(folder)
-    text_of, recipe = DATASETS.get(config.name, (None, Recipe([])))
+    text_of, recipe = DATASETS.get(config.name, (None, Recipe()))
     recipe = replace(
         recipe,
         inputs=config.input or (text_of(folder) if text_of else []),

@@ -66,6 +66,8 @@ class Connection(H11Protocol):
 
     def _await_reader(self, before: float = math.inf) -> None:
         """Look again and again how much is unread, while it becomes less."""
+        if self._reading:
+            self._reading.cancel()
         unread = self.transport.get_write_buffer_size()
         if unread > before - _LEAST:
             self.transport.abort()

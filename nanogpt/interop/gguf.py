@@ -23,7 +23,7 @@ _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _MARKS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # how a byte-level tokenizer cuts text: its regular expression, llama.cpp's name for it
 _CUTS = {_LETTERS + r"|\p{N}{1,3}" + _MARKS: "llama-bpe", _LETTERS + r"|\p{N}" + _MARKS: "qwen2"}
-MARK = "nanogpt.version"  # the first key of our files, by which an export is known
+MARK = "nanogpt.version"  # a key at the start of our files, by which an export is known
 
 
 def save_gguf(path: Path, name: str, model: GPT, tokenizer: Tokenizer, dtype: str) -> None:
