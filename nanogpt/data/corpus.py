@@ -90,11 +90,8 @@ def find_sources(inputs: list[str], num_proc: int) -> list[Source]:
 
 
 def source_of(path: Path, found: bool = False) -> Source:
-    """A file as a source. Raises `DataError` if it isn't there."""
-    try:
-        return Source(str(path), path.stat().st_size, found)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    """A file as a source. Raises `OSError` if it isn't there."""
+    return Source(str(path), path.stat().st_size, found)
 
 
 def _matches(pattern: Path) -> list[Path]:
@@ -118,20 +115,11 @@ def is_published(name: str) -> bool:
     )
 
 
-def import_datasets() -> Any:
-    """The library `datasets`. Raises `DataError` if it isn't installed."""
-    try:
-        import datasets
-
-        return datasets
-    except ImportError:
-        raise DataError("published data sets come through the datasets library: pip install datasets") from None
-
-
 def load_published(name: str, **options: Any) -> Any:
     """The training split of a data set on the Hugging Face hub, as the `datasets` library loads it."""
+    import datasets
+
     repository, _, config = name.removeprefix("hf:").partition(":")
-    datasets = import_datasets()
     no_file = "" if name.startswith("hf:") else "there is no such file or folder, and "
     try:
         return datasets.load_dataset(repository, config or None, split="train", **options)
@@ -218,18 +206,14 @@ def opened(source: Source, unpack: bool = True) -> IO[bytes]:
 
             return cast(IO[bytes], pyarrow.input_stream(source.path, "zstd", buffer_size=1 << 20))
         return open(source.path, "rb")
-    except ImportError:
-        raise DataError(f"{source.path}: unpacking .zst needs pyarrow: pip install pyarrow") from None
     except OSError as error:
         raise DataError(f"cannot read {source.path}: {error.strerror or error}") from error
 
 
 def parquet_file(source: Source) -> Any:
     """A parquet file, opened. Raises `DataError` if it can't be read."""
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise DataError(f"{source.path}: reading parquet needs pyarrow: pip install pyarrow") from None
+    from pyarrow import ArrowException, parquet
+
     try:
         return parquet.ParquetFile(source.path)
     except (ArrowException, OSError) as error:

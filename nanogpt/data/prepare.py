@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.data.build import build
-from nanogpt.data.corpus import Source, files_below, import_datasets, source_of
+from nanogpt.data.corpus import Source, files_below, source_of
 from nanogpt.data.documents import Reading
 from nanogpt.data.download import shakespeare
 from nanogpt.data.plan import Recipe
@@ -89,7 +89,9 @@ def prepare(config: PrepareConfig) -> None:
 
 def _check_room_for_openwebtext(folder: Path) -> None:
     """Say what it takes, and refuse a download that would fill the disk."""
-    cache = Path(import_datasets().config.HF_DATASETS_CACHE)
+    import datasets
+
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
     needs: dict[int, float] = {}  # bytes on each disk
     is_cached = any(cache.glob("*openwebtext*")) or (folder / ".preparing" / "plan.json").exists()
     for path, size in ((cache, 0 if is_cached else OPENWEBTEXT_CACHE), (folder, OPENWEBTEXT_IDS)):

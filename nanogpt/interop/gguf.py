@@ -32,10 +32,7 @@ def save_gguf(path: Path, name: str, model: GPT, tokenizer: Tokenizer, dtype: st
     Matrices whose rows are no multiple of 32 become float16 in place of q8_0. Raises `ConfigError` and `DataError` for
     what llama.cpp can't run.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise ConfigError("GGUF files are written by the library gguf: pip install gguf") from error
+    import gguf
 
     shape = model.config
     if shape.architecture == "qwen3" and shape.bias:

@@ -35,7 +35,7 @@ span { background: color-mix(in srgb, light-dark(#f08a24, #9c4a0b) var(--p), tra
 def inspect(config: InspectConfig) -> None:
     """Print the parameters of a model; of a text, write the loss of each token and draw where each head looks.
 
-    Raises `ConfigError` without matplotlib, or if the text is too short or too long.
+    Raises `ConfigError` if the text is too short or too long.
     """
     trained = load_trained(config, Device("cpu", "cpu", torch.float32, compile=False))
     model, tokenizer = trained.model, trained.tokenizer
@@ -104,11 +104,9 @@ def coloured(ids: Sequence[int], losses: Sequence[float], tokenizer: Tokenizer, 
 
 
 def draw_attention(path: Path, ids: Sequence[int], attention: Sequence[Tensor], tokenizer: Tokenizer) -> None:
-    """A picture with a panel for every head: rows look at columns. Raises `ConfigError` without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("drawing needs matplotlib: pip install matplotlib") from error
+    """A picture with a panel for every head: rows look at columns."""
+    from matplotlib.figure import Figure
+
     L, H, T = len(attention), attention[0].shape[0], len(ids)
     figure = Figure(figsize=(min(2.6 * H, 40), min(2.7 * L, 60)), layout="constrained")
     for n, axes in enumerate(figure.subplots(L, H, squeeze=False).flat):
