@@ -76,7 +76,7 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set in at least one process; all must ask at the same point. No GPU has to wait."""
-        return bool(self.any_tensor(torch.tensor(flag)))  # on the CPU, so through gloo
+        return flag if self.size == 1 else bool(self.any_tensor(torch.tensor(flag)))  # on the CPU, so through gloo
 
     def any_tensor(self, flag: Tensor) -> Tensor:
         """The same for a flag () on the device, which nobody waits for."""

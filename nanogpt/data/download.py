@@ -74,8 +74,9 @@ def _holds(path: Path, sha256: str) -> bool:
 def shakespeare(folder: Path) -> Path:
     """Tiny Shakespeare (1.1 MB) as input.txt in `folder`; or what somebody put there, as in the original."""
     path = folder / "input.txt"
-    if path.is_file() and not _holds(path, SHAKESPEARE_SHA256):
-        log.warning(f"{path} is not Tiny Shakespeare as published: it is used as it is")
+    if path.is_file():
+        if not _holds(path, SHAKESPEARE_SHA256):
+            log.warning(f"{path} is not Tiny Shakespeare as published: it is used as it is")
         return path
     return kept(path, "tinyshakespeare.txt", SHAKESPEARE_URL, SHAKESPEARE_SHA256)
 
