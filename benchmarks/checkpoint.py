@@ -19,11 +19,11 @@ import numpy as np
 
 from nanogpt.bench import run_of
 from nanogpt.config import PRESETS, TrainConfig
-from nanogpt.data.tokenizer import GPT2Tokenizer
-from nanogpt.data.tokens import Dataset, Tokens
+from nanogpt.data import Dataset, Tokens
 from nanogpt.device import choose
 from nanogpt.saver import Saver
 from nanogpt.start import Run
+from nanogpt.tokenizer import GPT2Tokenizer
 from nanogpt.train import next_batch, snapshot, update
 
 

@@ -29,9 +29,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanogpt.data.batches import epoch_window_starts, gather, window_starts
-from nanogpt.data.tokenizer import GPT2Tokenizer
-from nanogpt.data.tokens import Tokens, open_dataset
+from nanogpt.data import Tokens, epoch_window_starts, open_dataset, window_starts
+from nanogpt.tokenizer import GPT2Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK_SIZE = 1024
@@ -140,7 +139,7 @@ def loading(original: Path, folder: Path, runs: int) -> dict[str, Any]:
         def ours(count: int = count, rows: int = batch_size, draw: Callable[..., Any] = window_starts) -> None:
             for step in range(count):
                 starts = draw(len(dataset.train), BLOCK_SIZE, seed=0, step=step, rows=rows)
-                ids = gather(dataset.train, starts, BLOCK_SIZE, dataset.tokenizer.vocab_size)
+                ids = dataset.train.windows(starts, BLOCK_SIZE + 1)
                 _ = ids[:, :-1], ids[:, 1:]
 
         def epoch(count: int = count, rows: int = batch_size) -> None:
@@ -167,9 +166,9 @@ def loading(original: Path, folder: Path, runs: int) -> dict[str, Any]:
 MEMORY_OF_BUILD = """
 import resource, sys
 from pathlib import Path
-from nanogpt.data.build import build
-from nanogpt.data.documents import Reading
-from nanogpt.data.plan import Recipe
+from nanogpt.build import build
+from nanogpt.documents import Reading
+from nanogpt.prepare_plan import Recipe
 
 if __name__ == "__main__":
     separator = "\\n\\n\\n" if sys.argv[3] == "separated" else ""
@@ -216,7 +215,7 @@ def memory_of_a_million_batches(tokens: Tokens) -> dict[str, int]:
     before = 0
     for step in range(1_000_000):
         starts = window_starts(len(tokens), BLOCK_SIZE, seed=0, step=step, rows=12)
-        gather(tokens, starts, BLOCK_SIZE, 50304)
+        tokens.windows(starts, BLOCK_SIZE + 1)
         if step == 1000:
             before = own_memory()
     print(f"a million batches: {before} MB before, {own_memory()} MB after")

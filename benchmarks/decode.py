@@ -173,10 +173,10 @@ def serve(arguments: argparse.Namespace) -> None:
 
 def make_models(folder: Path, with_llama_cpp: bool, with_transformers: bool) -> None:
     from nanogpt.config import GPTConfig
-    from nanogpt.data.tokenizer import GPT2Tokenizer
     from nanogpt.interop.gguf import save_gguf
     from nanogpt.interop.huggingface import save_pretrained
     from nanogpt.model import GPT
+    from nanogpt.tokenizer import GPT2Tokenizer
 
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SHAPE))
@@ -192,7 +192,7 @@ def make_models(folder: Path, with_llama_cpp: bool, with_transformers: bool) -> 
 def losses_of(run: Path) -> dict[str, float]:
     """The mean loss of a trained run over its validation set, in nats, by precision."""
     from nanogpt import checkpoint
-    from nanogpt.data.tokens import open_dataset
+    from nanogpt.data import open_dataset
     from nanogpt.device import Device
     from nanogpt.infer.packed import pack
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from time_to_loss import ROOT, copy_of_original, loss_of, timed_run
 
-from nanogpt.data.tokens import is_prepared
+from nanogpt.data import is_prepared
 from nanogpt.device import Device
 
 BUDGETS = {"original": 240.0, "ours": 80.0}  # seconds

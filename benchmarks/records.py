@@ -22,10 +22,10 @@ from unittest import mock
 import numpy as np
 
 from nanogpt import health, train
+from nanogpt.build import dtype_of, finish_dataset
 from nanogpt.config import PRESETS, TrainConfig
-from nanogpt.data.tokenizer import ByteTokenizer
-from nanogpt.data.tokens import dtype_of, finish_dataset
 from nanogpt.report import metrics, progress
+from nanogpt.tokenizer import ByteTokenizer
 
 REPORTING = [
     (train, "record"), (health.Checkup, "before_step"), (health.Checkup, "values"), (progress.Console, "advance"),

@@ -21,14 +21,14 @@ import torch
 
 from nanogpt.checkpoint import Progress
 from nanogpt.config import TrainConfig
-from nanogpt.data.tokenizer import ByteTokenizer
-from nanogpt.data.tokens import Dataset, Tokens
+from nanogpt.data import Dataset, Tokens
 from nanogpt.device import choose
 from nanogpt.distributed import joined, this_process, wrap
 from nanogpt.model import GPT
 from nanogpt.optim import adamw
 from nanogpt.plan import memory
 from nanogpt.start import Run, loader
+from nanogpt.tokenizer import ByteTokenizer
 from nanogpt.train import next_batch, update
 
 VOCABULARY = 256

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from nanogpt import checkpoint
-from nanogpt.data.tokens import open_dataset
+from nanogpt.data import open_dataset
 from nanogpt.device import Device
 from nanogpt.evaluate import whole_split_loss
 

@@ -50,9 +50,9 @@ def our_step(arguments: argparse.Namespace, shape: dict[str, Any]) -> tuple[Call
     sys.path.insert(0, str(ROOT))
     from nanogpt.bench import run_of
     from nanogpt.config import TrainConfig
-    from nanogpt.data.tokenizer import ByteTokenizer
-    from nanogpt.data.tokens import Dataset, Tokens
+    from nanogpt.data import Dataset, Tokens
     from nanogpt.device import choose
+    from nanogpt.tokenizer import ByteTokenizer
     from nanogpt.train import next_batch, update
 
     data = Tokens([np.memmap(arguments.tokens, dtype=np.uint16, mode="r")])

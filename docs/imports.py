@@ -13,8 +13,7 @@ ARCHITECTURE = Path(__file__).with_name("architecture.md")
 # rooms from the lowest to the highest, and the modules within one likewise: each imports only what stands before it
 ROOMS = {
     "settings": "errors files settings shape config programs device",
-    "data": "data.pieces data.tokenizer data.tokenizer_json data.tokens data.download data.corpus data.documents "
-            "data.workers data.batches data.plan data.build data.prepare",
+    "data": "pieces tokenizer tokenizer_json data download corpus documents workers prepare_plan build prepare",
     "model": "loss cache model",
     "training step": "spread optim distributed",
     "generation": "infer.sampling infer.engine infer.packed infer.text",

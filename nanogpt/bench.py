@@ -12,14 +12,13 @@ from torch import Tensor
 
 import nanogpt.model
 from nanogpt.config import BenchConfig, GPTConfig, TrainConfig
-from nanogpt.data.batches import check_length
-from nanogpt.data.tokenizer import ByteTokenizer
-from nanogpt.data.tokens import Dataset, Tokens
+from nanogpt.data import Dataset, Tokens
 from nanogpt.device import Device, choose
 from nanogpt.distributed import World
 from nanogpt.errors import DataError
 from nanogpt.model import GPT
 from nanogpt.start import Run, assemble, open_or_prepare
+from nanogpt.tokenizer import ByteTokenizer
 from nanogpt.train import next_batch, update
 
 log = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ def bench(config: BenchConfig) -> None:
             dataset = open_or_prepare(training, World())
         except DataError as error:
             raise DataError(f"{error}; or time random tokens with --real_data=False") from error
-        check_length(dataset.train, config.block_size, f"the training split of {config.dataset}")
+        dataset.check_length(config.block_size)
         vocab_size = dataset.tokenizer.padded_vocab_size
     else:
         tokens = torch.randint(vocab_size, (4 * config.batch_size * (config.block_size + 1),)).numpy().astype("uint16")

@@ -17,14 +17,14 @@ import torch
 
 from nanogpt import sharded
 from nanogpt.config import GPTConfig, TrainConfig
-from nanogpt.data.tokenizer import Tokenizer
-from nanogpt.data.tokenizer_json import from_description
-from nanogpt.data.tokens import tokenizer_of_original
+from nanogpt.data import tokenizer_of_original
 from nanogpt.device import Device
 from nanogpt.errors import CheckpointError, ConfigError
 from nanogpt.interop.flat import model_args, save_tensors, unknown_to_the_original
 from nanogpt.model import GPT
 from nanogpt.spread import is_spread, spread_like
+from nanogpt.tokenizer import Tokenizer
+from nanogpt.tokenizer_json import from_description
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ _TO_SERVE = "fastapi uvicorn prometheus-client"  # packages that `nanogpt serve`
 
 # verb: its settings, its program, the setting that a bare word stands for
 VERBS: dict[str, tuple[type[Settings], str, str]] = {
-    "prepare": (programs.PrepareConfig, "nanogpt.data.prepare:prepare", "name"),
+    "prepare": (programs.PrepareConfig, "nanogpt.prepare:prepare", "name"),
     "train": (TrainConfig, "nanogpt.train:train", "out_dir"),
     "sample": (programs.SampleConfig, "nanogpt.infer.sample:sample", "out_dir"),
     "serve": (programs.ServeConfig, "nanogpt.infer.serve:serve", "out_dir"),

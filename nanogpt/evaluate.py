@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from nanogpt.data.batches import check_length, document_ids_of
-from nanogpt.data.tokens import Tokens, open_dataset
+from nanogpt.data import Tokens, document_ids_of, open_dataset
 from nanogpt.device import Device, choose
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.model import GPT
@@ -97,7 +96,7 @@ def split_measures(config: EvalConfig, trained: TrainedModel, device: Device) ->
     dataset = open_dataset(folder)
     dataset.check_tokenizer(trained.tokenizer, trained.name)
     tokens = dataset.split(config.split)
-    check_length(tokens, 1, f"the {config.split} split of {name}")
+    dataset.check_length(1)
     own = model.config.block_size if trained.config else min(model.config.block_size, LONGEST)
     block_size = min(config.block_size or own, len(tokens) - 1)
     if block_size > model.config.block_size:

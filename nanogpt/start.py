@@ -19,9 +19,7 @@ from torch import Tensor
 from nanogpt import checkpoint, sharded
 from nanogpt.checkpoint import Progress
 from nanogpt.config import GPTConfig, TrainConfig
-from nanogpt.data.batches import Ahead, check_length, epoch_window_starts, gather, window_starts
-from nanogpt.data.prepare import DATASETS, NEEDS_NO_NETWORK, prepare
-from nanogpt.data.tokens import Dataset, is_prepared, open_dataset
+from nanogpt.data import Dataset, Prefetcher, get_batch, is_prepared, open_dataset
 from nanogpt.device import Device
 from nanogpt.distributed import World, choose_parallel, compile_model, keep_log, wrap
 from nanogpt.errors import CheckpointError, ConfigError, DataError
@@ -29,6 +27,7 @@ from nanogpt.files import atomic_write, locked, read_json, remove_unfinished, wr
 from nanogpt.interop.huggingface import folder_of, shape_of
 from nanogpt.model import GPT
 from nanogpt.optim import optimizer_for
+from nanogpt.prepare import DATASETS, NEEDS_NO_NETWORK, prepare
 from nanogpt.programs import PrepareConfig
 from nanogpt.shape import GPT2_NAMES
 from nanogpt.trained import checkpoint_of, load_model
@@ -83,8 +82,7 @@ def start(config: TrainConfig, device: Device, world: World) -> Run:
     if loaded:
         print_changes(config, loaded)
         config = dataclasses.replace(config, init_from=loaded.config.get("init_from", "resume"))
-    check_length(dataset.train, model.config.block_size, f"the training split of {config.dataset}")
-    check_length(dataset.val, model.config.block_size, f"the validation split of {config.dataset}")
+    dataset.check_length(model.config.block_size)
     if config.mask_documents and dataset.tokenizer.end_of_text is None:
         raise ConfigError(
             f"mask_documents: the {dataset.tokenizer} of data set {config.dataset} has no token that ends a document"
@@ -149,15 +147,13 @@ def loader(
     config: TrainConfig, dataset: Dataset, shape: GPTConfig, device: Device, world: World
 ) -> Callable[[int], Tensor]:
     """A function from a step to this process's rows of its batch; made ahead and in pinned memory for a GPU."""
-    draw = epoch_window_starts if config.sampling == "epoch" else window_starts
     rows = world.share(config.batch_size, config.gradient_accumulation_steps)
 
     def make(step: int) -> Tensor:
-        n_tokens = len(dataset.train)
-        starts = draw(n_tokens, shape.block_size, seed=config.seed, step=step, rows=config.rows)
-        return device.pin(gather(dataset.train, starts[rows.start : rows.stop], shape.block_size, shape.vocab_size))
+        x, y = get_batch(dataset.train, step, config, rows)
+        return device.pin(torch.cat([x, y[:, -1:]], dim=1))
 
-    return Ahead(make) if device.type == "cuda" else make
+    return Prefetcher(make) if device.type == "cuda" else make
 
 
 @contextmanager

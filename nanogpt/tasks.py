@@ -15,12 +15,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from nanogpt.data.download import kept
-from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.device import Device
+from nanogpt.download import kept
 from nanogpt.errors import DataError
 from nanogpt.files import parse_json
 from nanogpt.model import GPT
+from nanogpt.tokenizer import Tokenizer
 
 # where the files are published, and their SHA-256
 _FILES = {

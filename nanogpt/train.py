@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nanogpt import checkpoint, sharded
 from nanogpt.config import TrainConfig
-from nanogpt.data.batches import EVALUATION, document_ids_of, dropout_seed, gather, window_starts
+from nanogpt.data import document_ids_of, dropout_seed, evaluation_batch
 from nanogpt.device import Device, choose
 from nanogpt.distributed import World, contact, joined, no_gradient_exchange, this_process
 from nanogpt.errors import ConfigError, DivergedError
@@ -266,9 +266,7 @@ def estimate_losses(run: Run, stopping: Callable[[], bool]) -> dict[str, float] 
         for k in range(run.world.rank, rounds * run.world.size, run.world.size):
             if stopping():
                 return None
-            starts = window_starts(len(tokens), T, seed=0, step=k, rows=config.batch_size, stream=EVALUATION)
-            ids = run.device.put(gather(tokens, starts, T, model.config.vocab_size))
-            x, y = ids[:, :-1], ids[:, 1:]
+            x, y = (run.device.put(ids) for ids in evaluation_batch(tokens, k, T, config.batch_size))
             loss = loss_of(run, model, x, y)
             if k < config.eval_iters:
                 total += loss

@@ -7,12 +7,12 @@ from typing import Any
 
 from nanogpt import checkpoint
 from nanogpt.checkpoint import Progress
-from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.device import Device
 from nanogpt.interop.huggingface import Pretrained, load_pretrained
 from nanogpt.model import GPT
 from nanogpt.programs import SourceConfig
 from nanogpt.shape import GPT2_NAMES
+from nanogpt.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

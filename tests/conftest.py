@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from nanogpt import saver
+from nanogpt.build import dtype_of, finish_dataset
 from nanogpt.config import TrainConfig
-from nanogpt.data.pieces import Ids
-from nanogpt.data.tokenizer import CharTokenizer, Tokenizer
-from nanogpt.data.tokens import dtype_of, finish_dataset
+from nanogpt.pieces import Ids
 from nanogpt.report.log import show_log_lines
+from nanogpt.tokenizer import CharTokenizer, Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 Program = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -11,8 +11,6 @@ import torch
 
 from nanogpt import checkpoint, sharded, train
 from nanogpt.config import GPTConfig, TrainConfig
-from nanogpt.data.tokenizer import CharTokenizer, GPT2Tokenizer
-from nanogpt.data.tokens import write_meta
 from nanogpt.device import Device
 from nanogpt.errors import CheckpointError, UserError
 from nanogpt.export import export
@@ -20,6 +18,7 @@ from nanogpt.infer.sample import sample
 from nanogpt.model import GPT
 from nanogpt.optim import adamw
 from nanogpt.programs import ExportConfig, SampleConfig
+from nanogpt.tokenizer import CharTokenizer, GPT2Tokenizer, write_meta
 from tests.conftest import random_ids
 
 Recipe = Callable[..., TrainConfig]

@@ -8,7 +8,7 @@ import torch
 
 from nanogpt import train
 from nanogpt.config import GPTConfig, TrainConfig
-from nanogpt.data.tokens import Tokens
+from nanogpt.data import Tokens
 from nanogpt.device import Device
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.evaluate import evaluate, whole_split_loss

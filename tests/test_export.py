@@ -14,7 +14,7 @@ import torch
 from nanogpt import checkpoint, cli, train
 from nanogpt import export as module
 from nanogpt.config import GPTConfig, TrainConfig
-from nanogpt.data.tokens import open_dataset
+from nanogpt.data import open_dataset
 from nanogpt.device import Device
 from nanogpt.errors import ConfigError, UserError
 from nanogpt.export import export, new_folder

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanogpt.config import GPTConfig
-from nanogpt.data.batches import document_ids_of
+from nanogpt.data import document_ids_of
 from nanogpt.errors import ConfigError
 from nanogpt.model import GPT, Block, attend, document_mask, positions_in
 from tests.conftest import random_ids

@@ -11,9 +11,9 @@ import pytest
 
 from nanogpt import train
 from nanogpt.config import TrainConfig
-from nanogpt.data.prepare import prepare
 from nanogpt.evaluate import evaluate
 from nanogpt.infer.sample import sample
+from nanogpt.prepare import prepare
 from nanogpt.programs import EvalConfig, PrepareConfig, SampleConfig
 
 Recipe = Callable[..., TrainConfig]

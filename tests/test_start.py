@@ -11,17 +11,17 @@ import torch
 
 from nanogpt import start, train
 from nanogpt.config import TrainConfig
-from nanogpt.data.prepare import prepare
-from nanogpt.data.tokenizer import GPT2Tokenizer
-from nanogpt.data.tokens import open_dataset
+from nanogpt.data import open_dataset
 from nanogpt.device import Device
 from nanogpt.distributed import World
 from nanogpt.errors import ConfigError
 from nanogpt.evaluate import evaluate
 from nanogpt.model import GPT
+from nanogpt.prepare import prepare
 from nanogpt.programs import EvalConfig, PrepareConfig
 from nanogpt.report.metrics import read_metrics
 from nanogpt.start import loader
+from nanogpt.tokenizer import GPT2Tokenizer
 from tests.conftest import write_dataset
 
 Recipe = Callable[..., TrainConfig]

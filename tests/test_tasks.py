@@ -13,12 +13,12 @@ import torch
 
 from nanogpt import train
 from nanogpt.config import TrainConfig
-from nanogpt.data.tokenizer_json import train_bpe
 from nanogpt.errors import DataError
 from nanogpt.evaluate import evaluate
 from nanogpt.export import export
 from nanogpt.programs import EvalConfig, ExportConfig
 from nanogpt.tasks import _FILES, examples_of
+from nanogpt.tokenizer_json import train_bpe
 from tests.conftest import write_dataset
 
 Recipe = Callable[..., TrainConfig]

@@ -19,8 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanogpt import checkpoint, train
 from nanogpt.checkpoint import Progress
 from nanogpt.config import TrainConfig
-from nanogpt.data.corpus import Source
-from nanogpt.data.prepare import prepare
+from nanogpt.corpus import Source
 from nanogpt.device import Device
 from nanogpt.distributed import World
 from nanogpt.errors import CheckpointError, ConfigError, DataError, DivergedError, UserError
@@ -28,6 +27,7 @@ from nanogpt.evaluate import evaluate
 from nanogpt.files import locked
 from nanogpt.guards import is_spike
 from nanogpt.model import GPT
+from nanogpt.prepare import prepare
 from nanogpt.programs import EvalConfig, PrepareConfig
 from nanogpt.report.metrics import read_metrics
 from nanogpt.saver import Saver
@@ -569,7 +569,7 @@ def characters_of(text: str, folder: Path) -> None:
 def test_a_data_set_that_needs_no_network_prepares_itself(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("x.py").write_text("x = 1\n" * 500)
     source = Source("x.py", Path("x.py").stat().st_size)
-    monkeypatch.setattr("nanogpt.data.prepare.standard_library", lambda: [source])
+    monkeypatch.setattr("nanogpt.prepare.standard_library", lambda: [source])
     config = recipe(dataset="pystdlib", max_iters=1)
     assert train.train(config) == 0
     assert Path(config.data_dir, "pystdlib", "dataset.json").exists()

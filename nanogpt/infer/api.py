@@ -19,7 +19,6 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from nanogpt import __version__
-from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.errors import UserError
 from nanogpt.infer import engine
 from nanogpt.infer.engine import Likelihood
@@ -35,6 +34,7 @@ from nanogpt.infer.protocol import (
 from nanogpt.infer.sampling import Sampling
 from nanogpt.infer.scheduler import Job, OverloadedError, Piece, Scheduler
 from nanogpt.infer.text import prompt_ids
+from nanogpt.tokenizer import Tokenizer
 
 _MOST = 2**19  # values in one answer, which is put together in memory
 

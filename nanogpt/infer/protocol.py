@@ -7,8 +7,8 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, WrapValidator
 from starlette.responses import JSONResponse
 
-from nanogpt.data.tokenizer import Tokenizer, well_formed
 from nanogpt.infer.engine import Likelihood
+from nanogpt.tokenizer import Tokenizer, well_formed
 
 _Text = Annotated[str, Field(min_length=1)]
 _Id = Annotated[int, Field(ge=0)]

@@ -3,7 +3,6 @@
 import logging
 from dataclasses import replace
 
-from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.device import choose
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.infer.engine import Engine, Request, Row
@@ -11,6 +10,7 @@ from nanogpt.infer.packed import pack
 from nanogpt.infer.sampling import Sampling
 from nanogpt.infer.text import TextStream, follow, prompt_ids, read_prompt
 from nanogpt.programs import SampleConfig, unescaped
+from nanogpt.tokenizer import Tokenizer
 from nanogpt.trained import load_trained
 
 log = logging.getLogger(__name__)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.infer.engine import Engine, Request, Row
 from nanogpt.infer.sampling import Sampling
 from nanogpt.model import GPT
+from nanogpt.tokenizer import Tokenizer
 
 
 class TextStream:

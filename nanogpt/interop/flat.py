@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from nanogpt.data.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, VocabularyTokenizer
 from nanogpt.errors import ConfigError
 from nanogpt.files import atomic_write
 from nanogpt.model import GPT
 from nanogpt.shape import GPTConfig
+from nanogpt.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, VocabularyTokenizer
 
 _MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 

@@ -12,12 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from nanogpt import __version__
-from nanogpt.data.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, Tokenizer
-from nanogpt.data.tokenizer_json import definition_of
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.interop.huggingface import tensors_of
 from nanogpt.model import GPT, rotary_frequencies
 from nanogpt.shape import GPTConfig
+from nanogpt.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, Tokenizer
+from nanogpt.tokenizer_json import definition_of
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _MARKS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

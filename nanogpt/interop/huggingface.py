@@ -13,13 +13,13 @@ from typing import Any, Literal
 import torch
 
 from nanogpt.config import is_hub_name
-from nanogpt.data.download import hub_folder
-from nanogpt.data.tokenizer import GPT2Tokenizer, Tokenizer
-from nanogpt.data.tokenizer_json import TOKENIZER_FILES, definition_of, read_tokenizer
+from nanogpt.download import hub_folder
 from nanogpt.errors import CheckpointError, ConfigError, DataError
 from nanogpt.files import parse_json, write_json
 from nanogpt.model import GPT
 from nanogpt.shape import GPT2_NAMES, GPTConfig
+from nanogpt.tokenizer import GPT2Tokenizer, Tokenizer
+from nanogpt.tokenizer_json import TOKENIZER_FILES, definition_of, read_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt.data.batches import (
+from nanogpt.data import (
     EVALUATION,
     TRAINING,
     Ahead,
+    Tokens,
     check_length,
     document_ids_of,
     epoch_window_starts,
@@ -17,7 +18,6 @@ from nanogpt.data.batches import (
     permute,
     window_starts,
 )
-from nanogpt.data.tokens import Tokens
 from nanogpt.errors import DataError
 
 ARGUMENTS = {"n_tokens": 10**6, "block_size": 64, "seed": 7, "stream": TRAINING, "step": 3, "rows": 32}

@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanogpt.data import build as module
-from nanogpt.data import corpus, documents, tokens
-from nanogpt.data.build import build
-from nanogpt.data.documents import Reading
-from nanogpt.data.plan import Recipe
-from nanogpt.data.tokenizer import Tokenizer
-from nanogpt.data.tokenizer_json import from_description
-from nanogpt.data.tokens import is_prepared, open_dataset
+from nanogpt import build as module
+from nanogpt import corpus, documents, tokens
+from nanogpt.build import build
+from nanogpt.data import is_prepared, open_dataset
+from nanogpt.documents import Reading
 from nanogpt.errors import DataError, UserError
 from nanogpt.files import locked
+from nanogpt.prepare_plan import Recipe
+from nanogpt.tokenizer import Tokenizer
+from nanogpt.tokenizer_json import from_description
 from tests.conftest import ROOT
 
 SET = Path("data/set")
@@ -246,9 +246,9 @@ def test_another_request_or_a_changed_file_starts_afresh(monkeypatch: pytest.Mon
 DRIVER = """
 import sys
 from pathlib import Path
-from nanogpt.data import corpus
-from nanogpt.data.build import build
-from nanogpt.data.plan import Recipe
+from nanogpt import corpus
+from nanogpt.build import build
+from nanogpt.prepare_plan import Recipe
 
 if __name__ == "__main__":
     corpus.SPAN = 10_000  # many small units

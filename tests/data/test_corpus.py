@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from nanogpt.data import corpus
-from nanogpt.data.corpus import Source, cut, digests_of, find_sources, is_published, source_of
-from nanogpt.data.prepare import standard_library
+from nanogpt import corpus
+from nanogpt.corpus import Source, cut, digests_of, find_sources, is_published, source_of
 from nanogpt.errors import DataError
+from nanogpt.prepare import standard_library
 
 
 @pytest.fixture

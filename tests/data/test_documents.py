@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from nanogpt.data import corpus, documents
-from nanogpt.data.corpus import Source, Span, cut
-from nanogpt.data.documents import Reading
-from nanogpt.data.tokenizer import GPT2Tokenizer
+from nanogpt import corpus, documents
+from nanogpt.corpus import Source, Span, cut
+from nanogpt.documents import Reading
 from nanogpt.errors import DataError
+from nanogpt.tokenizer import GPT2Tokenizer
 
 TEXTS = ["first\ntext", "zweiter, mit ä und 🎉\n", "third"]
 PLAIN = Reading()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt.data import download
-from nanogpt.data.download import fetch
+from nanogpt import download
+from nanogpt.download import fetch
 from nanogpt.errors import DataError
 
 CONTENT = b"To be, or not to be"

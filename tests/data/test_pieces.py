@@ -6,10 +6,10 @@ import random
 import pytest
 import regex
 
-from nanogpt.data import pieces
-from nanogpt.data.pieces import PieceEncoder, piece_starts
-from nanogpt.data.tokenizer import GPT2Tokenizer
-from nanogpt.data.tokenizer_json import train_bpe
+from nanogpt import pieces
+from nanogpt.pieces import PieceEncoder, piece_starts
+from nanogpt.tokenizer import GPT2Tokenizer
+from nanogpt.tokenizer_json import train_bpe
 
 GPT2 = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 PARTS = ["a", "Bc", "the", "12", "3", " ", "  ", "\n", "\t", "\r\n", "\v", "'", "'s", "'ll", "'re", "'ve", "'d", "'m",

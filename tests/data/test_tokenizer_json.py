@@ -11,9 +11,9 @@ import transformers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from nanogpt.data import tokenizer_json
-from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
-from nanogpt.data.tokenizer_json import definition_of, from_description, read_tokenizer, train_bpe
 from nanogpt.errors import DataError
+from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
+from nanogpt.tokenizer_json import definition_of, from_description, read_tokenizer, train_bpe
 from tests.data.test_tokenizer import GPT2_FILES, ODD, fuzz
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
-from nanogpt.data.tokens import Tokens, is_prepared, open_dataset, read_meta, write_meta
+from nanogpt.data import Tokens, is_prepared, open_dataset
 from nanogpt.errors import DataError
+from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, read_meta, write_meta
 from tests.conftest import write_dataset
 
 

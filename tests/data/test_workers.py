@@ -3,8 +3,8 @@ import time
 
 import pytest
 
-from nanogpt.data.workers import cores, parallel_map
 from nanogpt.errors import DataError
+from nanogpt.workers import cores, parallel_map
 
 
 def square(n: int) -> int:

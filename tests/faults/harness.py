@@ -27,10 +27,10 @@ import torch
 
 from nanogpt import checkpoint, saver, train
 from nanogpt.config import TrainConfig
-from nanogpt.data.tokenizer import CharTokenizer
 from nanogpt.errors import UserError
 from nanogpt.infer.engine import stream
 from nanogpt.report.metrics import read_metrics
+from nanogpt.tokenizer import CharTokenizer
 from tests.conftest import write_dataset
 
 PHASES = ["start", "data", "step", "evaluation", "between", "write", "rename"]

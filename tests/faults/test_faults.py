@@ -11,7 +11,7 @@ import pytest
 
 from nanogpt import start, train
 from nanogpt.config import TrainConfig
-from nanogpt.data.batches import Ahead
+from nanogpt.data import Ahead
 from nanogpt.errors import DataError, UserError
 from tests.conftest import ROOT
 

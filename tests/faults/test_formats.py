@@ -17,8 +17,7 @@ import torch
 
 from nanogpt import checkpoint, sharded, train
 from nanogpt.config import TrainConfig
-from nanogpt.data.batches import gather, window_starts
-from nanogpt.data.tokens import open_dataset
+from nanogpt.data import gather, open_dataset, window_starts
 from nanogpt.errors import UserError
 from nanogpt.infer.sample import sample
 from nanogpt.interop.huggingface import load_pretrained

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt.config import BenchConfig, TrainConfig
-from nanogpt.data.batches import dropout_seed, epoch_window_starts, permute, window_starts
-from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, well_formed
-from nanogpt.data.tokenizer_json import from_description, train_bpe
+from nanogpt.data import dropout_seed, epoch_window_starts, permute, window_starts
 from nanogpt.errors import ConfigError
 from nanogpt.programs import EvalConfig, ExportConfig, PrepareConfig, SampleConfig
 from nanogpt.settings import Settings, parse
+from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, well_formed
+from nanogpt.tokenizer_json import from_description, train_bpe
 
 CONFIGS = [TrainConfig, SampleConfig, EvalConfig, ExportConfig, BenchConfig, PrepareConfig]
 NAMES = sorted({field.name for config in CONFIGS for field in dataclasses.fields(config)})

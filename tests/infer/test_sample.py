@@ -7,7 +7,6 @@ import torch
 
 from nanogpt import train
 from nanogpt.config import GPTConfig, TrainConfig
-from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.infer import sample as module
 from nanogpt.infer.sample import SEPARATOR, sample
@@ -16,6 +15,7 @@ from nanogpt.interop.huggingface import save_pretrained
 from nanogpt.model import GPT
 from nanogpt.programs import SampleConfig
 from nanogpt.settings import parse
+from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
 from nanogpt.trained import TrainedModel
 
 

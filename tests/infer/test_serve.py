@@ -19,7 +19,6 @@ import torch
 
 from nanogpt import cli, train
 from nanogpt.config import TrainConfig
-from nanogpt.data.tokenizer import ByteTokenizer
 from nanogpt.errors import CheckpointError, ConfigError
 from nanogpt.infer import serve
 from nanogpt.infer.api import Service, create_app
@@ -31,6 +30,7 @@ from nanogpt.infer.scheduler import Scheduler
 from nanogpt.model import GPT
 from nanogpt.programs import ServeConfig
 from nanogpt.shape import GPTConfig
+from nanogpt.tokenizer import ByteTokenizer
 from tests.conftest import ROOT
 from tests.report.test_runs import write_run
 

@@ -1,7 +1,7 @@
 import pytest
 
-from nanogpt.data.tokenizer import ByteTokenizer
 from nanogpt.infer.text import TextStream
+from nanogpt.tokenizer import ByteTokenizer
 
 
 def pieces(text: str, stop: list[str], prompt: str = "") -> tuple[list[str], bool]:

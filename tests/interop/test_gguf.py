@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from nanogpt.config import GPTConfig
-from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
-from nanogpt.data.tokenizer_json import LibraryTokenizer, definition_of, train_bpe
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.interop.gguf import _CUTS, _cut_of, save_gguf
 from nanogpt.model import GPT
 from nanogpt.optim import adamw
+from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
+from nanogpt.tokenizer_json import LibraryTokenizer, definition_of, train_bpe
 
 gguf = pytest.importorskip("gguf")
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 50

@@ -13,13 +13,13 @@ import torch
 
 from nanogpt import checkpoint, train
 from nanogpt.config import GPTConfig, TrainConfig
-from nanogpt.data.tokenizer import GPT2Tokenizer
 from nanogpt.errors import CheckpointError, ConfigError, DataError
 from nanogpt.evaluate import evaluate
 from nanogpt.infer.sample import sample
 from nanogpt.interop.huggingface import load_pretrained
 from nanogpt.model import GPT
 from nanogpt.programs import EvalConfig, SampleConfig
+from nanogpt.tokenizer import GPT2Tokenizer
 from tests.conftest import ROOT, random_ids, write_dataset
 
 SHAPE: dict[str, Any] = {"vocab_size": 50257, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}

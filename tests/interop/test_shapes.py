@@ -13,16 +13,15 @@ import torch
 
 from nanogpt import checkpoint, train
 from nanogpt.config import GPTConfig, TrainConfig
-from nanogpt.data.batches import document_ids_of
-from nanogpt.data.prepare import prepare
-from nanogpt.data.tokenizer_json import train_bpe
-from nanogpt.data.tokens import open_dataset
+from nanogpt.data import document_ids_of, open_dataset
 from nanogpt.errors import CheckpointError
 from nanogpt.evaluate import evaluate
 from nanogpt.infer.sample import sample
 from nanogpt.interop.huggingface import load_pretrained
 from nanogpt.model import GPT
+from nanogpt.prepare import prepare
 from nanogpt.programs import EvalConfig, PrepareConfig, SampleConfig
+from nanogpt.tokenizer_json import train_bpe
 from tests.conftest import ROOT, random_ids, write_dataset
 
 Recipe = Callable[..., TrainConfig]

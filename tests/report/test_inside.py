@@ -7,12 +7,12 @@ import torch
 
 from nanogpt import checkpoint, train
 from nanogpt.config import GPTConfig, TrainConfig
-from nanogpt.data.tokenizer import ByteTokenizer
 from nanogpt.device import Device
 from nanogpt.errors import ConfigError
 from nanogpt.model import GPT
 from nanogpt.programs import InspectConfig
 from nanogpt.report.inside import coloured, inspect, look
+from nanogpt.tokenizer import ByteTokenizer
 
 
 def test_a_look_inside(recipe: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nanogpt.data.build import build
-from nanogpt.data.corpus import Source, files_below, source_of
-from nanogpt.data.documents import Reading
-from nanogpt.data.download import shakespeare
-from nanogpt.data.plan import Recipe
-from nanogpt.data.tokens import SPLITS, open_dataset
+from nanogpt.build import build
+from nanogpt.corpus import Source, files_below, source_of
+from nanogpt.data import SPLITS, open_dataset
+from nanogpt.documents import Reading
+from nanogpt.download import shakespeare
 from nanogpt.errors import ConfigError, DataError
+from nanogpt.prepare_plan import Recipe
 from nanogpt.programs import PrepareConfig, unescaped
 
 log = logging.getLogger(__name__)

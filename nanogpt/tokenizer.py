@@ -7,15 +7,19 @@ every checkpoint, so a model can be sampled without the data set that it was tra
 import codecs
 import functools
 import importlib.util
+import io
+import pickle
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from nanogpt.data.pieces import Ids, PieceEncoder
 from nanogpt.errors import DataError
+from nanogpt.files import atomic_write
+from nanogpt.pieces import Ids, PieceEncoder
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -238,3 +242,62 @@ def well_formed(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def write_meta(path: Path, tokenizer: CharTokenizer) -> None:
+    """Write a character vocabulary as the original's `meta.pkl`, byte for byte."""
+    itos = dict(enumerate(tokenizer.characters))
+    meta = {"vocab_size": tokenizer.vocab_size, "itos": itos, "stoi": {c: i for i, c in itos.items()}}
+    with atomic_write(path) as file:
+        # the order of the keys and the protocol are the original's, whose files this must equal
+        pickle.dump(meta, file, protocol=4)
+
+
+class _PlainUnpickler(pickle._Unpickler):
+    """Reads dicts, strings and numbers, numpy's too; anything that would import or run code is refused.
+
+    It is Python's: C's takes as much memory as a few bytes tell it to, and so does either for a bytearray.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: lambda self: self.stack.pop()}
+    del dispatch[pickle.BYTEARRAY8[0]]
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if (module_name, global_name) == ("numpy", "dtype"):
+            return lambda name, *_: name  # what BUILD would add, byte order and sizes, follows from it
+        if module_name in ("numpy.core.multiarray", "numpy._core.multiarray") and global_name == "scalar":
+            return _numpy_scalar
+        raise pickle.UnpicklingError(f"it wants to run {module_name}.{global_name}")
+
+
+def _numpy_scalar(kind: str, content: bytes) -> Any:
+    if not re.fullmatch(r"[iu][1248]|U\d+", kind):
+        raise pickle.UnpicklingError(f"it holds a number of numpy's type {kind}")
+    return np.frombuffer(content, kind)[0].item()
+
+
+def read_meta(path: Path) -> Tokenizer:
+    """Read the original's `meta.pkl` without running pickled code. Raises `DataError` if it is anything else.
+
+    Sorted characters are a character vocabulary; of others, only `vocab_size` must be there, as for the original.
+    """
+    try:
+        meta = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
+        size, itos = int(meta["vocab_size"]), meta.get("itos", {})
+        if not 0 < size <= 2**16:
+            raise ValueError(f"its vocab_size is {size}")
+        known = itos if isinstance(itos, dict) else dict(enumerate(itos))
+        tokens = [_as_text(known.get(i), i) for i in range(size)]
+    except Exception as error:  # a hostile or broken pickle can raise anything
+        expected = "a dictionary of plain Python objects with vocab_size, up to 65536, and itos"
+        raise DataError(f"{path} is no vocabulary ({type(error).__name__}: {error}); expected {expected}") from error
+    if all(len(token) == 1 for token in tokens) and tokens == sorted(set(tokens)):
+        return CharTokenizer("".join(tokens))
+    return VocabularyTokenizer(tokens)
+
+
+def _as_text(token: Any, i: int) -> str:
+    if isinstance(token, str | bytes) and len(token) > 1000:
+        raise ValueError(f"its token {i} has {len(token):,} characters")
+    text = token.decode(errors="replace") if isinstance(token, bytes) else token
+    return str(text) if isinstance(text, str | int | float) else f"<{i}>"

@@ -27,15 +27,15 @@ from typing import IO, Any
 import numpy as np
 from tqdm import tqdm
 
-from nanogpt.data.corpus import Source, Span
-from nanogpt.data.documents import Reading, documents, size_of
-from nanogpt.data.plan import Recipe, discard, make_plan, stamps
-from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
-from nanogpt.data.tokenizer_json import from_description
-from nanogpt.data.tokens import SPLITS, dtype_of, finish_dataset
-from nanogpt.data.workers import cores, parallel_map
+from nanogpt.corpus import Source, Span
+from nanogpt.data import SPLITS, shards_of
+from nanogpt.documents import Reading, documents, size_of
 from nanogpt.errors import DataError
-from nanogpt.files import atomic_write, locked, read_json, write_json
+from nanogpt.files import atomic_write, locked, read_json, sync_folder, write_json
+from nanogpt.prepare_plan import Recipe, discard, make_plan, stamps
+from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, write_meta
+from nanogpt.tokenizer_json import from_description
+from nanogpt.workers import cores, parallel_map
 
 BATCH = 1 << 16  # characters that are encoded together
 
@@ -277,3 +277,43 @@ def _check_splits(tally: dict[str, dict[str, int]], recipe: Recipe) -> None:
             f"the corpus is too small to split: {counts[0]:,} training and {counts[1]:,} validation tokens; use more "
             f"text, or a --val_fraction other than {recipe.val_fraction}"
         )
+
+
+MOST_SOURCES = 1000  # that a description lists by name
+
+
+def dtype_of(tokenizer: Tokenizer) -> np.dtype[Any]:
+    """The number format of a tokenizer's ids on disk."""
+    return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+
+
+def finish_dataset(
+    folder: Path, work: Path, tokenizer: Tokenizer, tally: dict[str, Any], sources: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Give the finished files of ids in `work` their names in `folder`, and return their description.
+
+    Old ids go, then comes the description, then the new ids: whatever is interrupted, ids are never read with a
+    tokenizer that is not theirs. Called again after an interruption, it completes its work.
+    """
+    finished = [split for split in SPLITS if (work / f"{split}.bin").exists()]
+    for split in finished:
+        for old in shards_of(folder, split) + sorted(folder.glob(f"{split}-*.bin")):
+            old.unlink(missing_ok=True)
+    description = {
+        "version": 1,
+        "dtype": dtype_of(tokenizer).name,
+        **{what: {split: tally[what].get(split, 0) for split in SPLITS} for what in ("tokens", "documents", "bytes")},
+        "skipped": tally["skipped"],
+        "tokenizer": tokenizer.describe(),
+        "source_files": len(sources),
+        "sources": sources[:MOST_SOURCES],
+    }
+    write_json(folder / "dataset.json", description)
+    if isinstance(tokenizer, CharTokenizer):
+        write_meta(folder / "meta.pkl", tokenizer)
+    else:
+        (folder / "meta.pkl").unlink(missing_ok=True)  # of an earlier data set
+    for split in finished:
+        os.replace(work / f"{split}.bin", folder / f"{split}.bin")
+    sync_folder(folder)  # before `work` may go
+    return description

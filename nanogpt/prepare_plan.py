@@ -20,14 +20,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nanogpt.data.corpus import Source, Span, cut, digests_of, find_sources, is_published
-from nanogpt.data.documents import Reading, documents, first_published_documents, is_text, size_of
-from nanogpt.data.download import hub_folder
-from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
-from nanogpt.data.tokenizer_json import TOKENIZER_FILES, read_tokenizer, train_bpe
-from nanogpt.data.workers import parallel_map
+from nanogpt.corpus import Source, Span, cut, digests_of, find_sources, is_published
+from nanogpt.documents import Reading, documents, first_published_documents, is_text, size_of
+from nanogpt.download import hub_folder
 from nanogpt.errors import DataError
 from nanogpt.files import atomic_write, read_json, write_json
+from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
+from nanogpt.tokenizer_json import TOKENIZER_FILES, read_tokenizer, train_bpe
+from nanogpt.workers import parallel_map
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt.data.pieces import Ids, PieceEncoder
-from nanogpt.data.tokenizer import (
+from nanogpt.errors import DataError
+from nanogpt.files import parse_json, read_json
+from nanogpt.pieces import Ids, PieceEncoder
+from nanogpt.tokenizer import (
     END_OF_TEXT,
     ByteTokenizer,
     CharTokenizer,
@@ -20,8 +22,6 @@ from nanogpt.data.tokenizer import (
     gpt2_files,
     well_formed,
 )
-from nanogpt.errors import DataError
-from nanogpt.files import parse_json, read_json
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
 

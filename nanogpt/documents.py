@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
-from nanogpt.data.corpus import Source, Span, load_published, opened, parquet_file
-from nanogpt.data.tokenizer import well_formed
+from nanogpt.corpus import Source, Span, load_published, opened, parquet_file
 from nanogpt.errors import DataError
+from nanogpt.tokenizer import well_formed
 
 BLOCK = 1 << 20  # bytes read at a time; a longer text is handed on in pieces of about this size
 LONGEST_RECORD = 1 << 28  # bytes between two separators: more is no record but the wrong separator

@@ -1,1 +1,0 @@
-"""Text to ids to batches."""
