@@ -1,133 +1,291 @@
-"""The command `nanogpt VERB …` and the doors beside it: a table of programs.
+"""From the words of a command line to the settings of a program, and to the program itself.
 
-The programs are named and imported when they run, so that `--help` and mistakes answer without loading torch.
+Defaults < config files < command line. Programs are imported when they run: --help and mistakes answer without torch.
 """
 
+import argparse
+import builtins
 import difflib
+import gc
 import importlib
-import io
+import inspect
 import logging
+import math
 import os
 import re
 import sys
+import textwrap
+import traceback
+import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import get_type_hints
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from nanogpt import __version__, programs
-from nanogpt.config import BenchConfig, PlanConfig, TrainConfig
-from nanogpt.errors import UserError
-from nanogpt.settings import Settings, parse
+from nanogpt import __version__, config, settings
+from nanogpt.errors import ConfigError, UserError
 
+Config = TypeVar("Config", bound=config.Settings)
+Class = type[config.Settings]
+Values = dict[str, Any]
 log = logging.getLogger(__name__)
 
-_TO_SERVE = "fastapi uvicorn prometheus-client"  # packages that `nanogpt serve` needs beside the others
-
-# verb: its settings, its program, the setting that a bare word stands for
-VERBS: dict[str, tuple[type[Settings], str, str]] = {
-    "prepare": (programs.PrepareConfig, "nanogpt.prepare:prepare", "name"),
-    "train": (TrainConfig, "nanogpt.train:train", "out_dir"),
-    "sample": (programs.SampleConfig, "nanogpt.infer.sample:sample", "out_dir"),
-    "serve": (programs.ServeConfig, "nanogpt.infer.serve:serve", "out_dir"),
-    "eval": (programs.EvalConfig, "nanogpt.evaluate:evaluate", "out_dir"),
-    "export": (programs.ExportConfig, "nanogpt.export:export", "out_dir"),
-    "bench": (BenchConfig, "nanogpt.bench:bench", "out_dir"),
-    "plan": (PlanConfig, "nanogpt.plan:plan", "out_dir"),
-    "plot": (programs.PlotConfig, "nanogpt.report.plots:plot", "out_dir"),
-    "runs": (programs.RunsConfig, "nanogpt.report.runs:list_runs", "folder"),
-    "inspect": (programs.InspectConfig, "nanogpt.report.inside:inspect", "out_dir"),
+# verb: its settings, its program, the setting that a word without dashes sets
+VERBS: dict[str, tuple[Class, str, str]] = {
+    "prepare": (settings.PrepareConfig, "nanogpt.prepare:prepare", "name"),
+    "train": (config.TrainConfig, "nanogpt.train:train", "out_dir"),
+    "sample": (settings.SampleConfig, "nanogpt.infer.sample:sample", "out_dir"),
+    "serve": (settings.ServeConfig, "nanogpt.infer.serve:serve", "out_dir"),
+    "eval": (settings.EvalConfig, "nanogpt.evaluate:evaluate", "out_dir"),
+    "export": (settings.ExportConfig, "nanogpt.export:export", "out_dir"),
+    "bench": (settings.BenchConfig, "nanogpt.bench:bench", ""),
+    "plan": (settings.PlanConfig, "nanogpt.plan:plan", "out_dir"),
+    "plot": (settings.PlotConfig, "nanogpt.report.plots:plot", "out_dir"),
+    "runs": (settings.RunsConfig, "nanogpt.report.runs:list_runs", "folder"),
+    "inspect": (settings.InspectConfig, "nanogpt.report.inside:inspect", "out_dir"),
 }
+_BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def parse(
+    cls: type[Config], arguments: Sequence[str], usage: str, positional: str = "out_dir", notes: list[str] | None = None
+) -> Config:
+    """Return the config that `[config.py …] [word] [--key=value | --key value | --flag] …` describes.
+
+    `positional` names the setting that a word without dashes sets; `notes` collects lines for the log. --help prints
+    and exits. Raises `ConfigError` with all problems together.
+    """
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text(cls, usage))
+        sys.exit(0)
+    problems: list[str] = []
+    values = asdict(cls())
+    files, options = _read_words(cls, arguments, positional, problems)
+    for file in files:
+        found = _run_config_file(file, values, problems)
+        if cls is settings.SampleConfig:  # It takes the recipe of a training run, and samples from that run.
+            ignored = [name for name in found if hasattr(config.TrainConfig, name) and name not in values]
+            if ignored:
+                ignored += ["init_from"] if "out_dir" in found and "init_from" in found else []
+                (notes if notes is not None else []).append(f"{file}: ignored, for training only: {', '.join(ignored)}")
+            found = {name: value for name, value in found.items() if name not in ignored}
+        _assign(cls, values, found, file, problems)
+    _assign(cls, values, options, "", problems)
+    result = cls(**values)
+    problems = list(dict.fromkeys([*problems, *result.problems()]))
+    if problems:
+        raise ConfigError("\n  - ".join(["these settings cannot work:", *problems]) if problems[1:] else problems[0])
+    return result
+
+
+def _read_words(cls: Class, arguments: Sequence[str], positional: str, problems: list[str]) -> tuple[list[str], Values]:
+    """Return the config files on a command line, and for each option its text, or for a list its texts."""
+    hints = get_type_hints(cls)
+    # No value is required or converted here, because argparse would exit at the first mistake.
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    flags, values = set(), (*_BOOLEANS, "auto")
+    for name, hint in hints.items():
+        names = {f"--{name}", f"--{name.replace('_', '-')}"}
+        flags |= names if bool in (hint, *get_args(hint)) else set()
+        many: dict[str, Any] = {"nargs": "*", "action": "extend"} if get_origin(hint) is list else {"nargs": "?"}
+        parser.add_argument(*names, dest=name, **many)
+    # A flag gets a value here, so that argparse does not take the file in `--eval_only config/a.py` for one.
+    pairs = zip(arguments, [*arguments[1:], ""], strict=False)
+    words = [f"{word}=True" if word in flags and after.lower() not in values else word for word, after in pairs]
+    known, others = parser.parse_known_args(words)
+    options = vars(known)
+    for name in [name for name, text in options.items() if text is None or text == []]:
+        problems.append(f"--{name}: a value is missing: --{name}=…")
+        del options[name]
+    files = [word for word in others if word.endswith(".py") and not word.startswith("-")]
+    for word in [word for word in others if word not in files]:
+        name, equals, text = word.removeprefix("--").partition("=")
+        if word.startswith("-"):
+            options[name] = text  # There is no such setting, as _assign reports.
+        elif positional not in hints or (equals and name in hints):
+            problems.append(f"{word}: expected config files (*.py) and --key=value only")
+        elif os.path.isfile(f"{word}.py") and not os.path.isdir(word):
+            problems.append(f"{word}: did you mean the config file {word}.py?")
+        elif get_origin(hints[positional]) is list:
+            options.setdefault(positional, []).append(word)
+        elif positional in options:
+            problems.append(f"{word}: {positional} is {options[positional]} already, and takes one value")
+        else:
+            options[positional] = word
+    return files, options
+
+
+def _run_config_file(path: str, values: Values, problems: list[str]) -> Values:
+    """Execute a config file in which `values` can be read, and return the variables that it assigned."""
+    if not os.path.isfile(path):
+        near = difflib.get_close_matches(path, map(str, Path("config").glob("*.py")), n=1)
+        problems.append(f"there is no config file {path}{f'; did you mean {near[0]}?' if near else ''}")
+        return {}
+    # Values are readable like Python's builtins, so that `names` holds only what the file assigns.
+    names: dict[str, Any] = {"__builtins__": {**vars(builtins), **values}}
+    try:
+        exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), names)
+    except (Exception, SystemExit) as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f"{path}, line {frames[-1].lineno}" if frames else path
+        problems.append(f"config file {where}: {type(error).__name__}: {error}")
+        return {}
+    return {
+        name: value
+        for name, value in names.items()
+        if not (name.startswith("_") or isinstance(value, types.ModuleType) or callable(value))
+    }
+
+
+def _assign(cls: Class, values: Values, found: Values, file: str, problems: list[str]) -> None:
+    """Set values from a config file, or from the command line where `file` is empty; first what they imply."""
+    hints = get_type_hints(cls)
+    for name in found.keys() & hints.keys():
+        values |= config.implied_settings(name, found[name], values[name])
+    for name, value in found.items():
+        where = f"{file}: {name} = {value!r}" if file else f"--{name}={value}"
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; --help lists all"
+            helper = f" (helper variables begin with _: _{name})" if file else ""
+            problems.append(f"{where}: there is no setting {name!r}{hint}{helper}")
+            continue
+        try:
+            values[name] = convert(value, hints[name])
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """Return `value`, text of a command line or a value of a config file, as type `hint`. Raises `ValueError`."""
+    members, text = get_args(hint), str(value)
+    if get_origin(hint) is list:
+        return [convert(each, members[0]) for each in (value if isinstance(value, list) else [value])]
+    with suppress(ValueError, OverflowError):
+        if hint in (int, float):
+            number = int(text) if hint is int and re.fullmatch(r"[-+]?[\d_]+", text) else float(text)
+            if math.isfinite(number) and number == hint(number):
+                return hint(number)
+    if hint is bool and text.lower() in _BOOLEANS:
+        return _BOOLEANS[text.lower()]
+    if (hint is str and isinstance(value, str)) or (get_origin(hint) is Literal and value in members):
+        return value
+    for member in members if get_origin(hint) is not Literal else []:
+        with suppress(ValueError):
+            return convert(value, member)
+    raise ValueError(f"expected {_in_words(hint)}")
+
+
+def _in_words(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return ", ".join(get_args(hint))
+    words = {str: "text", bool: "True or False", int: "a whole number", float: "a number"}
+    return words.get(hint) or " or ".join(_in_words(member) for member in get_args(hint))
+
+
+def help_text(cls: Class, usage: str) -> str:
+    """Return what --help prints: each setting with its default and the comment behind it, by group."""
+    lines = [f"usage: {usage}", "", inspect.cleandoc(cls.__doc__ or ""), ""]
+    lines += ["A word that ends in .py is a config file: Python assignments; its helper variables begin with _."]
+    defaults = asdict(cls())
+    groups: dict[str, list[str]] = {}
+    for owner in cls.__mro__[:-1]:
+        for title, name, comment in commented_fields(owner):
+            if name in defaults:  # not yet redefined by a subclass
+                default = defaults.pop(name)
+                shown = " ".join(default) if isinstance(default, list) else str(default).replace("\n", r"'\n'")
+                first, *rest = textwrap.wrap(comment, 80)
+                groups.setdefault(title, []).append(f"  {f'--{name}={shown}':36}  {first}")
+                groups[title] += [" " * 40 + line for line in rest]
+    for title, rows in groups.items():
+        lines += ["", f"{title}:", *rows]
+    return "\n".join(lines)
+
+
+def commented_fields(cls: type) -> Iterator[tuple[str, str, str]]:
+    """Yield (group, name, comment) of each field in the source of the class itself."""
+    title = "settings"
+    for line in re.sub(r"\n    # (?!---)", " ", inspect.getsource(cls)).splitlines():
+        heading = re.match(r"    # --- (.+) ---$", line)
+        declared = re.match(r"    (\w+): .+? = .+?  # (?:type: ignore\S+ )?(.+)$", line)
+        title = heading[1] if heading else title
+        if declared:
+            yield title, declared[1], declared[2]
 
 
 @contextmanager
-def _exit_code() -> Iterator[None]:
-    """Turn what ends a program into its exit code, and a mistake of the user into one message."""
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # closed before we came
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a ? for a character that the terminal cannot show, rather than crash
-            stream.reconfigure(errors="replace")
+def exit_codes() -> Iterator[None]:
+    """Turn what ends a program into its exit code, and what the user can mend into one message."""
     try:
         try:
             yield
-        except SystemExit:
+        finally:
             sys.stdout.flush()
-            raise
-        sys.stdout.flush()
         return
-    except UserError as error:
-        with suppress(OSError):
-            sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
-        code = error.exit_code
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        code = 130
-    except BrokenPipeError:  # `sample.py | head` has read enough; 141 is what the shell expects of a program then
+        message, code = "interrupted", 130
+    except BrokenPipeError:  # `sample.py | head` has read enough. What is still buffered must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
+        message, code = "", 141
     except Exception as error:
-        if not (explained := _explained(error)):
+        message, code = explain(error), getattr(error, "exit_code", 2)
+        if not message:
             raise
-        print(f"error: {explained}", file=sys.stderr)
-        code = UserError.exit_code
+    if message:
+        print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
 
-def _explained(error: Exception) -> str:
-    """What a person can do about an error that is none of ours; empty if it is a bug."""
-    name = (getattr(error, "name", "") or "nanogpt").partition(".")[0]
-    if isinstance(error, ModuleNotFoundError) and name != "nanogpt":
-        packages = _TO_SERVE if name in _TO_SERVE.replace("-", "_").split() else name
-        return (
-            f"{sys.executable} has no package {name}; activate the environment that has it (. .venv/bin/activate), or "
-            f"pip install {packages}"
-        )
-    said = str(error).partition("\n")[0]
-    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", said):
-        return (
-            f"there is not enough memory{': ' * bool(said)}{said}; a smaller batch_size, block_size or model takes "
-            "less, and in training so does --gradient_checkpointing=True; nanogpt plan tells how much"
-        )
-    return str(error) if isinstance(error, OSError) else ""  # a full disk, a folder without permission, …
+def explain(error: Exception) -> str:
+    """Return what to tell the user about an error; empty if it is a bug."""
+    if isinstance(error, UserError | OSError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("nanogpt"):
+        serving = {"fastapi", "uvicorn", "prometheus_client"}  # What `nanogpt serve` needs is named together.
+        packages = "fastapi uvicorn prometheus-client" if error.name in serving else error.name
+        return f"{sys.executable} has no {error.name}: activate the environment that has it, or pip install {packages}"
+    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+        return f"out of memory; reduce batch_size, block_size or the model, or set --gradient_checkpointing: {error}"
+    return ""
+
+
+def run(verb: str, arguments: Sequence[str] | None = None, program: str = "") -> None:
+    """Run a program with `arguments`, by default those of this process, and exit with its code.
+
+    Exit codes: 0 done, 2 the user's mistake, 3 diverged, 75 stopped by a signal and resumable, 130 interrupted.
+    """
+    cls, location, positional = VERBS[verb]
+    word = f" [{positional}]" if positional else ""
+    usage = f"{program or f'python {os.path.basename(sys.argv[0])}'} [config.py …]{word} [--key=value …]"
+    notes: list[str] = []
+    with exit_codes():
+        chosen = parse(cls, sys.argv[1:] if arguments is None else arguments, usage, positional, notes)
+        from nanogpt.metrics import show_log_lines
+
+        show_log_lines(getattr(chosen, "verbosity", "normal"))
+        for note in notes:
+            log.info(note)
+        module, _, function = location.partition(":")
+        result = getattr(importlib.import_module(module), function)(chosen)
+        gc.freeze()  # spares the interpreter 0.4 s of collecting torch's modules at its end
+        sys.exit(result if isinstance(result, int) else 0)
 
 
 def main() -> None:
-    """The entry point `nanogpt VERB [word …] [--key=value …]`; exits with the program's code."""
-    arguments = sys.argv[1:]
-    with _exit_code():
-        if arguments[:1] == ["--version"]:
+    """Run `nanogpt VERB [word …] [--key=value …]`."""
+    verb, *arguments = sys.argv[1:] or ["--help"]
+    if verb in VERBS:
+        run(verb, arguments, program=f"nanogpt {verb}")
+    with exit_codes():
+        if verb == "--version":
             print(f"nanogpt {__version__}")
-        elif not arguments or arguments[0] in ("--help", "-h", "help"):
+        elif verb in ("--help", "-h", "help"):
             print("usage: nanogpt VERB [run folder or config.py …] [--key=value …]\n")
-            for verb, (settings, _, _) in VERBS.items():
-                print(f"  {verb:9} {(settings.__doc__ or '').splitlines()[0]}")
+            for name, (cls, _, _) in VERBS.items():
+                print(f"  {name:9} {(cls.__doc__ or '').splitlines()[0]}")
             print("\nnanogpt VERB --help lists the settings of one.")
-        elif arguments[0] not in VERBS:
-            nearest = difflib.get_close_matches(arguments[0], VERBS, n=1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise UserError(f"unknown verb {arguments[0]!r}; known: {', '.join(VERBS)}{hint}")
         else:
-            run(arguments[0], arguments[1:], program=f"nanogpt {arguments[0]}")
-
-
-def run(verb: str, arguments: Sequence[str] | None = None, *, program: str = "") -> None:
-    """Run one program with `arguments` (default: those of this process) and exit with its code.
-
-    Exit codes: 0 done, 2 the user's mistake, 75 stopped by a signal and resumable, 130 interrupted.
-    """
-    settings, program_at, positional = VERBS[verb]
-    kind = get_type_hints(settings).get(positional)
-    word = f" [{positional} …]" if kind == list[str] else f" [{positional}]" if kind else ""
-    usage = f"{program or f'python {os.path.basename(sys.argv[0])}'} [config.py …]{word} [--key=value …]"
-    notes: list[str] = []
-    with _exit_code():
-        words = sys.argv[1:] if arguments is None else arguments
-        config = parse(settings, words, usage, positional=positional, notes=notes)
-        from nanogpt.report.log import show_log_lines
-
-        show_log_lines(getattr(config, "verbosity", "normal"))
-        for note in notes:
-            log.info(note)
-        module, _, function = program_at.partition(":")
-        result = getattr(importlib.import_module(module), function)(config)
-        sys.exit(result if isinstance(result, int) else 0)
+            near = difflib.get_close_matches(verb, VERBS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"unknown verb {verb!r}; known: {', '.join(VERBS)}{hint}")

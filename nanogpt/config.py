@@ -1,276 +1,285 @@
-"""Every knob of training: its name, its type, its default and the reason for it. Those of other programs: programs.py.
+"""The settings of all programs. Each is declared once, as a dataclass field; the comment behind it is its help text.
 
-This is the only place where a setting is declared: command line, config files, `--help`, validation and the
-saved `config.json` are derived from it (see settings.py). The comment behind a field is its help text.
+Command line, config files, --help, checks and a run's config.json follow from them (see cli.py). No torch in here:
+--help has to answer at once.
 """
 
-import dataclasses
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, dataclass_transform, get_args
 
-from nanogpt.settings import Settings, out_of_range
-from nanogpt.shape import GPT2_NAMES, PRESETS, GPTConfig, Shape
-
-__all__ = ["PRESETS", "GPTConfig"]  # which people import from here
-
-
-@dataclass
-class Machine(Settings):
-    """Where a program computes; shared by all programs that run a model."""
-
-    # --- machine ---
-    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes the first there is of cuda, mps, cpu
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products; weights stay float32;
-    # auto: bfloat16 where that is fast (CUDA GPUs from 2020 on, CPUs with AMX), float16 on older GPUs, else float32
-    compile: bool | Literal["auto"] = "auto"  # torch.compile: a minute at first, then faster; auto: for long runs
-    seed: int = 1337  # of everything random
-    verbosity: Literal["quiet", "normal", "debug"] = "normal"  # of log lines; quiet: results and warnings only
-
-    def problems(self) -> Iterator[str]:
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
-            yield f"device={self.device!r}: expected auto, cpu, mps, cuda or cuda:N"
-        if not 0 <= self.seed < 2**63:
-            yield f"seed={self.seed}: expected a value from 0 to 2**63 - 1"
-
-
-@dataclass
-class _Network(Shape, Machine):
-    """A new network; shared by all programs that train one."""
-
-    # --- model ---
-    model: str = ""  # a shape by name, which sets what differs below: gpt2, gpt2-medium, gpt2-large, gpt2-xl,
-    # llama-3.2-1b, llama-3.2-3b, llama-2-7b, llama-3.1-8b, qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b
-    bias: bool = False  # in Linears and LayerNorms; GPT-2 has them, without is a bit better and faster
-    zero_init: bool = False  # c_proj starts at zero, so every block as if it were not there; helps Muon
-    gradient_checkpointing: bool = False  # recompute blocks in the backward pass: far less memory, a third more time
-
-    @classmethod
-    def implied(cls, name: str, value: object, before: object) -> dict[str, Any]:
-        """What setting `name` to `value` sets as well: a model's name stands for its shape."""
-        return PRESETS.get(str(value), {}) if name == "model" else {}
-
-    def model_config(self, vocab_size: int) -> GPTConfig:
-        """The shape of a new network for a vocabulary of `vocab_size` entries."""
-        names = {each.name for each in dataclasses.fields(GPTConfig)}
-        settings = {name: value for name, value in vars(self).items() if name in names}
-        return GPTConfig(vocab_size=vocab_size, **settings)
-
-    def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        if self.model and self.model not in PRESETS:
-            yield f"model={self.model!r}: expected one of {', '.join(PRESETS)}"
-        yield from self.model_config(vocab_size=1).problems()
-
-
-_FILES = (".pt", ".safetensors", ".gguf", ".json")
+# The published models that people train again: all of their shape except vocabulary and context length.
+_COLUMNS = "architecture n_layer n_head n_embd n_kv_head head_size n_hidden bias tied_head rope_theta".split()
+PRESETS: dict[str, dict[str, Any]] = {
+    name: dict(zip(_COLUMNS, shape, strict=True))
+    for name, *shape in [
+        ("gpt2", "gpt2", 12, 12, 768, 0, 0, 0, True, True, 1e4),  # 124M parameters
+        ("gpt2-medium", "gpt2", 24, 16, 1024, 0, 0, 0, True, True, 1e4),  # 355M
+        ("gpt2-large", "gpt2", 36, 20, 1280, 0, 0, 0, True, True, 1e4),  # 774M
+        ("gpt2-xl", "gpt2", 48, 25, 1600, 0, 0, 0, True, True, 1e4),  # 1558M
+        ("llama-3.2-1b", "llama", 16, 32, 2048, 8, 0, 8192, False, True, 5e5),
+        ("llama-3.2-3b", "llama", 28, 24, 3072, 8, 128, 8192, False, True, 5e5),
+        ("llama-2-7b", "llama", 32, 32, 4096, 32, 0, 11008, False, False, 1e4),
+        ("llama-3.1-8b", "llama", 32, 32, 4096, 8, 0, 14336, False, False, 5e5),
+        ("qwen3-0.6b", "qwen3", 28, 16, 1024, 8, 128, 3072, False, True, 1e6),
+        ("qwen3-1.7b", "qwen3", 28, 16, 2048, 8, 128, 6144, False, True, 1e6),
+        ("qwen3-4b", "qwen3", 36, 32, 2560, 8, 128, 9728, False, True, 1e6),
+        ("qwen3-8b", "qwen3", 36, 32, 4096, 8, 128, 12288, False, False, 1e6),
+    ]
+}
+GPT2_NAMES = [name for name in PRESETS if name.startswith("gpt2")]  # checkpoints that OpenAI has released
+Architecture = Literal["gpt2", "llama", "qwen3"]
+Activation = Literal["gelu", "gelu_tanh"]
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether `text` reads like the name of a repository on the Hugging Face hub, and not like a path."""
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text)) and not text.endswith(_FILES)
+    """Return whether `text` reads like ORGANISATION/NAME on the Hugging Face hub rather than like a path."""
+    is_file = text.endswith((".pt", ".safetensors", ".gguf", ".json"))
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text)) and not is_file
 
 
-def init_from_problems(init_from: str, *others: str) -> Iterator[str]:
-    """What is wrong with a setting `init_from`."""
-    words = [*others, "resume", *GPT2_NAMES]
-    if init_from in words or Path(init_from).exists() or is_hub_name(init_from):
-        return
-    if "/" in init_from or init_from.endswith(_FILES):
-        yield f"init_from={init_from!r}: there is no such file or folder"
-    else:
-        yield (
-            f"init_from={init_from!r}: expected {', '.join(words)}, ORGANISATION/NAME of a model on the Hugging Face "
-            "hub, or an existing folder or checkpoint"
-        )
+def steps_and_seconds(interval: str) -> tuple[int, float] | None:
+    """Return (500, 0.0) for "500", steps, and (0, 1800.0) for "30m", minutes; None for anything else."""
+    match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)m", interval)
+    return (int(match[1] or 0), 60 * float(match[2] or 0)) if match else None
 
 
-def updates_and_seconds(interval: str) -> tuple[int, float] | None:
-    """What `500` (updates) or `30m` (minutes) stands for, the other being 0; None if it is neither."""
-    found = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)m", interval)
-    return (int(found[1] or 0), 60 * float(found[2] or 0)) if found else None
+def _exists(name: str) -> bool:
+    return bool(name) and (Path(name).exists() or is_hub_name(name))
 
 
-_MUON = {
-    "learning_rate": 0.0, "muon_momentum": 0.0, "beta1": 0.8, "weight_decay": 0.0,
-    "schedule": "wsd", "decay_share": 0.9, "warmup_iters": 0, "min_lr": 0.0,
-}  # fmt: skip
+# What a setting of a certain name must be, in every program: a test, and words for the message. A default always is.
+_CHECKS: dict[str, tuple[Callable[[Any], object], str]] = {
+    **dict.fromkeys("dropout beta1 beta2 muon_momentum".split(), (lambda v: 0 <= v < 1, "a value in [0, 1)")),
+    **dict.fromkeys("decay_share top_p min_p mfu".split(), (lambda v: 0 < v <= 1, "a value above 0, up to 1")),
+    **dict.fromkeys(
+        """block_size vocab_size n_layer n_head n_embd n_kv_head head_size n_hidden rope_theta batch_size eval_interval
+        eval_iters log_interval gradient_accumulation_steps keep_checkpoints max_bad_steps num_samples steps gpus nodes
+        rows queue timeout max_body""".split(),
+        (lambda v: v >= 1, "a value >= 1"),
+    ),
+    "activation": (lambda v: v in get_args(Activation), " or ".join(get_args(Activation))),
+    "architecture": (lambda v: v in get_args(Architecture), " or ".join(get_args(Architecture))),
+    "checkpoint_interval": (steps_and_seconds, "steps, such as 500, or minutes, such as 30m"),
+    "device": (lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v), "auto, cpu, mps, cuda or cuda:N"),
+    "init_from": (
+        lambda v: v in ("resume", *GPT2_NAMES) or _exists(v),
+        f"scratch (train only), resume, {', '.join(GPT2_NAMES)}, ORGANISATION/NAME, an existing folder or checkpoint",
+    ),
+    "model": (lambda v: v in PRESETS, f"one of {', '.join(PRESETS)}"),
+    "optimizer": (lambda v: v.isidentifier() and v.islower(), "adamw, muon, or a class of torch.optim in lower case"),
+    "port": (lambda v: 0 <= v <= 65535, "0 to 65535"),
+    "tokenizer": (
+        lambda v: v in ("char", "byte", "gpt2") or (re.fullmatch(r"bpe:\d+", v) and int(v[4:]) > 256) or _exists(v),
+        "char, byte, gpt2, bpe:N (from 257), a tokenizer.json, a folder with one, or ORGANISATION/NAME",
+    ),
+    "val_fraction": (lambda v: v != "auto" and 0 < v < 1, "auto or a value between 0 and 1"),
+}
+_NOT_NEGATIVE = (lambda v: not isinstance(v, int | float) or v >= 0, "a value >= 0")
 
 
-@dataclass
-class TrainConfig(_Network):
-    """Train a GPT from scratch, continue a run, or finetune GPT-2.
+@dataclass_transform(kw_only_default=True)
+@dataclass(kw_only=True)
+class Settings:
+    """What the settings of all programs have in common. Every subclass is a dataclass."""
 
-    The defaults train GPT-2 (124M) on OpenWebText; config/ holds smaller recipes.
-    """
+    def __init_subclass__(cls) -> None:
+        dataclass(kw_only=True)(cls)
+
+    def problems(self) -> Iterator[str]:
+        """Yield a sentence for each value that cannot work."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            test, expected = _CHECKS.get(each.name, _NOT_NEGATIVE)
+            if value != each.default and not test(value):
+                yield f"{each.name}={value!r}: expected {expected}"
+
+
+def changed_settings(config: Settings) -> list[str]:
+    """Return "name = value" for each setting that differs from its default."""
+    defaults = vars(type(config)())
+    return [f"{name} = {value!r}" for name, value in vars(config).items() if value != defaults[name]]
+
+
+class Shape(Settings):
+    """The part of a network's shape that can be chosen for training."""
+
+    # --- model ---
+    block_size: int = 1024  # context length in tokens
+    n_layer: int = 12  # number of blocks
+    n_head: int = 12  # attention heads per block
+    n_embd: int = 768  # channels; a multiple of n_head
+    dropout: float = 0.0  # 0 for pretraining, 0.1 or more for finetuning or several epochs over little data
+    bias: bool = True  # in Linears and LayerNorms; True: like GPT-2, False: a bit better and faster
+    architecture: Architecture = "gpt2"  # gpt2, llama (RMSNorm, RoPE, SwiGLU) or qwen3 (the same with QK norm)
+    activation: Activation = "gelu"  # of gpt2's MLP: gelu, or gelu_tanh as in OpenAI's checkpoints
+    n_kv_head: int = 0  # llama, qwen3: heads of keys and values (grouped-query attention); 0: n_head
+    head_size: int = 0  # llama, qwen3: channels per head; 0: n_embd / n_head
+    n_hidden: int = 0  # hidden channels of the MLP; 0: 4 n_embd, in llama and qwen3 8/3 n_embd rounded up to 64s
+    tied_head: bool = True  # the output head shares the token embedding's weights: better for small models
+    rope_theta: float = 10_000.0  # llama, qwen3: base of the rotary embedding; larger for long contexts
+
+
+class GPTConfig(Shape):
+    """The complete shape of a network: everything that the meaning of its weights depends on."""
+
+    vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for efficiency
+    mlp_bias: bool | Literal["auto"] = "auto"  # in the MLP's Linears; auto: as `bias`, never in qwen3
+    norm_eps: float = 1e-5  # added to the variance in LayerNorm and RMSNorm
+    rope_scaling: list[float] = field(default_factory=list)  # Llama 3's: factor, low and high freq_factor, old context
+
+    def __post_init__(self) -> None:
+        """Derive the fields that are 0 or auto."""
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_size = self.head_size or self.n_embd // max(self.n_head, 1)
+        rounded = -(-8 * self.n_embd // (3 * 64)) * 64
+        self.n_hidden = self.n_hidden or (4 * self.n_embd if self.is_gpt2 else rounded)
+        if self.mlp_bias == "auto":
+            self.mlp_bias = self.bias and self.architecture != "qwen3"
+
+    @classmethod
+    def preset(cls, name: str, **others: Any) -> "GPTConfig":
+        """Return the shape `PRESETS[name]` with `others` as its remaining or changed fields."""
+        return cls(**{**PRESETS[name], **others})
+
+    @property
+    def is_gpt2(self) -> bool:
+        """Whether the blocks are GPT-2's."""
+        return self.architecture == "gpt2"
+
+    def problems(self) -> Iterator[str]:
+        for name, default in vars(GPTConfig()).items():
+            value, wanted = getattr(self, name), type(default)
+            if type(value) is not wanted and not (wanted is float and type(value) is int):
+                yield f"{name} is {value!r}, expected {wanted.__name__}"
+                return
+        yield from super().problems()
+        if self.n_head < 1 or self.n_kv_head < 1:
+            return
+        if self.n_embd % self.n_head and self.head_size == self.n_embd // self.n_head:
+            near = self.n_embd - self.n_embd % self.n_head + self.n_head
+            yield f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; n_embd={near} would be"
+        elif self.is_gpt2 and self.head_size * self.n_head != self.n_embd:
+            yield f"head_size={self.head_size}: GPT-2's heads have n_embd / n_head; others need --architecture=llama"
+        if self.n_head % self.n_kv_head:
+            yield f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}"
+        elif self.is_gpt2 and self.n_kv_head != self.n_head:
+            yield f"n_kv_head={self.n_kv_head}: GPT-2 has n_head={self.n_head}; others need --architecture=llama"
+        if not self.is_gpt2 and self.head_size % 2:
+            yield f"head_size={self.head_size} must be even: RoPE rotates pairs of channels"
+
+
+class Machine(Settings):
+    """Where a program computes."""
+
+    # --- machine ---
+    device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto: the first available of cuda, mps, cpu
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matmuls; auto: bfloat16 where fast,
+    # float16 on older GPUs, else float32; trained weights are always float32
+    compile: bool | Literal["auto"] = False  # torch.compile; decoding is faster without
+    seed: int = 1337  # of all random numbers
+    verbosity: Literal["quiet", "normal", "debug"] = "normal"  # of log lines; quiet: only results and warnings
+
+
+# What optimizer=muon sets besides; 0 means: derive it from the width, or from the length of the run.
+_MUON = {"learning_rate": 0.0, "muon_momentum": 0.0, "beta1": 0.8, "weight_decay": 0.0, "min_lr": 0.0,
+         "schedule": "wsd", "decay_share": 0.9, "warmup_iters": 0}  # fmt: skip
+
+
+def implied_settings(name: str, value: object, before: object) -> dict[str, Any]:
+    """Return what setting `name` to `value` also sets: the shape of a named model, the rates that suit Muon."""
+    if name == "model":
+        return PRESETS.get(str(value), {})
+    if name == "optimizer" and value != before and "muon" in (value, before):
+        return _MUON if value == "muon" else {each: getattr(TrainConfig, each) for each in _MUON}
+    return {}
+
+
+class TrainConfig(Shape, Machine):
+    """Train a GPT from scratch, resume a run, or finetune a model. The defaults train GPT-2 (124M) on OpenWebText."""
 
     # --- run ---
     out_dir: str = "out"  # run folder: config.json, metrics.jsonl, ckpt.pt (newest), best.pt (lowest validation loss)
-    init_from: str = "scratch"  # scratch; resume: continue the run in out_dir; gpt2, gpt2-medium, gpt2-large, gpt2-xl,
-    # ORGANISATION/NAME on the Hugging Face hub or a folder in its format (GPT-2, Llama, Qwen3), another run's folder or
-    # checkpoint: finetune those
-    resume: Literal["never", "auto"] = "never"  # auto: go on with the run in out_dir if there is one, else start as
-    # init_from says; one command for restart loops and job arrays
-    max_iters: int = 600_000  # number of updates
-    eval_interval: int = 2000  # evaluate, and perhaps save, every so many updates; once more at the end in any case
-    eval_iters: int = 200  # batches of each split per evaluation; the same ones every time
-    eval_only: bool = False  # evaluate once, write nothing, exit
-    log_interval: int = 1  # print and record every so many updates; reading the loss makes a GPU wait
-    always_save_checkpoint: bool = True  # write ckpt.pt at every evaluation; False: when it improved, and at the end
-    checkpoint_interval: str = "30m"  # also write ckpt.pt every so many updates (500), or minutes (30m); 0: do not
-    keep_checkpoints: int = 2  # ckpt.pt and those before it, ckpt.prev.pt, ckpt.prev2.pt, …: if one is damaged, the
-    # one before it counts
-    max_bad_steps: int = 20  # updates in a row that may be skipped because loss or gradient is not finite
-    health_interval: int = 200  # record clipping, gradients and updates by layer, largest activations, memory every so
-    # many updates; 0: never
-    sample_interval: int = 1  # show a little text of the model at every so many-th evaluation; 0: never
-    plot: bool = True  # draw the curves into loss.png at the end, where matplotlib is installed
-    dry_run: bool = False  # print the resolved config and what follows from it, then exit
-
-    # --- Weights & Biases ---
-    wandb_log: bool = False  # also send the metrics there
-    wandb_project: str = "owt"  # project that the run is shown in
-    wandb_run_name: str = "gpt2"  # name of the run
-
-    # --- TensorBoard ---
-    tensorboard_log: bool = False  # also write the metrics to out_dir/tensorboard
-
+    init_from: str = "scratch"  # scratch; resume: continue the run in out_dir; to finetune: gpt2 (or -medium, -large,
+    # -xl), ORGANISATION/NAME on the Hugging Face hub, a folder in its format, or another run or checkpoint
+    resume: Literal["never", "auto"] = "never"  # auto: resume the run in out_dir if there is one; for restart loops
+    max_iters: int = 600_000  # number of steps
+    eval_interval: int = 2000  # evaluate every so many steps, and at the end
+    eval_iters: int = 200  # batches of each split per evaluation, the same every time
+    eval_only: bool = False  # evaluate once and exit; writes nothing
+    log_interval: int = 1  # print and record every so many steps; reading the loss makes a GPU wait
+    always_save_checkpoint: bool = True  # save at every evaluation; False: when the loss improved, and at the end
+    checkpoint_interval: str = "30m"  # save also every so many steps (500) or minutes (30m); 0: only at evaluations
+    keep_checkpoints: int = 2  # how many: ckpt.pt, ckpt.prev.pt, …; an older one is used if the newest is damaged
+    max_bad_steps: int = 20  # stop after so many steps in a row whose loss or gradient is not finite
+    sample_interval: int = 1  # print a short sample at every so many-th evaluation; 0: never
+    plot: bool = True  # draw loss.png at the end, if matplotlib is installed
+    dry_run: bool = False  # print the resolved settings and what follows from them, then exit
+    # --- trackers ---
+    wandb_log: bool = False  # also log to Weights & Biases
+    wandb_project: str = "owt"  # project there
+    wandb_run_name: str = "gpt2"  # name of the run there
+    tensorboard_log: bool = False  # also log to out_dir/tensorboard
     # --- several processes (torchrun) ---
-    backend: Literal["auto", "nccl", "gloo"] = "auto"  # how they talk; auto: nccl on CUDA, gloo elsewhere
-    parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # ddp: each holds the whole model; fsdp: each holds a share of
-    # it; auto: ddp, unless weights, gradients and AdamW's averages would fill more than half of a GPU
-    dist_timeout: float = 10.0  # minutes that one waits for the others before it gives up; at least 1 at the start
-
+    backend: Literal["auto", "nccl", "gloo"] = "auto"  # auto: nccl on CUDA, else gloo
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # auto: fsdp if weights, gradients and moments fill half a GPU
+    dist_timeout: float = 10.0  # minutes that a process waits for the others
     # --- data ---
     data_dir: str = "data"  # folder of the data sets
-    dataset: str = "openwebtext"  # folder below data_dir that holds train.bin and val.bin
-    gradient_accumulation_steps: int = 5 * 8  # micro-batches per update, over all processes together
-    batch_size: int = 12  # rows of a micro-batch; as many as fit into memory
-    sampling: Literal["random", "epoch"] = "random"  # of windows: drawn anew every time, or each once per epoch
-    mask_documents: bool = False  # a token sees only its own document, and positions restart with it; on CUDA fast
-    # where the model is compiled and its attention has no dropout
-
+    dataset: str = "openwebtext"  # folder in data_dir with train.bin and val.bin
+    gradient_accumulation_steps: int = 5 * 8  # micro-batches per step, over all processes together
+    batch_size: int = 12  # rows per micro-batch
+    sampling: Literal["random", "epoch"] = "random"  # windows at random, or each window once per epoch
+    mask_documents: bool = False  # attention and positions stay within a document; on CUDA fast if compiled, no dropout
     # --- optimizer ---
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, with adamw for the rest; sets
-    # learning_rate=0 muon_momentum=0 beta1=0.8 weight_decay=0 schedule=wsd decay_share=0.9 warmup_iters=0 min_lr=0
-    learning_rate: float = 6e-4  # peak, of AdamW; 0 with muon: follows from n_embd
-    weight_decay: float = 1e-1  # on matrices only
-    beta1: float = 0.9  # how slowly the average of the gradient forgets
-    beta2: float = 0.95  # the same for its square; 0.99 where few tokens make a batch
-    muon_lr: float = 0.025  # peak, of Muon, good at any width; warms up and decays like the other
-    muon_momentum: float = 0.0  # how slowly Muon's average of the gradient forgets; 0: follows from lr_decay_iters
-    grad_clip: float = 1.0  # clip gradients at this total norm; 0: never
-
+    optimizer: str = "adamw"  # adamw; muon for the blocks' matrices and adamw for the rest, which sets learning_rate=0
+    # muon_momentum=0 beta1=0.8 weight_decay=0 min_lr=0 schedule=wsd decay_share=0.9 warmup_iters=0; or another class of
+    # torch.optim in lower case (adafactor, sgd, …)
+    learning_rate: float = 6e-4  # peak; 0 with muon: derived from n_embd
+    weight_decay: float = 1e-1  # of matrices only
+    beta1: float = 0.9  # Adam's beta1: decay rate of the first moment
+    beta2: float = 0.95  # Adam's beta2: decay rate of the second moment; 0.99 for batches of few tokens
+    muon_lr: float = 0.025  # Muon's peak learning rate, the same for any width
+    muon_momentum: float = 0.0  # Muon's momentum; 0: derived from lr_decay_iters
+    grad_clip: float = 1.0  # clip the gradient to this norm; 0: never
     # --- learning-rate schedule ---
-    decay_lr: bool = True  # warm up and decay; False: learning_rate throughout
-    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm up, stay at the peak, decay in a straight line at the end
-    decay_share: float = 0.3  # wsd: the share of lr_decay_iters in which it decays
-    warmup_iters: int = 2000  # updates of linear warm-up
-    lr_decay_iters: int = 600_000  # updates until min_lr is reached; usually max_iters (Chinchilla)
-    min_lr: float = 6e-5  # floor of the decay; usually learning_rate / 10 (Chinchilla)
-
-    @classmethod
-    def implied(cls, name: str, value: object, before: object) -> dict[str, Any]:
-        """What setting `name` to `value` sets as well: Muon wants other rates than AdamW, and takes them with it."""
-        if name != "optimizer":
-            return super().implied(name, value, before)
-        if value == before:
-            return {}
-        return _MUON if value == "muon" else {each: getattr(cls, each) for each in _MUON}
+    decay_lr: bool = True  # warm up and decay; False: constant
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm-up, constant, linear decay at the end
+    decay_share: float = 0.3  # wsd: share of lr_decay_iters that decays
+    warmup_iters: int = 2000  # steps of linear warm-up
+    lr_decay_iters: int = 600_000  # step at which min_lr is reached; usually max_iters (Chinchilla)
+    min_lr: float = 6e-5  # usually learning_rate / 10 (Chinchilla)
+    # --- model ---
+    model: str = ""  # sets the shape by name: gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama-3.2-1b, llama-3.2-3b,
+    # llama-2-7b, llama-3.1-8b, qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b
+    bias: bool = False  # in Linears and LayerNorms; True: like GPT-2, False: a bit better and faster
+    zero_init: bool = False  # c_proj starts at zero, so that each block starts as the identity; helps Muon
+    gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
+    # --- machine ---
+    compile: bool | Literal["auto"] = "auto"  # torch.compile: a minute to start, then faster; auto: for long runs
 
     @property
     def rows(self) -> int:
-        """Rows of the global batch: one update sees this many windows of `block_size` tokens."""
+        """Rows of a global batch: one step sees this many windows of `block_size` tokens."""
         return self.gradient_accumulation_steps * self.batch_size
 
-    def with_derived_rates(self) -> "TrainConfig":
-        """The same with what follows from shape and length where it says 0: Muon's momentum, AdamW's rate beside it.
+    def model_config(self, vocab_size: int) -> GPTConfig:
+        """Return the shape of a new network for a vocabulary of `vocab_size` entries."""
+        return GPTConfig(vocab_size=vocab_size, **{each.name: getattr(self, each.name) for each in fields(Shape)})
 
-        Measured from 64 to 256 channels and from 165 to 500 updates (docs/LOG.md), carried on from there. Muon's own
-        rate needs no rule: whatever the width, an update has the same singular values.
-        """
+    def with_derived_rates(self) -> "TrainConfig":
+        """Return a copy in which Muon's 0s are replaced by rates that fit width and length (docs/LOG.md)."""
         if self.optimizer != "muon":
             return self
-        rate = round(1e-2 * (128 / self.n_embd) ** 0.5, 4)
-        # a short run cannot wait for a long memory: what it remembers is a share of its length
-        momentum = round(min(0.95, 1 - max(self.lr_decay_iters, 1) ** -0.37), 2)
-        return dataclasses.replace(
-            self, learning_rate=self.learning_rate or rate, muon_momentum=self.muon_momentum or momentum
-        )
+        rate = self.learning_rate or round(1e-2 * (128 / self.n_embd) ** 0.5, 4)
+        momentum = self.muon_momentum or round(min(0.95, 1 - max(self.lr_decay_iters, 1) ** -0.37), 2)
+        return replace(self, learning_rate=rate, muon_momentum=momentum)
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        if not self.out_dir:
-            yield "out_dir is empty: expected a folder"
-        counts = "eval_interval eval_iters log_interval gradient_accumulation_steps batch_size"
-        yield from out_of_range(self, ">= 1", f"{counts} keep_checkpoints max_bad_steps")
-        if not 0 < self.dist_timeout <= 1e6:
-            yield f"dist_timeout={self.dist_timeout}: expected minutes"
-        rates = "learning_rate min_lr muon_lr weight_decay grad_clip"
-        yield from out_of_range(
-            self, ">= 0", f"max_iters warmup_iters lr_decay_iters {rates} health_interval sample_interval"
-        )
-        if not updates_and_seconds(self.checkpoint_interval):
-            yield f"checkpoint_interval={self.checkpoint_interval!r}: expected updates, as 500, or minutes, as 30m"
-        yield from out_of_range(self, "in [0, 1)", "beta1 beta2 muon_momentum")
-        if not 0 < self.decay_share <= 1:
-            yield f"decay_share={self.decay_share}: expected a value above 0, up to 1"
-        yield from init_from_problems(self.init_from, "scratch")
-        if self.optimizer == "adamw" and not self.learning_rate:
-            yield "learning_rate=0 follows from the shape with optimizer=muon only; set --learning_rate=6e-4 or another"
+        yield from self.model_config(vocab_size=1).problems()
         rate = self.with_derived_rates().learning_rate if self.n_embd > 0 else 0.0
         if self.decay_lr and 0 < rate < self.min_lr:
-            yield (
-                f"min_lr={self.min_lr:g} is above learning_rate={rate:g}, so the rate would rise; "
-                f"set --min_lr={rate / 10:g} or --decay_lr=False"
-            )
-
-
-@dataclass
-class PlanConfig(TrainConfig):
-    """Say what a training run would need: memory by part, time, and what to change if it does not fit."""
-
-    # --- machines ---
-    gpu: str = ""  # H100, H200, A100, RTX 4090, …; empty: this machine
-    gpus: int = 1  # how many there are, on all nodes together
-    nodes: int = 1  # machines
-    gpu_memory: float = 0.0  # GB of each; 0: as the data sheet says
-    mfu: float = 0.4  # share of the peak that the training reaches; 0.3 to 0.5 is usual for GPUs
-
-    def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        yield from out_of_range(self, ">= 1", "gpus nodes")
-        yield from out_of_range(self, ">= 0", "gpu_memory")
-        if not 0 < self.mfu <= 1:
-            yield f"mfu={self.mfu}: expected a value above 0, up to 1"
-        if self.nodes >= 1 and self.gpus % self.nodes:
-            yield f"gpus={self.gpus}, all together, can't be the same number on each of {self.nodes} nodes"
-
-
-@dataclass
-class BenchConfig(_Network):
-    """Time the training step: the very function that train.py calls."""
-
-    # --- data ---
-    real_data: bool = True  # batches of the data set; False: random tokens made once, to leave the loader out
-    data_dir: str = "data"  # folder of the data sets
-    dataset: str = "openwebtext"  # folder below data_dir that holds train.bin and val.bin
-    batch_size: int = 12  # rows of a step
-
-    # --- measurement ---
-    warmup_steps: int = 10  # not timed: allocation, compilation, clocks
-    steps: int = 20  # timed
-    profile: bool = False  # also profile 5 steps: a table of operators, and a trace in bench_log/ for chrome://tracing
-
-    def train_config(self) -> TrainConfig:
-        """The training run whose step is timed."""
-        shared = {field.name for field in dataclasses.fields(TrainConfig)}
-        settings = {name: value for name, value in vars(self).items() if name in shared}
-        return TrainConfig(**settings, gradient_accumulation_steps=1)
-
-    def problems(self) -> Iterator[str]:
-        yield from out_of_range(self, ">= 1", "steps")
-        yield from out_of_range(self, ">= 0", "warmup_steps")
-        yield from self.train_config().problems()
+            yield f"min_lr={self.min_lr:g} is above learning_rate={rate:g}: set --min_lr={rate / 10:g} or --decay_lr=0"

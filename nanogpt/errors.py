@@ -1,12 +1,12 @@
-"""What a person can do wrong, told apart from what we did wrong.
+"""Errors that the user can mend, told apart from bugs.
 
-A `UserError` carries one finished message: what is wrong, the value seen, what to do. The command line
-prints it without a traceback and exits with 2. Every other exception is a bug and keeps its traceback.
+A `UserError` carries one finished message: what is wrong, the value seen, what to do. The command line prints it
+without a traceback and exits with `exit_code`. Every other exception is a bug and keeps its traceback.
 """
 
 
 class UserError(Exception):
-    """Something that the person at the keyboard can mend."""
+    """Something that the user can mend."""
 
     exit_code = 2
 
@@ -23,7 +23,11 @@ class CheckpointError(UserError):
     """A run folder or checkpoint that is missing, damaged or does not fit."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint that is not what was once written: cut off, or with flipped bits."""
+
+
 class DivergedError(UserError):
-    """Training has left the numbers behind: a loss that is not finite."""
+    """Training has diverged: too many steps in a row without a finite loss and gradient."""
 
     exit_code = 3

@@ -1,18 +1,23 @@
+"""The settings: what stays as people know it, what is refused, and what follows from what."""
+
 import dataclasses
 import inspect
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from nanogpt import cli
-from nanogpt.config import BenchConfig, GPTConfig, TrainConfig
+from nanogpt import cli, config
+from nanogpt.config import PRESETS, GPTConfig, TrainConfig, changed_settings, steps_and_seconds
 from nanogpt.errors import ConfigError
-from nanogpt.settings import _commented_fields, help_text, parse
-from nanogpt.shape import PRESETS
+from nanogpt.model import GPT
+from nanogpt.settings import BenchConfig, unescape
 from tests.conftest import ROOT
 
-# every setting of the original's train.py under its name, with its default; None where ours follows the machine
+# every setting of the original's train.py under its name, with its default; None where ours depends on the machine
 ORIGINAL = {
     "out_dir": "out", "eval_interval": 2000, "log_interval": 1, "eval_iters": 200, "eval_only": False,
     "always_save_checkpoint": True, "init_from": "scratch", "wandb_log": False, "wandb_project": "owt",
@@ -22,45 +27,90 @@ ORIGINAL = {
     "decay_lr": True, "warmup_iters": 2000, "lr_decay_iters": 600000, "min_lr": 6e-5, "backend": None, "device": None,
     "dtype": None, "compile": None,
 }  # fmt: skip
+# vocabulary and parameters of the published checkpoints
+PUBLISHED = {
+    "gpt2": (50257, 124_439_808), "gpt2-medium": (50257, 354_823_168), "gpt2-large": (50257, 774_030_080),
+    "gpt2-xl": (50257, 1_557_611_200), "llama-3.2-1b": (128256, 1_235_814_400),
+    "llama-3.2-3b": (128256, 3_212_749_824), "llama-2-7b": (32000, 6_738_415_616),
+    "llama-3.1-8b": (128256, 8_030_261_248), "qwen3-0.6b": (151936, 596_049_920),
+    "qwen3-1.7b": (151936, 1_720_574_976), "qwen3-4b": (151936, 4_022_468_096), "qwen3-8b": (151936, 8_190_735_360),
+}  # fmt: skip
 
 
 def train(*words: str) -> TrainConfig:
-    return parse(TrainConfig, words, "usage")
+    return cli.parse(TrainConfig, words, "usage")
 
 
 def test_every_setting_of_the_original_is_there_with_its_default() -> None:
-    ours = dataclasses.asdict(TrainConfig())
-    assert {name: ours[name] if default is not None else None for name, default in ORIGINAL.items()} == ORIGINAL
+    ours = vars(TrainConfig())
+    assert {name: None if default is None else ours[name] for name, default in ORIGINAL.items()} == ORIGINAL
 
 
-def test_every_setting_has_a_comment_for_help() -> None:
-    for settings, _, _ in cli.VERBS.values():
-        fields = {field.name for field in dataclasses.fields(settings)}
-        comments = {name: comment for c in settings.__mro__[:-1] for _, name, comment in _commented_fields(c)}
-        assert set(comments) == fields
-        assert [name for name, comment in comments.items() if not comment] == []
-        source = inspect.getsource(inspect.getmodule(settings) or settings)
-        # a comment that is too long is torn by the formatter, and its first line would be lost
-        assert re.findall(r"^    \w+: .+ = \($", source, flags=re.MULTILINE) == []
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_setting_has_a_comment_which_is_its_help(verb: str) -> None:
+    settings = cli.VERBS[verb][0]
+    text = cli.help_text(settings, "")
+    assert [field.name for field in dataclasses.fields(settings) if f"  --{field.name}=" not in text] == []
+
+
+def test_no_comment_is_torn_off_by_the_formatter() -> None:
+    assert re.findall(r"^    \w+: .+ = \($", inspect.getsource(config), flags=re.MULTILINE) == []
+
+
+def test_the_defaults_and_every_recipe_are_valid() -> None:
+    for recipe in sorted((ROOT / "config").glob("*.py")):
+        train(str(recipe))
+        cli.parse(BenchConfig, [str(recipe)], "usage")
+    assert list(GPTConfig().problems()) == []
+
+
+def documented_commands() -> list[list[str]]:
+    pages = [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md"), *(ROOT / "config").glob("*.py")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    found = []
+    for line in re.findall(r"^(?:# \$ |\t\$\(PY\) |python |nanogpt |torchrun ).*$", text, flags=re.MULTILINE):
+        match = re.search(r"\b(?:(train|sample|bench)\.py|nanogpt) (.*)", line)
+        if match and "`" not in line and "…" not in line:
+            found.append([*([match[1]] if match[1] else []), *shlex.split(match[2], comments=True)])
+    return [command for command in found if command[0] in cli.VERBS]
+
+
+def test_every_documented_command_is_understood(tmp_path: Path) -> None:
+    (tmp_path / "config").symlink_to(ROOT / "config")
+    for folder in ("FOLDER", "shakespeare-hf"):
+        (tmp_path / folder).mkdir()
+    commands = documented_commands()
+    assert len(commands) > 50
+    for verb, *words in commands:
+        if "--help" in words or "config/my_run.py" in words:
+            continue
+        settings, _, positional = cli.VERBS[verb]
+        cli.parse(settings, words, "usage", positional)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--n_embd=100"], "n_embd=100 is not a multiple of n_head=12; n_embd=96 or 108 would be"),
+        (["--n_embd=100"], "n_embd=100 is not a multiple of n_head=12; n_embd=108 would be"),
+        (["--n_kv_head=4"], "n_kv_head=4: GPT-2 has n_head=12; others need --architecture=llama"),
+        (["--n_kv_head=5", "--architecture=llama"], "n_head=12 is not a multiple of n_kv_head=5"),
+        (["--head_size=32"], "head_size=32: GPT-2's heads have n_embd / n_head"),
+        (["--head_size=5", "--architecture=llama"], "head_size=5 must be even"),
+        (["--n_head=0"], "n_head=0: expected a value >= 1"),
         (["--dropout=1"], "dropout=1.0: expected a value in [0, 1)"),
+        (["--decay_share=0"], "decay_share=0.0: expected a value above 0, up to 1"),
         (["--batch_size=0"], "batch_size=0: expected a value >= 1"),
+        (["--weight_decay=-1"], "weight_decay=-1.0: expected a value >= 0"),
+        (["--seed=-1"], "seed=-1: expected a value >= 0"),
         (["--device=gpu"], "device='gpu': expected auto, cpu, mps, cuda or cuda:N"),
-        (
-            ["--init_from=gpt5"],
-            "init_from='gpt5': expected scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, ORGANISATION/NAME",
-        ),
-        (["--init_from=out/ckpt.pt"], "init_from='out/ckpt.pt': there is no such file or folder"),
-        (["--init_from=m.gguf"], "init_from='m.gguf': there is no such file or folder"),
-        (["--init_from=./out"], "init_from='./out': there is no such file or folder"),
-        (["--learning_rate=1e-5"], "min_lr=6e-05 is above learning_rate=1e-05"),
-        (["--dtype=fp16"], "expected auto, float32, bfloat16, float16"),
-        (["--seed=-1"], "seed=-1: expected a value from 0 to"),
+        (["--dtype=fp16"], "--dtype=fp16: expected auto, float32, bfloat16, float16"),
+        (["--activation=relu"], "--activation=relu: expected gelu, gelu_tanh"),
+        (["--model=gpt3"], "model='gpt3': expected one of gpt2, gpt2-medium"),
+        (["--optimizer=SGD"], "optimizer='SGD': expected adamw, muon, or a class of torch.optim in lower case"),
+        (["--checkpoint_interval=1h"], "checkpoint_interval='1h': expected steps, such as 500, or minutes"),
+        (["--init_from=gpt5"], "init_from='gpt5': expected scratch (train only), resume, gpt2, gpt2-medium"),
+        (["--init_from=out/ckpt.pt"], "an existing folder or checkpoint"),
+        (["--learning_rate=1e-5"], "min_lr=6e-05 is above learning_rate=1e-05: set --min_lr=1e-06 or --decay_lr=0"),
     ],
 )
 def test_an_impossible_config_is_refused(words: list[str], message: str) -> None:
@@ -69,62 +119,110 @@ def test_an_impossible_config_is_refused(words: list[str], message: str) -> None
     assert message in str(caught.value)
 
 
-def test_the_defaults_and_every_recipe_are_valid() -> None:
-    train()
-    for recipe in sorted((ROOT / "config").glob("*.py")):
-        train(str(recipe))
-    assert list(BenchConfig().problems()) == []
-    assert list(GPTConfig().problems()) == []
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd", "muon"])
+def test_an_optimizer_is_named_in_lower_case(optimizer: str) -> None:
+    assert train(f"--optimizer={optimizer}").optimizer == optimizer
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "message"),
+    [
+        ("export", ["out"], "output is missing"),
+        ("export", ["--output=x", "--dtype=q8_0"], "dtype=q8_0: --to=hf cannot hold it"),
+        ("prepare", [], "which data set?"),
+        ("prepare", ["a/b"], "name='a/b': expected the name of a folder in data_dir"),
+        ("prepare", ["x", "--val_fraction=1"], "val_fraction=1.0: expected auto or a value between 0 and 1"),
+        ("prepare", ["x", "--tokenizer=words"], "tokenizer='words': expected char, byte, gpt2, bpe:N"),
+        ("eval", ["--tasks=mmlu"], "--tasks=['mmlu']: expected loss, lambada, hellaswag"),
+        ("sample", ["--init_from=gpt5"], "init_from='gpt5': expected"),
+        ("serve", ["--port=70000"], "port=70000: expected 0 to 65535"),
+        ("plan", ["--mfu=2"], "mfu=2.0: expected a value above 0, up to 1"),
+    ],
+)
+def test_the_other_programs_refuse_what_cannot_work(verb: str, words: list[str], message: str) -> None:
+    settings, _, positional = cli.VERBS[verb]
+    with pytest.raises(ConfigError) as caught:
+        cli.parse(settings, words, "usage", positional)
+    assert message in str(caught.value)
 
 
 def test_a_recipe_of_the_original_is_understood(tmp_path: Path) -> None:
     recipe = tmp_path / "finetune.py"
-    recipe.write_text(
-        "import time\nout_dir = 'out-x'\neval_interval = 5\nwandb_run_name = 'ft-' + str(time.time())\n"
-        "always_save_checkpoint = False\nlearning_rate = 3e-5\ndecay_lr = False\n"
-    )
-    config = train(str(recipe))
-    assert config.wandb_run_name.startswith("ft-")
-    assert not config.always_save_checkpoint
+    recipe.write_text("import time\nwandb_run_name = 'ft-' + str(time.time())\nalways_save_checkpoint = False\n")
+    parsed = train(str(recipe))
+    assert parsed.wandb_run_name.startswith("ft-")
+    assert not parsed.always_save_checkpoint
 
 
-def test_muon_brings_its_rates(tmp_path: Path) -> None:
+def test_muon_brings_its_rates_which_explicit_ones_override(tmp_path: Path) -> None:
     file = tmp_path / "recipe.py"
     file.write_text('weight_decay = 0.2\noptimizer = "muon"\nn_embd = 512\nn_head = 8\nlr_decay_iters = 165\n')
-    parsed = parse(TrainConfig, [str(file), "--decay_share=0.5"], "")
+    parsed = train(str(file), "--decay_share=0.5")
     assert (parsed.schedule, parsed.warmup_iters, parsed.beta1) == ("wsd", 0, 0.8)
-    assert (parsed.weight_decay, parsed.decay_share) == (0.2, 0.5)  # what is said counts
+    assert (parsed.weight_decay, parsed.decay_share) == (0.2, 0.5)
     derived = parsed.with_derived_rates()
-    assert (derived.learning_rate, derived.muon_momentum) == (0.005, 0.85)  # half of that at 128 channels
-    own = parse(TrainConfig, [str(file), "--learning_rate=0.00123", "--muon_momentum=0.5"], "").with_derived_rates()
+    assert (derived.learning_rate, derived.muon_momentum) == (0.005, 0.85)  # half of the rate at 128 channels
+    own = train(str(file), "--learning_rate=0.00123", "--muon_momentum=0.5").with_derived_rates()
     assert (own.learning_rate, own.muon_momentum) == (0.00123, 0.5)
-    with pytest.raises(ConfigError, match=r"min_lr=0\.1 is above learning_rate=0\.005"):
-        parse(TrainConfig, [str(file), "--min_lr=0.1"], "")
-    with pytest.raises(ConfigError, match="learning_rate=0 follows from the shape with optimizer=muon only"):
-        parse(TrainConfig, [str(file), "--optimizer=adamw", "--learning_rate=0"], "")
-    back = parse(TrainConfig, [str(file), "--optimizer=adamw"], "")  # and takes them with it
-    assert (back.learning_rate, back.schedule, back.beta1, back.n_embd) == (6e-4, "cosine", 0.9, 512)
-    again = parse(TrainConfig, [str(file), "--optimizer=muon"], "")  # it is chosen already
+    again = train(str(file), "--optimizer=muon")
     assert (again.weight_decay, again.beta1) == (0.2, 0.8)
-    assert TrainConfig().with_derived_rates() == TrainConfig()
+    with pytest.raises(ConfigError, match=r"min_lr=0\.1 is above learning_rate=0\.005"):
+        train(str(file), "--min_lr=0.1")
+
+
+def test_leaving_muon_restores_the_defaults_and_other_optimizers_change_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.py"
+    file.write_text('optimizer = "muon"\nn_embd = 1536\n')
+    back = train(str(file), "--optimizer=adamw")
+    assert (back.learning_rate, back.schedule, back.beta1, back.n_embd) == (6e-4, "cosine", 0.9, 1536)
+    file.write_text("learning_rate = 1e-3\n")
+    assert train(str(file), "--optimizer=sgd").learning_rate == 1e-3
 
 
 def test_a_models_name_stands_for_its_shape(tmp_path: Path) -> None:
-    parsed = parse(TrainConfig, ["--n_layer=3", "--model=qwen3-0.6b"], "")
+    parsed = train("--n_layer=3", "--model=qwen3-0.6b")
     assert (parsed.n_layer, parsed.n_embd, parsed.head_size, parsed.architecture) == (3, 1024, 128, "qwen3")
     file = tmp_path / "recipe.py"
-    file.write_text('n_layer = 12\nmodel = "gpt2-xl"\n')  # 12 is the default, and said all the same
-    parsed = parse(TrainConfig, [str(file), "--n_head=20"], "")
-    assert (parsed.n_layer, parsed.n_head, parsed.n_embd) == (12, 20, 1600)
-    with pytest.raises(ConfigError, match="model='gpt3': expected one of gpt2, gpt2-medium"):
-        parse(TrainConfig, ["--model=gpt3"], "")
-    for name in PRESETS:  # nothing of the earlier shape is left
-        both, alone = (
-            parse(TrainConfig, [str(file), f"--model={name}"], ""),
-            parse(TrainConfig, [f"--model={name}"], ""),
-        )
-        assert both == alone
-        assert not list(both.problems())
-    file.write_text('model = "qwen3-0.6b"\n')
-    assert parse(TrainConfig, [str(file), "--model=llama-2-7b"], "") == parse(TrainConfig, ["--model=llama-2-7b"], "")
-    assert all(name in help_text(TrainConfig, "").replace("\n" + " " * 40, " ") for name in PRESETS)
+    file.write_text('n_layer = 12\nmodel = "gpt2-xl"\n')  # 12 is the default, but explicit here
+    assert train(str(file)).n_layer == 12
+    for name in PRESETS:  # Nothing of the earlier shape is left.
+        assert train(str(file), f"--model={name}") == train(f"--model={name}")
+    text = re.sub(r"\s+", " ", cli.help_text(TrainConfig, ""))
+    assert [name for name in PRESETS if name not in text] == []
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_parameters_of_their_models(name: str) -> None:
+    vocab_size, parameters = PUBLISHED[name]
+    with torch.device("meta"):
+        model = GPT(GPTConfig.preset(name, vocab_size=vocab_size))
+    assert model.get_num_params(non_embedding=False) == parameters
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"activation": "relu"}, "activation='relu': expected gelu or gelu_tanh"),
+        ({"architecture": "mamba"}, "architecture='mamba': expected gpt2 or llama or qwen3"),
+        ({"norm_eps": "1e-5"}, "norm_eps is '1e-5', expected float"),
+        ({"n_layer": 2.0}, r"n_layer is 2\.0, expected int"),
+        ({"n_layer": -1}, "n_layer=-1: expected a value >= 1"),
+        ({"n_kv_head": 3}, "n_head=4 is not a multiple of n_kv_head=3"),
+    ],
+)
+def test_a_shape_that_cannot_be_built_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        GPT(GPTConfig(**{"n_layer": 1, "n_head": 4, "n_embd": 8, **settings}))
+
+
+def test_changed_settings_are_listed_one_a_line() -> None:
+    assert changed_settings(TrainConfig()) == []
+    assert changed_settings(TrainConfig(n_layer=3, out_dir="x")) == ["n_layer = 3", "out_dir = 'x'"]
+
+
+def test_a_checkpoint_interval_is_steps_or_minutes() -> None:
+    assert [steps_and_seconds(text) for text in ("500", "1.5m", "0", "x")] == [(500, 0), (0, 90), (0, 0), None]
+
+
+def test_escapes_mean_what_they_mean_in_python() -> None:
+    assert unescape(r"\n\té€\x1e") == "\n\té€\x1e"
