@@ -1,13 +1,13 @@
-"""The network, whole: a GPT in one file.
+"""The network, whole: a GPT in one file, with its loss.
 
-Knows nothing of files, processes, tokenizers or logging. Shapes in comments: B batch, T time, C channels,
-H heads, D head size, V vocabulary.
+Knows nothing of files, processes, tokenizers or logging. Shapes: B batch, T time, C channels (n_embd), H heads,
+D head size, V vocabulary.
 
 Sources: GPT-2 (Radford et al. 2019) and its release, https://github.com/openai/gpt-2/blob/master/src/model.py
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,21 +15,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from nanogpt.cache import Cache
 from nanogpt.config import GPTConfig
 from nanogpt.errors import ConfigError
-from nanogpt.loss import head_loss
 
 __all__ = ["GPT", "MLP", "Block", "CausalSelfAttention", "GPTConfig", "LayerNorm"]
 
-Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # new keys and values of a layer to all so far
+# Takes a layer's new keys and values and returns all of its keys and values so far.
+Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+# Of GPT-2's MLP: exact, or the tanh form that OpenAI's weights expect. Llama and Qwen3 have SwiGLU instead.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+
+
+class Embedding(nn.Embedding):
+    """An embedding that draws no initial values on `meta`, where that would load torch's compiler for 1.5 s."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation whose bias is optional."""
+    """Layer normalisation with an optional bias."""
 
     def __init__(self, ndim: int, bias: bool, eps: float = 1e-5) -> None:
         super().__init__()
@@ -38,8 +47,8 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)  # FSDP may bring both in bfloat16
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, eps=self.eps)
+        bias = None if self.bias is None else self.bias.to(x.dtype)  # FSDP all-gathers both in bfloat16
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, self.eps)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -49,16 +58,16 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-def norm(config: GPTConfig, size: int) -> nn.Module:
-    """The normalisation of `size` channels that goes with the architecture."""
+def make_norm(config: GPTConfig, size: int) -> nn.Module:
+    """Return the normalisation of `size` channels that belongs to the architecture."""
     return LayerNorm(size, config.bias, config.norm_eps) if config.is_gpt2 else RMSNorm(size, eps=config.norm_eps)
 
 
 class Dropout(nn.Module):
-    """GPT-2's dropout of single numbers; elsewhere of channels, the same ones for all tokens of a row (B, T, C).
+    """Dropout of single values in GPT-2; elsewhere of channels, the same ones for all tokens of a row (B, T, C).
 
-    Drawing a number for every channel costs nothing, for every value of x more than all else a CPU does. Source:
-    variational dropout, Gal and Ghahramani 2016.
+    One random number per channel costs nothing; one per value of x takes longer than anything else a CPU does here.
+    Source: variational dropout, Gal and Ghahramani 2016.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -72,60 +81,45 @@ class Dropout(nn.Module):
 
 
 def rotary_frequencies(config: GPTConfig, device: torch.device | None = None) -> Tensor:
-    """How fast each pair of channels turns, in radians per token: (D / 2,).
+    """Return how fast each pair of channels rotates, in radians per token: (D / 2,).
 
-    Su et al. 2021; the scaling for long contexts is that of Llama 3.1.
+    Source: Su et al. 2021; the scaling for long contexts is that of Llama 3.1.
     """
     exponents = torch.arange(0, config.head_size, 2, device=device).float() / config.head_size
     frequencies = config.rope_theta**-exponents
     if config.rope_scaling:
         factor, low, high, context = config.rope_scaling
-        turns = context * frequencies / (2 * math.pi)  # within the original context: few are stretched, many are not
+        # Channels that rotate often within the original context stay; those that rotate rarely slow down by `factor`.
+        turns = context * frequencies / (2 * math.pi)
         share = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = frequencies * (share + (1 - share) / factor)
     return frequencies
 
 
 def rotations(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines by which rotary positions turn pairs of channels: (T,) or (B, T) to (1 or B, 1, T, D / 2)."""
+    """Return the cosines and sines of rotary positions: (T,) or (B, T) to two of (1 or B, 1, T, D / 2)."""
     angles = positions[..., None].float() * rotary_frequencies(config, positions.device)
     angles = angles.view(-1, 1, positions.shape[-1], config.head_size // 2)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel n of x (B, H, T, D) against channel n + D / 2, as Llama's and Qwen's weights expect."""
+    """Rotate channel n of x (B, H, T, D) against channel n + D / 2, as the weights of Llama and Qwen expect."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float) -> Tensor:
-    """Attention of queries to keys and values, all (B, H, T, D), causal or as `document_mask` says."""
-    if mask is not None and not isinstance(mask, Tensor):
-        return flex_attention(q, k, v, block_mask=mask)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 512 and q.requires_grad:
-        return attend_in_bfloat16(q, k, v, mask, dropout)
-    is_causal = mask is None and q.shape[2] == k.shape[2]  # else a single query, which sees all
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=k.shape[1] < q.shape[1]
-    )
-
-
-def attend_in_bfloat16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """The same, spelled out: at short contexts torch's fused attention for CPUs takes 2 to 6 times as long to train."""
-    B, H, T, D = q.shape
-    visible = torch.ones(T, T, dtype=torch.bool).tril() if mask is None else mask.expand(B, H, T, T).flatten(0, 1)
-    hidden = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -math.inf)
-    q, k, v = (t.reshape(-1, T, D) for t in (q, k, v))
-    p = torch.baddbmm(hidden, q, k.mT, alpha=D**-0.5).softmax(dim=-1)  # (B * H, T, T)
-    return (F.dropout(p, dropout) @ v).view(B, H, T, D)
+def positions_in(document_ids: Tensor) -> Tensor:
+    """Return the position of each token in its document, from 0: document_ids (B, T) to (B, T)."""
+    places = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
+    return places - (places * begins).cummax(dim=1).values
 
 
 def document_mask(document_ids: Tensor, dense: bool) -> Any:
-    """Who may look at whom where tokens see their own document only.
+    """Return the mask with which tokens see only their own document; document_ids: (B, T).
 
-    document_ids: (B, T) the number of each token's document. Returns a (B, 1, T, T) tensor of booleans, or a mask of
-    blocks for FlexAttention, which leaves out what lies between documents.
+    Dense, a boolean tensor (B, 1, T, T); else a block mask for FlexAttention, which skips what lies between documents.
     """
     B, T = document_ids.shape
     if dense:
@@ -137,11 +131,28 @@ def document_mask(document_ids: Tensor, dense: bool) -> Any:
     return create_block_mask(visible, B, None, T, T, device=document_ids.device)
 
 
-def positions_in(document_ids: Tensor) -> Tensor:
-    """The position of each token in its document, from 0; (B, T) numbers of documents to (B, T) positions."""
-    places = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
-    begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
-    return places - (places * begins).cummax(dim=1).values
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float) -> Tensor:
+    """Return attention of q (B, H, T, D) to k, v (B, H or H_kv, T_kv, D): causal, or as `mask` says."""
+    if mask is not None and not isinstance(mask, Tensor):
+        return flex_attention(q, k, v, block_mask=mask)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 512 and q.requires_grad:
+        return attend_in_bfloat16(q, k, v, mask, dropout)
+    is_causal = mask is None and q.shape[2] == k.shape[2]  # else a single new token, which sees all others
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=k.shape[1] < q.shape[1])
+
+
+def attend_in_bfloat16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """Return the same from plain matmuls, for training on CPUs with AMX.
+
+    The backward pass of torch's fused attention for CPUs is slow: 6 layers of 384 channels, 256 tokens, take 378 ms a
+    step with this and 474 ms without; at 1,024 tokens both are even.
+    """
+    B, H, T, D = q.shape
+    visible = torch.ones(T, T, dtype=torch.bool).tril() if mask is None else mask.expand(B, H, T, T).flatten(0, 1)
+    bias = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -math.inf)
+    q, k, v = (t.reshape(-1, T, D) for t in (q, k, v))
+    p = torch.baddbmm(bias, q, k.mT, alpha=D**-0.5).softmax(dim=-1)  # (B * H, T, T)
+    return (F.dropout(p, dropout) @ v).view(B, H, T, D)
 
 
 class CausalSelfAttention(nn.Module):
@@ -151,26 +162,27 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         D, self.heads = config.head_size, [config.n_head, config.n_kv_head, config.n_kv_head]
         self.drop = Dropout(config)
-        self.dropout = config.dropout if config.is_gpt2 else 0.0  # of attention
-        # queries, keys and values of all heads in one product: one large multiplication beats three
+        self.dropout = config.dropout if config.is_gpt2 else 0.0  # of attention probabilities
+        # Queries, keys and values of all heads in one matmul: a large one is faster than three small ones.
         self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * D, bias=config.bias)
         self.c_proj = nn.Linear(config.n_head * D, config.n_embd, bias=config.bias)
-        normalised = config.architecture == "qwen3"
-        self.q_norm = RMSNorm(D, eps=config.norm_eps) if normalised else nn.Identity()
-        self.k_norm = RMSNorm(D, eps=config.norm_eps) if normalised else nn.Identity()
+        has_qk_norm = config.architecture == "qwen3"
+        self.q_norm = RMSNorm(D, eps=config.norm_eps) if has_qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(D, eps=config.norm_eps) if has_qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, mask: Any = None, remember: Remember | None = None
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, mask: Any = None, append: Append | None = None
     ) -> Tensor:
         B, T, _ = x.shape
         qkv = self.c_attn(x).view(B, T, sum(self.heads), -1)
-        q, k, v = qkv.transpose(1, 2).split(self.heads, dim=1)  # (B, H, T, D), keys and values (B, H_kv, T, D)
-        if rotary:  # in float32, as angles of far positions need
+        q, k, v = qkv.transpose(1, 2).split(self.heads, dim=1)  # (B, H, T, D); keys and values (B, H_kv, T, D)
+        if rotary:  # in float32, which the angles of far positions need
             q = rotate(self.q_norm(q.float()), *rotary).to(q.dtype)
             k = rotate(self.k_norm(k.float()), *rotary).to(k.dtype)
-        if remember:
-            k, v = remember(k, v)  # with those of the tokens before; not copied for each query that shares them
-        elif k.shape[1] < q.shape[1]:  # a group of query heads shares each of the others
+        if append:
+            k, v = append(k, v)  # with those of the tokens before
+        elif k.shape[1] < q.shape[1] and not (q.is_cuda and mask is None and q.dtype != torch.float32):
+            # Grouped queries: flash attention on CUDA reads shared heads where they are, other kernels need copies.
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, -1)
@@ -178,7 +190,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two matrices with a nonlinearity between them, for every token alone; in SwiGLU a third one gates it."""
+    """Two matrices with a nonlinearity between them, for each token alone; in SwiGLU a third one gates it."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -186,7 +198,7 @@ class MLP(nn.Module):
         self.is_gated = not config.is_gpt2
         self.c_fc = nn.Linear(config.n_embd, config.n_hidden * (1 + self.is_gated), bias=bias)
         self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=bias)
-        self.gelu = nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
+        self.activation = ACTIVATIONS[config.activation]
         self.drop = Dropout(config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -195,84 +207,73 @@ class MLP(nn.Module):
             gate, x = x.chunk(2, dim=-1)
             x = F.silu(gate) * x
         else:
-            x = self.gelu(x)
+            x = self.activation(x)
         return self.drop(self.c_proj(x))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
-    """One layer: tokens exchange information, then each one digests it. Both add to the residual stream."""
+    """One layer: in attention tokens exchange information, in the MLP each digests it; both add to the stream."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.ln_1 = norm(config, config.n_embd)
+        self.ln_1 = make_norm(config, config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = norm(config, config.n_embd)
+        self.ln_2 = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, mask: Any = None, remember: Remember | None = None
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, mask: Any = None, append: Append | None = None
     ) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rotary, mask, remember)
+        x = x + self.attn(self.ln_1(x), rotary, mask, append)
         return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
 
 
 class Transformer(nn.Module):
-    """Everything between token ids and the head: embeddings, blocks, final norm. (B, T) ids to (B, T, C)."""
+    """Everything between token ids (B, T) and the head, (B, T, C): embeddings, blocks, final norm."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd)
         if config.is_gpt2:
-            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+            self.wpe = Embedding(config.block_size, config.n_embd)
         self.drop = Dropout(config)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = norm(config, config.n_embd)
+        self.ln_f = make_norm(config, config.n_embd)
         self.gradient_checkpointing = False  # recompute each block in the backward pass, to save memory
 
-    def forward(self, idx: Tensor, document_ids: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        _, T = idx.shape
+    def forward(self, idx: Tensor, document_ids: Tensor | None = None, cache: Any = None) -> Tensor:
+        T = idx.shape[1]
         if T > self.config.block_size:
             raise ValueError(f"a context of {T} tokens does not fit block_size={self.config.block_size}")
-        mask = rotary = None
+        mask = None
         positions = torch.arange(T, device=idx.device)
         if cache is not None:
             positions, mask = cache.positions, cache.mask
         elif document_ids is not None:
             positions = positions_in(document_ids)
-            # FlexAttention is fast where it is compiled, on CUDA, and knows neither dropout nor heads below 16 channels
-            in_blocks = idx.is_cuda and torch.compiler.is_compiling() and self.config.head_size >= 16
-            in_blocks = in_blocks and not (self.training and self.drop.p and self.config.is_gpt2)
-            mask = document_mask(document_ids, dense=not in_blocks)
+            # FlexAttention is fast where it is compiled, on CUDA; it knows neither dropout nor heads below 16 channels.
+            has_dropout = self.training and self.drop.p > 0 and self.config.is_gpt2
+            use_flex = idx.is_cuda and torch.compiler.is_compiling() and self.config.head_size >= 16 and not has_dropout
+            mask = document_mask(document_ids, dense=not use_flex)
         x: Tensor = self.wte(idx)  # (B, T, C)
+        rotary = None if self.config.is_gpt2 else rotations(positions, self.config)
         if self.config.is_gpt2:
             x = x + self.wpe(positions)
-        else:
-            rotary = rotations(positions, self.config)
         x = self.drop(x)
-        # what a block must know beside x: in GPT-2, nothing
-        context: dict[str, Any] = {name: v for name, v in (("rotary", rotary), ("mask", mask)) if v is not None}
         for n, block in enumerate(self.h):
             if cache is not None:
-                x = block(x, **context, remember=partial(cache.append, n))
+                x = block(x, rotary=rotary, mask=mask, append=partial(cache.append, n))
             elif self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, **context, use_reentrant=False)
+                has_dropout = self.drop.p > 0
+                x = checkpoint(block, x, rotary, mask, use_reentrant=False, preserve_rng_state=has_dropout)
             else:
-                x = block(x, **context)
+                x = block(x, rotary=rotary, mask=mask)
         return self.ln_f(x)  # type: ignore[no-any-return]
 
 
-class _NothingDrawn(TorchFunctionMode):
-    """Within the block, modules are made without first values; on the device `meta` these cost a second."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(function, "__module__", "") == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
-
-
 class GPT(nn.Module):
-    """A decoder-only transformer. Parameter names are those of the original nanoGPT, so its checkpoints load.
+    """A decoder-only transformer. Its parameters have the names of the original nanoGPT, so checkpoints of that load.
 
     zero_init: start with blocks that add nothing. Raises `ConfigError` for an inconsistent `config`.
     """
@@ -285,17 +286,18 @@ class GPT(nn.Module):
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
-        self.init_weights(zero_init)
+        if not self.lm_head.weight.is_meta:
+            self.init_weights(zero_init)
 
     def tie_weights(self) -> None:
-        """Let head and token embedding share one matrix: a token is recognised by what it is embedded as."""
+        """Let the head and the token embedding share one matrix."""
         if self.config.tied_head:
             self.lm_head.weight = self.transformer.wte.weight
 
     @torch.no_grad()
     def init_weights(self, zero_init: bool = False) -> None:
-        """Draw all weights anew from torch's random stream, as GPT-2 does; but for c_proj, if that is to be zero."""
-        # 2 n_layer branches add up to the stream
+        """Draw all weights anew as GPT-2 does; with `zero_init`, c_proj is zero."""
+        # The residual stream is a sum of 2 n_layer branches; smaller ones keep its variance.
         residual_std = 0.0 if zero_init else 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
@@ -308,19 +310,15 @@ class GPT(nn.Module):
                 nn.init.ones_(parameter)
 
     def forward(
-        self,
-        idx: Tensor,
-        targets: Tensor | None = None,
-        *,
-        document_ids: Tensor | None = None,
-        return_logits: bool = True,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Predict the token after each position.
+        self, idx: Tensor, targets: Tensor | None = None, *,
+        document_ids: Tensor | None = None, return_logits: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        """Predict the token after each position; returns (logits, loss).
 
-        idx: (B, T) token ids, T <= block_size. targets: (B, T) the ids to predict, -1 where none counts.
-        document_ids: (B, T) numbers, equal for tokens that may see each other; without, a row is one document.
-        Returns `(logits, loss)`. Without targets: logits (B, 1, V) of the last position only, and None. With
-        targets: logits (B, T, V), or None if `return_logits` is False, and the mean cross-entropy in nats.
+        idx: (B, T) token ids, T <= block_size. targets: (B, T) the ids to predict; -1 does not count.
+        document_ids: (B, T), equal for tokens that may see each other; without it a row is one document.
+        Without targets: logits (B, 1, V) of the last position only, and None. With targets: logits (B, T, V), or None
+        if `return_logits` is False, and the mean cross-entropy in nats.
         """
         x = self.transformer(idx, document_ids)  # (B, T, C)
         if targets is None:
@@ -332,52 +330,43 @@ class GPT(nn.Module):
 
     @classmethod
     def from_weights(cls, config: GPTConfig, weights: Mapping[str, Tensor]) -> "GPT":
-        """A model around tensors that are there already: nothing is copied, no random number is drawn.
-
-        Raises `RuntimeError` if they don't fit `config`.
-        """
-        with torch.device("meta"), _NothingDrawn():
+        """Build a model around existing tensors, without copying them. Raises `RuntimeError` if they don't fit."""
+        with torch.device("meta"):
             model = cls(config)
-        for name, parameter in model.state_dict().items():
-            if name in weights and (shape := tuple(weights[name].shape)) != tuple(parameter.shape):
-                raise RuntimeError(f"{name} has shape {shape}, expected {tuple(parameter.shape)}")
         model.load_state_dict(weights, assign=True)
-        model.tie_weights()  # assigning has untied them
+        model.tie_weights()  # assigning unties them
         return model.requires_grad_()
 
     def crop_block_size(self, block_size: int) -> None:
-        """Work with contexts of `block_size`: learned positions from there on are forgotten, rotary ones computed."""
-        if self.config.is_gpt2 and block_size > self.config.block_size:
-            raise ConfigError(
-                f"block_size={block_size} exceeds the model's {self.config.block_size}: learned positions end there"
-            )
+        """Set the context length; raises `ConfigError` if the model has fewer learned positions."""
+        if self.config.is_gpt2:
+            if block_size > self.config.block_size:
+                raise ConfigError(f"block_size={block_size} exceeds the model's {self.config.block_size} positions")
+            kept = self.transformer.wpe.weight[:block_size].detach().clone()
+            self.transformer.wpe = Embedding(block_size, self.config.n_embd, _weight=kept)
         self.config.block_size = block_size
-        if not self.config.is_gpt2:
-            return
-        kept = self.transformer.wpe.weight[:block_size].detach().clone()
-        self.transformer.wpe = nn.Embedding(block_size, self.config.n_embd, _weight=kept)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """Number of parameters; by default without the positions' (the tokens' are the head's too, and count)."""
+        """Return the number of parameters; by default without the positions, as the original counts them."""
         positions = self.transformer.wpe.weight.numel() if non_embedding and self.config.is_gpt2 else 0
         return sum(parameter.numel() for parameter in self.parameters()) - positions
 
     def flops_per_token(self) -> int:
-        """Floating-point operations to train on one token: forward and backward (PaLM, appendix B)."""
+        """Return the floating-point operations to train on one token, forward and backward (PaLM, appendix B)."""
         config = self.config
         embedding = 0 if config.tied_head else config.vocab_size * config.n_embd  # looked up, not multiplied
         attention = 12 * config.n_layer * config.n_head * config.head_size * config.block_size
         return 6 * (self.get_num_params() - embedding) + attention
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float, peak_flops: float = 312e12) -> float:
-        """Share of `peak_flops` (default: an A100 in bfloat16) used by so many rows in `dt` seconds."""
+        """Return the share of `peak_flops` (default: an A100 in bfloat16) that so many rows in `dt` seconds use."""
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
 
-    # What people call from a notebook or an old script; each is one line that hands over.
+    # People call these from notebooks and old scripts; each hands over to the module that does it.
 
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict[str, float] | None = None) -> "GPT":
-        """GPT-2's released weights, or others, on the CPU; see `nanogpt.interop.huggingface`. Overrides: `dropout`."""
+        """Load GPT-2's released weights, or others, on the CPU: see `nanogpt.interop.huggingface`."""
         from nanogpt.interop.huggingface import load_pretrained
 
         if others := set(override_args or {}) - {"dropout"}:
@@ -391,9 +380,66 @@ class GPT(nn.Module):
         return torch.cat([idx, *stream(self, idx, max_new_tokens, temperature=temperature, top_k=top_k)], dim=1)
 
     def configure_optimizers(
-        self, weight_decay: float, learning_rate: float, betas: Sequence[float], device_type: str
+        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
     ) -> torch.optim.Optimizer:
-        """AdamW over this model's parameters: see `nanogpt.optim`."""
-        from nanogpt.optim import adamw
+        """Return AdamW over this model's parameters: see `nanogpt.optim`."""
+        from nanogpt.optim import decay_groups
 
-        return adamw(self, learning_rate, (betas[0], betas[1]), weight_decay)
+        groups = decay_groups(self.parameters(), weight_decay)
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+
+
+def head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy, in nats, of logits x @ weight.T; targets of -1 do not count.
+
+    x: (N, C), weight: (V, C), targets: (N,).
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    # float16 needs the loss scale before sums over many rows, which chunks make without it.
+    if len(x) * len(weight) < 2**24 or dtype == torch.float16:
+        return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1)
+    loss: Tensor = ChunkedLoss.apply(x, weight, targets, dtype, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    return loss
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """The same in chunks of rows, whose gradients are computed while their logits exist, so that none are kept.
+
+    At GPT-2's vocabulary the logits of a batch need more memory than all blocks: 4,096 rows 2.2 GB, in chunks 0.5.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, needs_gradients: bool
+    ) -> Tensor:
+        chunk = 512 if x.device.type == "cpu" else max(1024, 2**28 // len(weight))
+        head, loss = weight.to(dtype), torch.zeros((), device=x.device)
+        grad_x, grad_head = (torch.zeros_like(t) if needs_gradients else None for t in (x, weight))
+        for n in range(0, len(x), chunk):
+            rows, y = x[n : n + chunk].to(dtype), targets[n : n + chunk, None]
+            counts, y = y >= 0, y.clamp(min=0)
+            # In float32 whatever the matmuls compute in: a sum over V terms needs the digits.
+            logprobs = F.log_softmax(rows @ head.T, dim=1, dtype=torch.float32)
+            loss -= (logprobs.gather(1, y) * counts).sum()
+            if grad_x is None or grad_head is None:
+                continue
+            if torch.compiler.is_compiling():  # Inductor fuses a comparison, but no scatter: 16 % less memory traffic
+                grad = (logprobs.exp() - (torch.arange(len(weight), device=x.device) == y).float()) * counts
+            else:
+                grad = logprobs.exp_().scatter_add_(1, y, -torch.ones_like(y, dtype=torch.float32)).mul_(counts)
+            grad = grad.to(dtype)
+            grad_x[n : n + chunk] = grad @ head
+            if dtype == weight.dtype:
+                grad_head.addmm_(grad.T, rows)
+            else:
+                grad_head += grad.T @ rows
+        count = (targets >= 0).sum()
+        ctx.save_for_backward(grad_x, grad_head, count)
+        return loss / count
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        grad_x, grad_head, count = ctx.saved_tensors
+        factor = grad / count
+        return grad_x * factor, grad_head.mul_(factor), None, None, None

@@ -14,7 +14,7 @@ from nanogpt.config import TrainConfig
 from nanogpt.evaluate import evaluate
 from nanogpt.infer.sample import sample
 from nanogpt.prepare import prepare
-from nanogpt.programs import EvalConfig, PrepareConfig, SampleConfig
+from nanogpt.settings import EvalConfig, PrepareConfig, SampleConfig
 
 Recipe = Callable[..., TrainConfig]
 TINY = ["--device=cpu", "--compile=False", "--dtype=float32", "--eval_iters=1", "--eval_interval=5", "--batch_size=4",
@@ -46,7 +46,7 @@ def test_ours_in_theirs(original: Path, recipe: Recipe) -> None:
     assert text.count("---------------") == 2
     words = [*TINY, "--out_dir=out-ours", "--max_iters=8", "--log_interval=1", "--init_from=resume"]
     text = run(original, "train.py", "config/train_shakespeare_char.py", *words)
-    assert "iter 6: loss" in text  # goes on after our 6 updates
+    assert "iter 6: loss" in text  # goes on after our 6 steps
     assert "iter 5: loss" not in text
 
 

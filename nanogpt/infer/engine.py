@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nanogpt.cache import Cache
+from nanogpt.config import GPTConfig
 from nanogpt.infer.sampling import Sampling, draw
 from nanogpt.model import GPT
 
@@ -22,6 +22,49 @@ _CHUNK = 512  # tokens of a text whose logits are there together: of 8,000 they 
 Window = Literal["half", "slide"]
 # a token's log-probability, and the likeliest ids in its place with theirs
 Likelihood = tuple[float, list[tuple[int, float]]]
+
+
+class KVCache:
+    """Keys and values of every layer for a number of rows, allocated once: each (layers, rows, H_kv, length, D).
+
+    A forward pass works on neighbouring rows. `seek` says which, and how far each has come; every layer then hands its
+    new keys and values to `append`.
+    """
+
+    def __init__(self, config: GPTConfig, rows: int, length: int, dtype: torch.dtype, device: str = "cpu") -> None:
+        size = (config.n_layer, rows, config.n_kv_head, length, config.head_size)
+        # Zeros: masked positions are multiplied by 0, so they must not be NaN.
+        self.keys, self.values = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
+        self.rows, self.length = rows, length
+
+    def seek(self, first: int, starts: Sequence[int], T: int) -> None:
+        """Announce a pass over T tokens of rows first, first + 1, ..., which hold `starts` tokens each."""
+        self._rows = slice(first, first + len(starts))
+        self._common = starts[0] if len(set(starts)) == 1 else None  # all rows at one position: no index is needed
+        self._end = max(starts) + T
+        device = self.keys.device
+        self.positions = torch.tensor(starts, device=device)[:, None] + torch.arange(T, device=device)  # (B, T)
+        # (B, 1, T, end): which positions each token sees; None where plain causal attention says the same.
+        self.mask = None
+        if self._common is None or (T > 1 and self._common > 0):
+            self.mask = (torch.arange(self._end, device=device) <= self.positions[..., None])[:, None]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values of a layer (B, H_kv, T, D); return all so far, (B, H_kv, end, D)."""
+        keys, values = self.keys[layer, self._rows], self.values[layer, self._rows]
+        if self._common is not None:
+            keys[:, :, self._common : self._end] = k
+            values[:, :, self._common : self._end] = v
+        else:
+            rows = torch.arange(len(k), device=k.device)[:, None]
+            keys[rows, :, self.positions] = k.transpose(1, 2)
+            values[rows, :, self.positions] = v.transpose(1, 2)
+        return keys[:, :, : self._end], values[:, :, : self._end]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens of row `source` to row `target`."""
+        for part in (self.keys, self.values):
+            part[:, target, :, :length] = part[:, source, :, :length]
 
 
 @dataclass(frozen=True)
@@ -69,7 +112,7 @@ class Engine:
         self.device = embedding.device
         self.block_size = model.config.block_size
         length = min(length or self.block_size, self.block_size)
-        self.cache = Cache(model.config, rows, length, dtype or embedding.dtype, str(self.device))
+        self.cache = KVCache(model.config, rows, length, dtype or embedding.dtype, str(self.device))
         self.rows: list[Row] = []  # that are under way; the n-th is in row n of the cache
 
     @property
