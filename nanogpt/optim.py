@@ -1,160 +1,131 @@
-"""Which parameter is updated how, and how the learning rate goes."""
+"""Which parameter is optimized how: AdamW, Muon or another optimizer of torch, and the learning-rate schedule."""
 
+import inspect
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed as c10d
 from torch import Tensor, nn
 
 from nanogpt.config import TrainConfig
+from nanogpt.distributed import full_tensor, shard_like
+from nanogpt.errors import ConfigError
 from nanogpt.model import GPT
-from nanogpt.spread import spread_like, whole
 
 
-def optimizer_for(model: GPT, config: TrainConfig, dtype: torch.dtype) -> torch.optim.Optimizer:
-    """The optimizer that `config` asks for. dtype: in which the network computes."""
-    betas = (config.beta1, config.beta2)
-    if config.optimizer == "adamw":
-        return adamw(model, config.learning_rate, betas, config.weight_decay)
-    return Muon(model, config.learning_rate, betas, config.weight_decay, config.muon_lr, config.muon_momentum, dtype)
+def make_optimizer(model: GPT, config: TrainConfig, dtype: torch.dtype) -> torch.optim.Optimizer:
+    """Return the optimizer that `config` names; dtype: of the matmuls. Raises `ConfigError` for an unknown one."""
+    if config.optimizer == "muon":
+        return Muon(model, config, dtype)
+    unfit = ("Optimizer", "LBFGS", "SparseAdam", "Muon")  # need closures, sparse gradients, or matrices only
+    kinds = {name.lower(): kind for name, kind in vars(torch.optim).items() if isinstance(kind, type)}
+    kind = kinds.get(config.optimizer)
+    if kind is None or kind.__name__ in unfit:
+        names = ", ".join(sorted(name for name, kind in kinds.items() if kind.__name__ not in unfit))
+        raise ConfigError(f"optimizer={config.optimizer!r}: expected muon, or one of torch's: {names}")
+    # Each optimizer of torch gets those of our settings that it has.
+    settings = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "momentum": config.beta1}
+    if config.optimizer in ("adamw", "adam"):
+        settings["fused"] = True  # one kernel for all tensors
+    known = inspect.signature(kind).parameters
+    groups = decay_groups(model.parameters(), config.weight_decay)
+    optimizer: torch.optim.Optimizer = kind(
+        groups, **{name: value for name, value in settings.items() if name in known}
+    )
+    return optimizer
 
 
-def adamw(model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> "AdamW":
-    """AdamW with decay on matrices and embeddings, none on biases and norms (two groups, in this order)."""
-    groups = adamw_groups([p for p in model.parameters() if p.requires_grad], weight_decay)
-    return AdamW(groups, lr=learning_rate, betas=betas, fused=True)
-
-
-def adamw_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """The two groups that AdamW has."""
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Return two parameter groups: matrices and embeddings, which decay; biases and norms, which do not."""
+    trained = [p for p in parameters if p.requires_grad]
     return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's AdamW, in one kernel for all tensors, but without waiting a second for torch.compile.
-
-    torch's optimizers import that at their first call, to be left out of it; these are never compiled. State and
-    groups are the same. Source: Loshchilov and Hutter, https://arxiv.org/abs/1711.05101
-    """
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        for method in vars(torch.optim.Optimizer).values():
-            if function := getattr(method, "__wrapped__", None):
-                function.__dict__.setdefault("__dynamo_disable", function)  # where torch looks before it imports
-        super().__init__(*args, **settings)
-        devices = {parameter.device.type for group in self.param_groups for parameter in group["params"]}
-        self._step_supports_amp_scaling = "mps" not in devices  # whose kernel looks at nothing that a GradScaler sets
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Update all parameters that have a gradient; none if `found_inf` was set to 1. Returns what `closure` does."""
-        with torch.enable_grad():
-            loss = closure() if closure else None
-        for group in self.param_groups:
-            if any(p.grad is not None for p in group["params"]):
-                self.update(group)
-        return loss
-
-    def update(self, group: dict[str, Any]) -> None:
-        """Update the parameters of a group."""
-        parameters = [p for p in group["params"] if p.grad is not None]
-        for p in parameters:
-            if not self.state[p]:
-                averages = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                self.state[p] = {"step": torch.zeros((), device=p.device), **averages}
-        steps, means, squares = (
-            [self.state[p][name] for p in parameters] for name in ("step", "exp_avg", "exp_avg_sq")
-        )
-        bad, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)  # a GradScaler sets both
-        if bad is not None and bad.device.type == "mps" and bad:
-            return
-        torch._foreach_add_(steps, 1)
-        torch._fused_adamw_(
-            parameters, [p.grad for p in parameters], means, squares, [], steps,
-            lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
-            eps=group["eps"], amsgrad=False, maximize=False, grad_scale=scale, found_inf=bad,
-        )  # fmt: skip
-        if bad is not None:
-            torch._foreach_sub_(steps, [bad] * len(steps))
+def step_if_finite(optimizer: torch.optim.Optimizer, is_finite: Tensor) -> None:
+    """Step unless `is_finite` () is False. Fused Adam reads it on the device, so that no GPU has to wait."""
+    if isinstance(optimizer, torch.optim.Adam) and optimizer.defaults["fused"] and is_finite.device.type != "mps":
+        optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif is_finite:
+        optimizer.step()
 
 
-class Muon(AdamW):
+class Muon(torch.optim.AdamW):
     """Muon for the matrices of the blocks, AdamW for everything else: embeddings, head, vectors.
 
     AdamW treats a matrix as a bag of numbers. Muon treats it as what it is, a linear map: it takes the momentum of its
-    gradient and makes all singular values 1, so that the update moves every direction by the same amount, also those
-    in which gradients are small and rare. It needs one tensor of state in place of two.
+    gradient and makes all singular values 1, so that a step moves every direction by the same amount, also those in
+    which gradients are small and rare. It needs one tensor of state in place of two.
 
-    Groups: AdamW's two, then one for each shape of matrix, which are updated together as one stack. Queries, keys and
-    values, and the two halves of SwiGLU, are maps of their own that share a tensor, and are cut apart. Several
-    processes each compute a share of the matrices, and exchange the results.
+    Parameter groups: AdamW's two, then one for each shape of matrix. Queries, keys and values, and the two halves of
+    SwiGLU, are linear maps of their own that share a tensor; `cuts` says where.
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
     """
 
-    def __init__(self, model: GPT, learning_rate: float, betas: tuple[float, float], weight_decay: float,
-                 muon_lr: float, momentum: float, dtype: torch.dtype) -> None:  # fmt: skip
-        self._dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    def __init__(self, model: GPT, config: TrainConfig, dtype: torch.dtype) -> None:
         stacks = hidden_matrices(model)
         hidden = {id(matrix) for matrices in stacks.values() for matrix in matrices}
-        groups = adamw_groups([p for p in model.parameters() if p.requires_grad and id(p) not in hidden], weight_decay)
-        groups += [
-            {"params": matrices, "lr_scale": muon_lr / learning_rate, "momentum": momentum, "cuts": list(cuts),
-             "weight_decay": weight_decay}
-            for (_, cuts), matrices in stacks.items()
-        ]  # fmt: skip
-        super().__init__(groups, lr=learning_rate, betas=betas, fused=True)
-        self._step_supports_amp_scaling = False  # a GradScaler is to unscale the gradients itself
-        listed = [id(parameter) for group in self.param_groups for parameter in group["params"]]
-        assert sorted(listed) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+        groups = decay_groups([p for p in model.parameters() if id(p) not in hidden], config.weight_decay)
+        for (_, cuts), matrices in stacks.items():
+            scale = config.muon_lr / config.learning_rate
+            group = {"params": matrices, "cuts": list(cuts), "lr_scale": scale, "momentum": config.muon_momentum}
+            groups.append({**group, "weight_decay": config.weight_decay})
+        super().__init__(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+        self.dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
-    def update(self, group: dict[str, Any]) -> None:
-        """Update the parameters of a group."""
-        if "cuts" not in group:
-            super().update(group)
-            return
-        if getattr(self, "found_inf", None):  # asks a GPU, and waits: only AdamW's kernel can do without
-            return
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Step all parameters that have a gradient; none if the attribute `found_inf` is 1."""
+        with torch.enable_grad():
+            loss = closure() if closure else None
+        for group in self.param_groups:
+            if "cuts" in group:
+                self.step_matrices(group)
+        super().step()  # AdamW skips parameters without a gradient
+        return loss
+
+    def step_matrices(self, group: dict[str, Any]) -> None:
+        """Step the matrices of a group, which all have one shape, and drop their gradients."""
         matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
+        if not matrices:
+            return
+        is_bad = getattr(self, "found_inf", None)
+        rate = group["lr"] if is_bad is None else group["lr"] * (1 - is_bad)
+        directions = []
         for matrix in matrices:
-            if not self.state[matrix]:
-                # torch's AdamW wants to see `step` when it loads
-                self.state[matrix] = {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(matrix)}
-        averages = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
-        gradients = [matrix.grad for matrix in matrices]
-        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov's: where the average will be
-        stack = torch.stack([whole(each).to(self._dtype) for each in ahead])
-        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        for matrix, each in zip(matrices, self._shared(stack, group["cuts"]), strict=True):
-            matrix.add_(spread_like(matrix, each.to(matrix.dtype)), alpha=-group["lr"])
-
-    def _shared(self, stack: Tensor, cuts: list[int]) -> Tensor:
-        """The updates for a stack of momenta (n, R, C), of which each process computes as many."""
-        rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        if size == 1:
-            return orthogonalised(stack, cuts)
-        share = -(-len(stack) // size)
-        mine = torch.zeros(share, *stack.shape[1:], dtype=stack.dtype, device=stack.device)
-        part = stack[rank * share : (rank + 1) * share]
-        if len(part):
-            mine[: len(part)] = orthogonalised(part, cuts)
-        everyone = [torch.empty_like(mine) for _ in range(size)]
-        dist.all_gather(everyone, mine)
-        return torch.cat(everyone)[: len(stack)]
+            state = self.state[matrix]
+            if not state:  # torch's AdamW expects `step` when it loads a state
+                state.update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(matrix))
+            momentum = state["momentum_buffer"]
+            gradient = matrix.grad if is_bad is None else torch.where(is_bad > 0, momentum, matrix.grad)
+            momentum.lerp_(gradient, 1 - group["momentum"])
+            directions.append(gradient.lerp(momentum, group["momentum"]))  # Nesterov: where the momentum will be
+            matrix.grad = None
+        # One matrix per process at a time, so that sharded models never need all full tensors at once.
+        n_processes = c10d.get_world_size() if c10d.is_initialized() else 1
+        size = n_processes if n_processes > 1 else len(matrices)
+        for first in range(0, len(matrices), size):
+            part = slice(first, first + size)
+            stack = torch.stack([full_tensor(each).to(self.dtype) for each in directions[part]])
+            for matrix, direction in zip(matrices[part], orthogonalize_together(stack, group["cuts"]), strict=True):
+                matrix.mul_(1 - rate * group["weight_decay"])
+                matrix.sub_(shard_like(matrix, direction.to(matrix.dtype)) * rate)
 
 
 def hidden_matrices(model: GPT) -> dict[tuple[torch.Size, tuple[int, ...]], list[nn.Parameter]]:
-    """The matrices of the blocks by their shape and the rows of the maps that they consist of."""
+    """Return the matrices of the blocks by shape and by the rows of the linear maps that they consist of."""
+    config = model.config
+    heads = [n * config.head_size for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
+    # Checkpoints number the matrices in this order.
+    cuts = {"attn.c_attn": heads, "mlp.c_fc": [config.n_hidden] * (1 if config.is_gpt2 else 2)}
+    cuts |= {"attn.c_proj": [config.n_embd], "mlp.c_proj": [config.n_embd]}
     stacks: dict[tuple[torch.Size, tuple[int, ...]], list[nn.Parameter]] = {}
-    halves = [model.config.n_hidden] * (1 if model.config.is_gpt2 else 2)
-    heads = [n * model.config.head_size for n in (model.config.n_head, *[model.config.n_kv_head] * 2)]
-    cuts = {"attn.c_attn": heads, "mlp.c_fc": halves}
-    cuts |= {f"{part}.c_proj": [model.config.n_embd] for part in ("attn", "mlp")}
     for block in model.transformer.h:
         for name, rows in cuts.items():
             weight = block.get_parameter(f"{name}.weight")
@@ -163,28 +134,39 @@ def hidden_matrices(model: GPT) -> dict[tuple[torch.Size, tuple[int, ...]], list
     return stacks
 
 
-def orthogonalised(stack: Tensor, cuts: list[int]) -> Tensor:
-    """Each matrix of a stack (n, R, C) with all singular values near 1; `cuts` (sum R): rows of the maps within one.
+def orthogonalize_together(stack: Tensor, cuts: list[int]) -> Tensor:
+    """Orthogonalize a stack (n, R, C), n <= number of processes, of which each computes the matrix of its rank."""
+    if not c10d.is_initialized() or c10d.get_world_size() == 1:
+        return orthogonalize(stack, cuts)
+    rank, n_processes = c10d.get_rank(), c10d.get_world_size()
+    mine = orthogonalize(stack[rank : rank + 1], cuts) if rank < len(stack) else torch.zeros_like(stack[:1])
+    everyone = torch.empty(n_processes, *stack.shape[1:], dtype=stack.dtype, device=stack.device)
+    c10d.all_gather_into_tensor(everyone, mine)
+    return everyone[: len(stack)]
 
-    A map that has more rows than columns is made larger by the root of their ratio: what it gives then changes as much
-    as what a square one gives.
+
+def orthogonalize(stack: Tensor, cuts: list[int]) -> Tensor:
+    """Return each linear map in a stack (n, R, C) with all singular values near 1; `cuts` (sum R): rows of each map.
+
+    A map with more rows than columns is scaled up by the root of their ratio, so that its outputs change as much as
+    those of a square one.
     """
-    equal = len(set(cuts)) == 1
-    maps = [stack.unflatten(1, (-1, cuts[0])).flatten(0, 1)] if equal else list(stack.split(cuts, dim=1))  # type: ignore[no-untyped-call]
+    is_even = len(set(cuts)) == 1
+    maps = [stack.unflatten(1, (-1, cuts[0])).flatten(0, 1)] if is_even else list(stack.split(cuts, dim=1))  # type: ignore[no-untyped-call]
     done = [newton_schulz(each) * max(1.0, each.shape[1] / each.shape[2]) ** 0.5 for each in maps]
-    return done[0].reshape(stack.shape) if equal else torch.cat(done, dim=1)
+    return done[0].reshape(stack.shape) if is_even else torch.cat(done, dim=1)
 
 
 def newton_schulz(stack: Tensor, steps: int = 5) -> Tensor:
-    """The nearest orthogonal matrix U V^T of every U S V^T in a stack (n, R, C), roughly: S becomes 0.7 to 1.2.
+    """Return roughly the nearest orthogonal matrix U V^T of every U S V^T in a stack (n, R, C): S becomes 0.7 to 1.2.
 
     Each step applies the odd polynomial a s + b s^3 + c s^5 to all singular values s at once. These coefficients lift
-    small ones fast, and pay with never settling at 1, which is known not to matter. Works in bfloat16.
+    small ones fast, at the price of never settling at 1, which does not matter. Works in bfloat16.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     is_tall = stack.shape[1] > stack.shape[2]
-    x = stack.mT if is_tall else stack  # the smaller square is the cheaper
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)  # then no singular value is above 1
+    x = stack.mT if is_tall else stack  # the smaller square is the cheaper one
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)  # now no singular value is above 1
     for _ in range(steps):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
@@ -192,10 +174,10 @@ def newton_schulz(stack: Tensor, steps: int = 5) -> Tensor:
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """The learning rate of update `step` (from 0), after a linear warm-up.
+    """Return the learning rate of `step` (from 0), after a linear warm-up.
 
     cosine: down to min_lr along half a wave. wsd (warm up, stay, decay): constant, then straight down to min_lr over
-    the last `decay_share` of lr_decay_iters. min_lr ever after.
+    the last `decay_share` of lr_decay_iters. Afterwards min_lr.
     """
     if not config.decay_lr:
         return config.learning_rate
