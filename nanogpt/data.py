@@ -3,7 +3,7 @@
 Resuming, evaluating in between or another number of processes can therefore not change which text a step sees.
 
 A data set is a folder:
-    train.bin, val.bin  the ids, raw little-endian uint16 or uint32; or train-0.bin, train-1.bin, ... as one sequence
+    train.bin, val.bin  the ids, raw little-endian uint16 or uint32
     dataset.json        number format, counts, sources and the tokenizer; folders of the original have none
     meta.pkl            the vocabulary of a character data set, as the original writes it
 """
@@ -11,11 +11,11 @@ A data set is a folder:
 import functools
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,66 +23,29 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
+from nanogpt.config import TrainConfig
 from nanogpt.errors import DataError
-from nanogpt.tokenizer import GPT2Tokenizer, Tokenizer, read_meta
-from nanogpt.tokenizer_json import from_description
-
-if TYPE_CHECKING:
-    from nanogpt.config import TrainConfig
+from nanogpt.tokenizer import GPT2Tokenizer, Tokenizer, from_description, read_meta
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
 TRAINING, EVALUATION, PERMUTATION, OFFSET, DROPOUT = range(5)  # streams of random numbers, independent of each other
+Ids = npt.NDArray[Any]  # uint16 or uint32
 Starts = npt.NDArray[np.int64]
-
-
-class Tokens:
-    """The ids of one split, in one memory-mapped file or several, as one sequence of length `len(tokens)`."""
-
-    def __init__(self, shards: Sequence[npt.NDArray[Any]], vocab_size: int = 2**32) -> None:
-        self.shards = [np.asarray(shard) for shard in shards]  # slices of the class memmap are slow
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
-        self.vocab_size = vocab_size
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, where: slice) -> npt.NDArray[Any]:
-        """The ids of a slice without step, shape (stop - start,)."""
-        start, stop, _ = where.indices(len(self))
-        parts = [
-            shard[max(start - (end - len(shard)), 0) : max(stop - (end - len(shard)), 0)]
-            for shard, end in zip(self.shards, self.ends.tolist(), strict=True)
-            if end - len(shard) < stop and start < end
-        ]
-        return parts[0] if len(parts) == 1 else np.concatenate([self.shards[0][:0], *parts])
-
-    def windows(self, starts: Starts, length: int) -> Tensor:
-        """The windows of `length` ids that begin at `starts` (rows,), as int64 of shape (rows, length).
-
-        Raises `DataError` for an id outside the vocabulary, which on a GPU would end in an unreadable assertion.
-        """
-        if len(self.shards) == 1:
-            ids = sliding_window_view(self.shards[0], length)[starts]
-        else:
-            ids = np.stack([self[start : start + length] for start in starts.tolist()])
-        if (largest := int(ids.max())) >= self.vocab_size:
-            raise DataError(f"the data holds token {largest}, but the vocabulary ends at {self.vocab_size - 1}")
-        return torch.from_numpy(ids.astype(np.int64))
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set, opened."""
+    """A data set, opened: the memory-mapped ids of its two splits, and what they mean."""
 
     folder: Path
-    train: Tokens
-    val: Tokens
+    train: Ids
+    val: Ids
     tokenizer: Tokenizer
     description: dict[str, Any]  # dataset.json; empty where there is none
 
-    def split(self, name: str) -> Tokens:
+    def split(self, name: str) -> Ids:
         """Return the ids of `train` or `val`."""
         return self.train if name == "train" else self.val
 
@@ -104,15 +67,9 @@ class Dataset:
                 )
 
 
-def shards_of(folder: Path, split: str) -> list[Path]:
-    """Return the files of a split: `train.bin`, or `train-*.bin` in the order of their names."""
-    path = folder / f"{split}.bin"
-    return [path] if path.exists() else sorted(folder.glob(f"{split}-*.bin"))
-
-
 def is_prepared(folder: Path) -> bool:
     """Return whether `folder` holds both splits."""
-    return all(shards_of(folder, split) for split in SPLITS)
+    return all((folder / f"{split}.bin").exists() for split in SPLITS)
 
 
 def open_dataset(folder: Path) -> Dataset:
@@ -120,35 +77,33 @@ def open_dataset(folder: Path) -> Dataset:
 
     Raises `DataError` if it is missing, incomplete or damaged.
     """
+    if not is_prepared(folder):
+        raise DataError(f"{folder} holds no train.bin and val.bin: prepare it, or name another (--dataset, --data_dir)")
     path = folder / "dataset.json"
     description: dict[str, Any] = {}
     if path.exists():
         try:
             description = json.loads(path.read_bytes())
+            if description.get("version", 1) != 1:
+                raise DataError("it was written by a newer version of nanoGPT")
             tokenizer = from_description(description["tokenizer"])
-            dtype = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}[description["dtype"]]
+            dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[description["dtype"]])
             expected = {split: description["tokens"][split] for split in SPLITS}
-        except (OSError, ValueError, LookupError, TypeError, RecursionError, DataError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, DataError) as error:
             raise DataError(f"{path} cannot be read ({error}): prepare the data set again") from error
-        if description.get("version", 1) != 1:
-            raise DataError(f"{path} was written by a newer version of nanoGPT")
     else:
         tokenizer, dtype, expected = tokenizer_of_original(folder), np.dtype("<u2"), {}
         log.info(f"{folder} has no dataset.json: reading uint16 ids of the {tokenizer}")
     splits = {}
     for split in SPLITS:
-        shards = []
-        for file in shards_of(folder, split) or [folder / f"{split}.bin"]:
-            size = file.stat().st_size if file.exists() else 0
-            if not size or size % dtype.itemsize:
-                raise DataError(f"{file} has {size} bytes: no whole number of {dtype} ids; prepare the data set again")
-            shards.append(np.memmap(file, dtype, "r"))
-        splits[split] = Tokens(shards, tokenizer.vocab_size)
-        if len(splits[split]) != expected.get(split, len(splits[split])):
+        file = folder / f"{split}.bin"
+        size = file.stat().st_size
+        if not size or size != expected.get(split, size // dtype.itemsize) * dtype.itemsize:
             raise DataError(
-                f"{folder}: the {split} split holds {len(splits[split]):,} tokens, but dataset.json says "
-                f"{expected[split]}: prepare the data set again"
+                f"{file} has {size:,} bytes, not {expected.get(split, 'a whole number of')} ids of {dtype.itemsize} "
+                "bytes: prepare the data set again"
             )
+        splits[split] = np.asarray(np.memmap(file, dtype, "r"))  # slices of the class memmap itself are slow
     return Dataset(folder, splits["train"], splits["val"], tokenizer, description)
 
 
@@ -161,8 +116,38 @@ def tokenizer_of_original(folder: Path) -> Tokenizer:
 # Batches
 
 
+def get_batch(dataset: Dataset, step: int, config: TrainConfig, rows: range) -> tuple[Tensor, Tensor]:
+    """Return `rows` of the training batch of `step`: inputs x and targets y, each (rows, T).
+
+    What row n of the global batch holds depends on the data and on (seed, step, n), whichever process asks for it.
+    """
+    draw = epoch_window_starts if config.sampling == "epoch" else window_starts
+    starts = draw(len(dataset.train), config.block_size, seed=config.seed, step=step, rows=config.rows)
+    return windows(dataset, "train", starts[rows.start : rows.stop], config.block_size)
+
+
+def evaluation_batch(dataset: Dataset, split: str, k: int, block_size: int, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Return batch `k` of an evaluation, x and y (B, T): the same at every evaluation of every run."""
+    n_tokens = len(dataset.split(split))
+    starts = window_starts(n_tokens, block_size, seed=0, step=k, rows=batch_size, stream=EVALUATION)
+    return windows(dataset, split, starts, block_size)
+
+
+def windows(dataset: Dataset, split: str, starts: Starts, block_size: int) -> tuple[Tensor, Tensor]:
+    """Return the windows that begin at `starts` (rows,) and the tokens to predict, both (rows, block_size) int64.
+
+    Raises `DataError` for an id outside the vocabulary, which on a GPU would end in an unreadable assertion.
+    """
+    ids = sliding_window_view(dataset.split(split), block_size + 1)[starts]
+    if (largest := int(ids.max())) >= dataset.tokenizer.vocab_size:
+        last = dataset.tokenizer.vocab_size - 1
+        raise DataError(f"{dataset.folder / split}.bin holds token {largest}, but the vocabulary ends at {last}")
+    tokens = torch.from_numpy(ids.astype(np.int64))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
 def generator(seed: int, step: int, stream: int) -> np.random.Generator:
-    """Return the random numbers of one step. Philox counts, so none before them have to be drawn.
+    """Return the random numbers of one step. Philox is counter-based: no step's numbers depend on those before it.
 
     Source: Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3.
     """
@@ -175,42 +160,24 @@ def window_starts(n_tokens: int, block_size: int, *, seed: int, step: int, rows:
 
 
 def epoch_window_starts(n_tokens: int, block_size: int, *, seed: int, step: int, rows: int) -> Starts:
-    """Return the same for windows that tile the text: each comes once per epoch, in a new order, shape (rows,).
+    """Return where they begin if windows tile the text: each comes once per epoch, in a new order, shape (rows,).
 
     The tiling begins at another offset in each epoch, so that what it leaves over at the ends differs.
     """
     n_windows = (n_tokens - 1) // block_size
-    epochs, places = np.divmod(step * rows + np.arange(rows), n_windows)
+    epochs, numbers = np.divmod(step * rows + np.arange(rows), n_windows)
     starts = np.empty(rows, np.int64)
     for epoch in np.unique(epochs).tolist():
-        mine = epochs == epoch
+        in_epoch = epochs == epoch
         offset = generator(seed, epoch, OFFSET).integers((n_tokens - 1) % block_size + 1)
-        starts[mine] = offset + block_size * epoch_order(n_windows, seed, epoch)[places[mine]]
+        starts[in_epoch] = offset + block_size * epoch_order(n_windows, seed, epoch)[numbers[in_epoch]]
     return starts
 
 
 @functools.lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
 def epoch_order(n_windows: int, seed: int, epoch: int) -> Starts:
-    """Return the order of an epoch's windows. OpenWebText: 8.8M windows of 1,024 tokens, 70 MB, 0.3 s per epoch."""
+    """Return the order of an epoch's windows. OpenWebText has 8.8M of 1,024 tokens: 70 MB."""
     return generator(seed, epoch, PERMUTATION).permutation(n_windows)
-
-
-def get_batch(tokens: Tokens, step: int, config: "TrainConfig", rows: range) -> tuple[Tensor, Tensor]:
-    """Return `rows` of the global batch of `step`: inputs x and targets y, each (rows, T); row n is the same for all.
-
-    What a row holds depends on (seed, step, n) alone.
-    """
-    draw = epoch_window_starts if config.sampling == "epoch" else window_starts
-    starts = draw(len(tokens), config.block_size, seed=config.seed, step=step, rows=config.rows)
-    ids = tokens.windows(starts[rows.start : rows.stop], config.block_size + 1)
-    return ids[:, :-1], ids[:, 1:]
-
-
-def evaluation_batch(tokens: Tokens, k: int, block_size: int, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Return batch `k` of an evaluation, x and y (B, T): the same at every evaluation of every run."""
-    starts = window_starts(len(tokens), block_size, seed=0, step=k, rows=batch_size, stream=EVALUATION)
-    ids = tokens.windows(starts, block_size + 1)
-    return ids[:, :-1], ids[:, 1:]
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
@@ -227,15 +194,20 @@ def document_ids_of(ids: Tensor, end_of_text: int) -> Tensor:
 
 
 class Prefetcher:
-    """Calls `make(step)` in a thread for the next steps, so that a GPU does not wait for the disk."""
+    """Calls `make(step)`, which returns x and y, in a thread for the next steps, so that a GPU need not wait for it."""
 
-    def __init__(self, make: Callable[[int], Any], depth: int = 2) -> None:
+    def __init__(self, make: Callable[[int], tuple[Tensor, Tensor]], depth: int = 2) -> None:
         self.make, self.depth = make, depth
         self.thread = ThreadPoolExecutor(1)
-        self.pending: dict[int, Future[Any]] = {}
+        self.pending: dict[int, Future[tuple[Tensor, Tensor]]] = {}
 
-    def __call__(self, step: int) -> Any:
-        """Return what `make(step)` returns, and prepare the steps behind it."""
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return the batch of `step` in pinned memory, and begin with those of the next steps."""
         wanted = range(step, step + 1 + self.depth)
-        self.pending = {n: self.pending.get(n) or self.thread.submit(self.make, n) for n in wanted}
+        self.pending = {n: self.pending.get(n) or self.thread.submit(self.make_pinned, n) for n in wanted}
         return self.pending.pop(step).result()
+
+    def make_pinned(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return the batch of `step` in memory that a GPU copies from without waiting."""
+        x, y = self.make(step)
+        return x.contiguous().pin_memory(), y.contiguous().pin_memory()

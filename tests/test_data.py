@@ -1,0 +1,257 @@
+"""Opening a data set, and batches: each is a pure function of (seed, step)."""
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nanogpt.config import TrainConfig
+from nanogpt.data import (
+    EVALUATION,
+    TRAINING,
+    Dataset,
+    Prefetcher,
+    document_ids_of,
+    epoch_order,
+    epoch_window_starts,
+    evaluation_batch,
+    get_batch,
+    is_prepared,
+    open_dataset,
+    window_starts,
+    windows,
+)
+from nanogpt.errors import DataError
+from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, write_meta
+from tests.conftest import write_dataset
+
+ARGUMENTS = {"n_tokens": 10**6, "block_size": 64, "seed": 7, "stream": TRAINING, "step": 3, "rows": 32}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tokenizer = CharTokenizer("abc")
+    write_dataset(tmp_path / "set", tokenizer, tokenizer.encode("abccab"), tokenizer.encode("bb"))
+    return tmp_path / "set"
+
+
+def starts(**changes: int) -> list[int]:
+    return window_starts(**{**ARGUMENTS, **changes}).tolist()  # type: ignore[arg-type]
+
+
+def test_what_is_written_is_what_is_read(folder: Path) -> None:
+    dataset = open_dataset(folder)
+    assert dataset.split("train")[:].tolist() == [0, 1, 2, 2, 0, 1]
+    assert dataset.split("val")[:].tolist() == [1, 1]
+    assert dataset.tokenizer.describe() == {"kind": "char", "characters": "abc"}
+    assert np.fromfile(folder / "train.bin", dtype="<u2").tolist() == [0, 1, 2, 2, 0, 1]
+    assert dataset.description["tokens"] == {"train": 6, "val": 2}
+
+
+def test_a_data_set_of_the_original_opens(tmp_path: Path) -> None:
+    for name in ("train.bin", "val.bin"):
+        np.array([1, 0], dtype="<u2").tofile(tmp_path / name)
+    assert is_prepared(tmp_path)
+    assert isinstance(open_dataset(tmp_path).tokenizer, GPT2Tokenizer)
+    write_meta(tmp_path / "meta.pkl", CharTokenizer("xy"))
+    dataset = open_dataset(tmp_path)
+    assert dataset.tokenizer.decode(dataset.train[:].tolist()) == "yx"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "vocab_size"),
+    [({"kind": "char", "characters": "ab"}, 2), ({"kind": "vocabulary", "tokens": ["b", "word"]}, 2),
+     ({"kind": "byte"}, 257), ({"kind": "gpt2"}, 50257),
+     ({"kind": "tokenizers", "end_of_text": None, "definition": '{"version": "1.0", "model": {"type": "WordLevel", '
+       '"vocab": {"a": 0, "b": 1}, "unk_token": "a"}}'}, 2)],
+)  # fmt: skip
+def test_a_data_set_of_version_1_0_opens(tmp_path: Path, tokenizer: dict[str, Any], vocab_size: int) -> None:
+    for name in ("train.bin", "val.bin"):
+        np.array([1, 0], dtype="<u4").tofile(tmp_path / name)
+    counts = {"train": 2, "val": 2}
+    description = {"version": 1, "dtype": "uint32", "tokens": counts, "documents": counts, "bytes": counts,
+                   "skipped": {}, "tokenizer": tokenizer, "source_files": 1,
+                   "sources": [{"path": "x", "bytes": 3, "sha256": "0" * 64}]}  # fmt: skip
+    (tmp_path / "dataset.json").write_text(json.dumps(description))
+    dataset = open_dataset(tmp_path)
+    assert dataset.tokenizer.vocab_size == vocab_size
+    assert dataset.train[:].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "train.bin").unlink(), "holds no train.bin and val.bin: prepare it"),
+        (lambda f: (f / "train.bin").write_bytes(b""), "has 0 bytes"),
+        (lambda f: (f / "train.bin").write_bytes(b"123"), "has 3 bytes, not 6 ids of 2 bytes"),
+        (lambda f: (f / "train.bin").write_bytes(b"1234"), "has 4 bytes, not 6 ids of 2 bytes"),
+        (lambda f: (f / "dataset.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "dataset.json").write_bytes(b"\xff"), "cannot be read"),
+        (lambda f: (f / "dataset.json").write_text("[]"), "cannot be read"),
+        (lambda f: (f / "dataset.json").write_text('{"tokens": {}, "tokenizer": {"kind": "x"}}'), "unknown tokenizer"),
+        (
+            lambda f: (f / "dataset.json").write_text('{"tokens": {}, "tokenizer": {"kind": "byte"}, "dtype": "O"}'),
+            "cannot be read",
+        ),
+        (
+            lambda f: (f / "dataset.json").write_text(
+                json.dumps({**json.loads((f / "dataset.json").read_text()), "version": 99})
+            ),
+            "newer version",
+        ),
+    ],
+)
+def test_damage_is_one_message(folder: Path, damage: Callable[[Path], Any], message: str) -> None:
+    damage(folder)
+    with pytest.raises(DataError) as caught:
+        open_dataset(folder)
+    assert message in str(caught.value)
+
+
+def test_another_data_set_leaves_nothing_of_the_one_before(folder: Path) -> None:
+    write_dataset(folder, ByteTokenizer(), np.arange(9), np.arange(3))
+    assert {path.name for path in folder.iterdir()} == {"train.bin", "val.bin", "dataset.json"}
+    assert open_dataset(folder).train[:].tolist() == list(range(9))
+
+
+def test_a_model_and_its_data_must_fit(folder: Path) -> None:
+    dataset = open_dataset(folder)
+    dataset.check_tokenizer(CharTokenizer("abc"), "the model")
+    with pytest.raises(DataError, match=r"ids of the char tokenizer \(3 entries\), but the model was trained with the"):
+        dataset.check_tokenizer(ByteTokenizer(), "the model")
+    dataset.check_length(1)
+    with pytest.raises(DataError, match=r"the val split has 2 tokens, too few for block_size=2.*--block_size=1"):
+        dataset.check_length(2)
+
+
+def numbers(count: int) -> Dataset:
+    """A data set whose token at each place is the place."""
+    ids = np.arange(count, dtype=np.uint16)
+    return Dataset(Path("numbers"), ids, ids, GPT2Tokenizer(), {})
+
+
+def test_an_id_outside_the_vocabulary_is_named() -> None:
+    dataset = numbers(100)
+    dataset.tokenizer.vocab_size = 99
+    x, y = windows(dataset, "train", np.array([0, 7, 88]), 9)
+    assert x.tolist() == [list(range(n, n + 9)) for n in (0, 7, 88)]
+    assert torch.equal(y, x + 1)
+    with pytest.raises(DataError, match=r"train.bin holds token 99, but the vocabulary ends at 98"):
+        windows(dataset, "train", np.array([90]), 9)
+
+
+def test_the_end_of_text_opens_the_next_document() -> None:
+    ids = torch.tensor([[5, 0, 6, 7, 0, 0, 8], [0, 1, 2, 3, 4, 5, 6]])
+    assert document_ids_of(ids, 0).tolist() == [[0, 1, 1, 1, 2, 3, 3], [1] * 7]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Batches
+
+
+def test_a_batch_is_a_function_of_its_arguments() -> None:
+    assert starts() == starts()
+    for change in ({"seed": 8}, {"step": 4}, {"stream": EVALUATION}):
+        assert not set(starts(**change)) & set(starts())
+
+
+@pytest.mark.parametrize("n_tokens", [100, 10**6, 10**11])
+def test_a_row_does_not_depend_on_how_many_there_are(n_tokens: int) -> None:
+    assert starts(n_tokens=n_tokens, rows=8) == starts(n_tokens=n_tokens, rows=32)[:8]
+
+
+def test_the_very_same_windows_everywhere() -> None:
+    """Recorded once: a change here would silently change every run that is resumed."""
+    assert starts(rows=4) == [367530, 754465, 308031, 976101]
+    assert epoch_window_starts(10**6, 64, seed=7, step=3, rows=6).tolist() == [
+        986017,
+        386273,
+        590689,
+        91297,
+        332129,
+        469921,
+    ]
+
+
+def test_all_windows_are_drawn_and_none_beyond_the_end() -> None:
+    assert {s for step in range(200) for s in starts(n_tokens=20, block_size=10, step=step)} == set(range(10))
+
+
+@pytest.mark.parametrize("sampling", ["random", "epoch"])
+def test_targets_are_one_token_ahead_and_rows_the_same_for_all(
+    sampling: Any, recipe: Callable[..., TrainConfig]
+) -> None:
+    config = recipe(sampling=sampling, batch_size=8)
+    dataset = numbers(1000)
+    x, y = get_batch(dataset, 5, config, range(8))
+    assert x.dtype == y.dtype == torch.int64
+    assert x.shape == y.shape == (8, config.block_size)
+    assert torch.equal(y, x + 1)
+    assert torch.equal(get_batch(dataset, 5, config, range(2, 5))[0], x[2:5])
+    assert not torch.equal(get_batch(dataset, 6, config, range(8))[0], x)
+
+
+def test_every_evaluation_sees_the_same_batches() -> None:
+    dataset = numbers(1000)
+    first, again, other = (evaluation_batch(dataset, "val", k, 16, 4)[0] for k in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7, 60])
+def test_an_epoch_shows_every_window_once(rows: int) -> None:
+    n_tokens, block_size, epochs = 1000, 13, 5
+    n_windows = (n_tokens - 1) // block_size
+    steps = range(-(-epochs * n_windows // rows))
+    drawn = [epoch_window_starts(n_tokens, block_size, seed=5, step=step, rows=rows) for step in steps]
+    tilings = np.concatenate(drawn)[: epochs * n_windows].reshape(epochs, n_windows).tolist()
+    for tiles in map(sorted, tilings):
+        assert tiles == list(range(tiles[0], tiles[0] + n_windows * block_size, block_size))
+        assert 0 <= tiles[0]
+        assert tiles[-1] + block_size + 1 <= n_tokens
+    assert len({tuple(tiles) for tiles in tilings}) == epochs
+    assert len({min(tiles) for tiles in tilings}) > 1
+
+
+def test_epochs_are_the_same_whatever_the_number_of_rows() -> None:
+    def drawn(rows: int) -> list[int]:
+        steps = [epoch_window_starts(1000, 13, seed=5, step=step, rows=rows) for step in range(120 // rows)]
+        return [start for step in steps for start in step.tolist()]
+
+    assert drawn(1) == drawn(8) == drawn(60)
+
+
+def test_epochs_have_orders_of_their_own() -> None:
+    orders = [epoch_order(1000, seed, epoch).tolist() for seed, epoch in ((1, 0), (1, 1), (2, 0))]
+    assert all(sorted(order) == list(range(1000)) for order in orders)
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_the_prefetcher_gives_what_was_asked_for_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # needs a GPU
+    calls: list[int] = []
+
+    def make(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(step)
+        assert threading.current_thread() is not threading.main_thread()
+        return torch.tensor([step]), torch.tensor([step + 1])
+
+    prefetcher = Prefetcher(make, depth=2)
+    asked = (0, 1, 2, 3, 10, 11, 3)
+    assert [(x.item(), y.item()) for x, y in map(prefetcher, asked)] == [(step, step + 1) for step in asked]
+    assert calls[:4] == [0, 1, 2, 3]
+    prefetcher.thread.shutdown()
+    assert calls[-1] == 5  # two more than were asked for, no more
+
+
+def test_an_error_in_the_background_arrives_where_the_batch_is_asked_for() -> None:
+    def broken(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        raise DataError(f"step {step}")
+
+    with pytest.raises(DataError, match="step 3"):
+        Prefetcher(broken)(3)
