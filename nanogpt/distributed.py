@@ -1,27 +1,21 @@
-"""Many processes as one: torchrun starts them, each computes its share of the same global batch.
+"""Many processes as one: torchrun starts them, each computes its part of the same global batch.
 
 Where one process runs alone, every function here does nothing and costs nothing.
 """
 
-import gc
-import hashlib
-import io
 import logging
 import math
 import os
-import re
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
+import torch.distributed as c10d
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,298 +26,167 @@ from nanogpt.model import GPT
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_SIGNS = ("closed by peer", "reset by peer", "timed out", "timeout", "gloo", "nccl", "broken pipe", "no route to host")
-_BYTES_OF_STATE = 16  # per parameter: weight, gradient and AdamW's two averages, in float32
+BYTES_OF_STATE = 16  # per parameter: weight, gradient and AdamW's two moments, in float32
 
 
 @dataclass(frozen=True)
-class World:
-    """Which of how many processes this is."""
+class Distributed:
+    """Which of how many processes this is, and what they decide together."""
 
     rank: int = 0  # over all machines
     local_rank: int = 0  # on this machine
-    size: int = 1
-    store: Any = None  # where they can leave words for each other, once they have joined
+    world_size: int = 1
 
     @property
     def is_main(self) -> bool:
         """Whether this process prints and writes."""
         return self.rank == 0
 
-    def share(self, batch_size: int, accumulation: int) -> range:
-        """This process's consecutive rows of the global batch. Raises `ConfigError` if they can't be dealt out evenly.
-
-        Where every process can have whole micro-batches it gets them; else micro-batches become smaller.
-        """
-        rows = batch_size * accumulation
-        if rows % self.size:
-            ways = [("gradient_accumulation_steps", accumulation, batch_size), ("batch_size", batch_size, accumulation)]
-            advice = " or ".join(f"--{name}={_nearest(value, self.size // math.gcd(self.size, other))}"
-                                 for name, value, other in ways)  # fmt: skip
+    def my_rows(self, batch_size: int, accumulation: int) -> range:
+        """Return this process's rows of the global batch. Raises `ConfigError` if they can't be divided evenly."""
+        count, rest = divmod(batch_size * accumulation, self.world_size)
+        if rest:
+            step = self.world_size // math.gcd(self.world_size, batch_size)
+            nearest = max(accumulation // step, 1) * step
             raise ConfigError(
-                f"batch_size={batch_size} x gradient_accumulation_steps={accumulation} makes {rows} rows, which can't "
-                f"be shared by {self.size} processes; {advice} can"
+                f"batch_size={batch_size} x gradient_accumulation_steps={accumulation} rows can't be divided evenly "
+                f"among {self.world_size} processes; --gradient_accumulation_steps={nearest} can"
             )
-        count = rows // self.size
         return range(self.rank * count, (self.rank + 1) * count)
 
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean of `value` over all processes, the same number in each."""
-        if self.size > 1:
-            dist.all_reduce(value)
-            value = value / self.size
+    def all_reduce_mean(self, value: Tensor) -> Tensor:
+        """Return the mean of `value` over all processes, the same number in each."""
+        if self.world_size > 1:
+            value = value.clone()
+            c10d.all_reduce(value)
+            value /= self.world_size
         return value
 
+    def all(self, flag: Tensor) -> Tensor:
+        """Return whether the boolean `flag` () is set in every process; stays on the device, so no GPU waits."""
+        return flag if self.world_size == 1 else self.all_reduce_mean(flag.float()) > 1 - 0.5 / self.world_size
+
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set in at least one process; all must ask at the same point. No GPU has to wait."""
-        return flag if self.size == 1 else bool(self.any_tensor(torch.tensor(flag)))  # on the CPU, so through gloo
+        """Return whether `flag` is set in at least one process; goes through the CPU, so no GPU waits."""
+        return flag if self.world_size == 1 else bool(self.all_reduce_mean(torch.tensor(float(flag))))
 
-    def any_tensor(self, flag: Tensor) -> Tensor:
-        """The same for a flag () on the device, which nobody waits for."""
-        if self.size == 1:
-            return flag
-        flags = flag.float()
-        dist.all_reduce(flags)
-        return flags > 0
-
-    def wait(self) -> None:
-        """Go on when every process has come here."""
-        if self.size > 1:
-            dist.barrier()
-
-    def first(self, function: Callable[[], T]) -> T:
-        """What `function` returns in the main process, made known to all; its `UserError` is raised in all."""
-        if self.size == 1:
-            return function()
+    def broadcast_from_main(self, function: Callable[[], T]) -> T:
+        """Return what `function` returns in the main process; its `UserError` is raised in all."""
         outcome: list[Any] = [None]
         if self.is_main:
             try:
                 outcome = [function()]
             except UserError as error:
                 outcome = [error]
-        dist.broadcast_object_list(outcome)
+        if self.world_size > 1:
+            c10d.broadcast_object_list(outcome)
         if isinstance(outcome[0], UserError):
             raise outcome[0]
         result: T = outcome[0]
         return result
 
-    def after_main(self, function: Callable[[], None]) -> None:
-        """Call `function`, once in a run, in the main process; the others wait, however long that takes."""
-        if self.is_main:
-            try:
-                function()
-            finally:
-                self.store.set("main is done", "")
-        else:
-            while not self.store.check(["main is done"]):
-                time.sleep(0.05)
-
     def check_same(self, settings: dict[str, Any]) -> None:
-        """Raise `ConfigError` if processes were started with other settings, or run other code, than the main one."""
-        if self.size == 1:
-            return
-        mine = {**settings, "torch": torch.__version__, "code": _fingerprint()}
-        everyone: list[dict[str, Any]] = [{}] * self.size
-        dist.all_gather_object(everyone, mine)
+        """Raise `ConfigError` in all processes if one was started with other settings than the main one."""
+        everyone = [settings] * self.world_size
+        if self.world_size > 1:
+            c10d.all_gather_object(everyone, settings)
         differing = [
-            f"{name} is {theirs.get(name)!r} in process {rank}, {mine!r} in process 0"
+            f"{name} is {value!r} in process {rank}, {everyone[0][name]!r} in process 0"
             for rank, theirs in enumerate(everyone)
-            for name, mine in everyone[0].items()
-            if theirs.get(name) != mine
+            for name, value in theirs.items()
+            if value != everyone[0][name]
         ]
         if differing:
-            raise ConfigError(
-                f"the processes do not agree: {'; '.join(differing[:8])}; start all with the same command"
-            )
+            raise ConfigError(f"the processes do not agree: {'; '.join(differing)}; start all with the same command")
 
 
-def _nearest(value: int, step: int) -> str:
-    """The multiples of `step` on either side of `value`, for a message."""
-    below = value - value % step
-    return f"{below} or {below + step}" if below else str(step)
-
-
-def _fingerprint() -> str:
-    """Which code this is: a hash over the package's files."""
-    files = sorted(Path(__file__).parent.rglob("*.py"))
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:12]
-
-
-def this_process() -> World:
-    """The place that torchrun has given to this process."""
+def this_process() -> Distributed:
+    """Return this process's rank, local rank and world size, as set by torchrun."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    return World(*(int(os.environ[name]) for name in names)) if all(name in os.environ for name in names) else World()
+    return Distributed(*(int(os.environ.get(name, default)) for name, default in zip(names, "001", strict=True)))
 
 
 @contextmanager
-def joined(world: World, backend: str, device: Device, minutes: float) -> Iterator[World]:
-    """Within the block the processes can talk; one that waits longer than `minutes` for the others gives up.
+def init_distributed(backend: str, device: Device, minutes: float) -> Iterator[Distributed]:
+    """Connect the processes within the block; one that waits longer than `minutes` for the others gives up.
 
-    Only the main one prints to standard output; see `keep_log` for the others. Yields `world` with its store.
+    Raises `ConfigError` for NCCL without CUDA.
     """
-    if world.size == 1:
-        yield world
+    dist = this_process()
+    if dist.world_size == 1:
+        yield dist
         return
     if backend == "nccl" and device.type != "cuda":
-        raise ConfigError(
-            f"--backend=nccl connects CUDA GPUs, but this run computes on {device.type}; use --backend=gloo"
-        )
-    through_nccl = device.type == "cuda" and backend != "gloo"
-    # some machines take their time to start Python and torch: here nobody's patience is shorter than a minute
-    store, patience = _store_of_this_attempt(world, max(minutes, 1.0)), timedelta(minutes=minutes)
-    names = "cpu:gloo,cuda:nccl" if through_nccl else "gloo"
-    dist.init_process_group(names, store=store, rank=world.rank, world_size=world.size, timeout=patience)
-    stdout = sys.stdout
-    if not world.is_main:
-        sys.stdout = io.StringIO()
-    try:
-        yield replace(world, store=store)
-    except Exception as error:
-        _tell_torchrun(error)
-        raise
-    finally:
-        sys.stdout = stdout
-        gc.collect()  # what still refers to the group would keep its threads running into the end of the process
-        dist.destroy_process_group()
+        raise ConfigError(f"--backend=nccl connects CUDA GPUs, but this run is on {device.type}; use --backend=gloo")
+    # NCCL for tensors on GPUs, gloo for objects and flags on CPUs.
+    backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" and backend != "gloo" else "gloo"
+    store = store_of_this_attempt(dist, max(minutes, 1.0))  # some machines take long to start Python and torch
+    timeout = timedelta(minutes=minutes)
+    c10d.init_process_group(backends, store=store, rank=dist.rank, world_size=dist.world_size, timeout=timeout)
+    yield dist
+    # Only after success, since NCCL could wait here for processes that are gone. torchrun ends all processes as soon as
+    # one leaves with an exit code, so they leave together.
+    c10d.barrier()
+    c10d.destroy_process_group()
 
 
-def _store_of_this_attempt(world: World, minutes: float) -> Any:
-    """The store through which the processes find each other, empty even after torchrun has restarted them.
+def store_of_this_attempt(dist: Distributed, minutes: float) -> Any:
+    """Return the store through which the processes find each other, empty even after torchrun has restarted them.
 
-    The one that torchrun gives still holds the addresses of those that are gone, and counts attempts on each machine
-    for itself (https://github.com/pytorch/pytorch/issues/135712). So the main process draws a name for the attempt and
-    tells it to everyone who asks, by words that were never said before.
+    torchrun's own store still holds the addresses of processes that are gone, and each machine counts its restarts for
+    itself (https://github.com/pytorch/pytorch/issues/135712): so the main process draws a name for this attempt and
+    sends it to each process that registers with a fresh nonce. Without this, restarts fail on torch 2.13.
     """
     from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
     store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(minutes=minutes))))
-    mine, others = uuid.uuid4().hex, [f"hello/{rank}" for rank in range(1, world.size)]
-    try:
-        if not world.is_main:
-            store.set(f"hello/{world.rank}", mine)
-            attempt = store.get(f"welcome/{mine}").decode()
-            store.add(f"joined/{attempt}", 1)
-            return PrefixStore(attempt, store)
-        store.wait(others)
-        welcomed: set[bytes] = set()
-        deadline = time.monotonic() + minutes * 60
-        while store.add(f"joined/{mine}", 0) < len(others):
-            for word in set(store.multi_get(others)) - welcomed:  # some are those of an earlier attempt
-                store.set(f"welcome/{word.decode()}", mine)
-                welcomed.add(word)
-            if time.monotonic() > deadline:
-                raise dist.DistError("they did not come")
-            time.sleep(0.01)
-    except dist.DistError as error:
-        raise UserError(
-            f"process {world.rank} of {world.size} waited {minutes:g} minutes for the others to start ({error}); see "
-            "whether all machines run the same command and can reach the address that was given to torchrun"
-        ) from error
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + 60 * minutes
+    if not dist.is_main:
+        store.set(f"hello/{dist.rank}", mine)
+        attempt = store.get(f"welcome/{mine}").decode()
+        store.add(f"joined/{attempt}", 1)
+        return PrefixStore(attempt, store)
+    while store.add(f"joined/{mine}", 0) < dist.world_size - 1:
+        for rank in range(1, dist.world_size):
+            if store.check([f"hello/{rank}"]):
+                store.set(f"welcome/{store.get(f'hello/{rank}').decode()}", mine)
+        if time.monotonic() > deadline:
+            raise UserError(f"not all of {dist.world_size} processes started within {minutes:g} minutes")
+        time.sleep(0.02)
     return PrefixStore(mine, store)
-
-
-def keep_log(world: World, folder: Path) -> None:
-    """Let what a process other than the main one prints, and has printed, go to a file of its own in `folder`."""
-    if not world.is_main and isinstance(sys.stdout, io.StringIO):
-        printed = sys.stdout.getvalue()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            sys.stdout = open(folder / f"rank-{world.rank}.log", "a", buffering=1, encoding="utf-8")
-        except OSError:  # a full disk: the run is more important than its logs
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")
-        print(printed, end="")
-
-
-def _tell_torchrun(error: Exception) -> None:
-    """Leave a traceback where torchrun looks for it, so that it shows that of the process which failed first."""
-    if isinstance(error, UserError) or "TORCHELASTIC_ERROR_FILE" not in os.environ:
-        return
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-    handler = get_error_handler()
-    handler.initialize()
-    handler.record_exception(error)
-
-
-@contextmanager
-def contact(world: World, minutes: float, step: Callable[[], int]) -> Iterator[None]:
-    """Within the block, the loss of other processes is told apart from a failure of this one: a sentence, exit code 1.
-
-    It is said at once, since torchrun is about to end this process, too.
-    """
-    try:
-        yield
-    except (RuntimeError, dist.DistError) as error:
-        if world.size == 1 or not any(sign in str(error).lower() for sign in _SIGNS):
-            raise
-        reason = re.sub(r"^\[\S*\] ", "", str(error).strip().splitlines()[0])[:120]
-        if "time" in reason.lower():
-            silent = " and ".join(map(str, _silent_processes(world)))
-            what = f"waited {minutes:g} minutes for the others (--dist_timeout); "
-            what += f"no word from process {silent}" if silent else "all are waiting for one another"
-        else:
-            what = "another process is gone; its own message says why, or its machine is down"
-        print(f"error: process {world.rank} of {world.size}, after {step()} updates: {what} ({reason})",
-              file=sys.stderr, flush=True)  # fmt: skip
-        raise SystemExit(1) from None
-
-
-def _silent_processes(world: World, seconds: float = 5.0) -> list[int]:
-    """Which processes don't know that something is stuck: those that are stuck."""
-    with suppress(Exception):  # the store is gone with its machine; nothing is known then
-        world.store.set(f"stuck/{world.rank}", "1")
-        time.sleep(seconds)  # until the others have run out of patience, too
-        return [rank for rank in range(world.size) if not world.store.check([f"stuck/{rank}"])]
-    return []
 
 
 # ---------------------------------------------------------------------------------------------------
 # The model, as several processes train it
 
 
-def fits_ddp(parameters: int, memory: float) -> bool:
-    """Whether each process can hold the whole training state in half of `memory` bytes (0: unknown, so yes)."""
-    return not memory or parameters * _BYTES_OF_STATE <= memory / 2
+def parallelize(model: GPT, parallel: str, device: Device, dist: Distributed) -> Any:
+    """Move `model` from the CPU to its device and return it as training must call it: itself, or wrapped in DDP.
 
-
-def choose_parallel(parallel: str, parameters: int, device: Device, world: World) -> str:
-    """Resolve the setting `parallel` and print the choice: ddp, fsdp, or none for a single process."""
-    if world.size == 1:
-        return "none"
-    fits = fits_ddp(parameters, device.total_memory())
-    chosen = parallel if parallel != "auto" else "ddp" if fits else "fsdp"
-    if chosen == "fsdp" and device.dtype == torch.float16:
-        raise ConfigError("--parallel=fsdp computes in bfloat16 or float32, not in float16; set --dtype or take ddp")
-    size = f"{parameters * _BYTES_OF_STATE / 1e9:,.1f} GB of weights, gradients and averages"
-    why = f"auto: {size} {'fit' if fits else 'do not fit'} into each process"
-    log.info(f"{world.size} processes, {chosen} ({why if parallel == 'auto' else 'as set'})")
-    return chosen
-
-
-def compile_model(model: GPT, parallel: str, device: Device) -> None:
-    """Have `model` compiled when it is first called.
-
-    Block by block with fsdp, which collects blocks one by one, and on CPUs, where all blocks are compiled in the time
-    of one, and the rest is faster as it is.
+    ddp: every process holds all of it. fsdp: each holds a shard of every parameter and all-gathers a block's others
+    while it computes that block; a model of meta tensors comes out with memory, but without values. auto: ddp if the
+    whole training state fits into half of a GPU's memory.
     """
-    for module in model.transformer.h if parallel == "fsdp" or device.type == "cpu" else [model]:
-        module.compile()
-
-
-def wrap(model: GPT, parallel: str, device: Device, world: World) -> Any:
-    """`model`, still on the CPU, as training must call it: on its device, its gradients the mean over all processes.
-
-    With fsdp each process keeps a share of every parameter and collects a block's others while it computes that block;
-    a model of meta tensors comes out with memory, but without values.
-    """
-    if parallel != "fsdp":
+    n_bytes = model.get_num_params() * BYTES_OF_STATE
+    if parallel == "auto":
+        fits = not device.total_memory() or n_bytes <= device.total_memory() / 2 or device.dtype == torch.float16
+        parallel = "ddp" if fits and not any(p.is_meta for p in model.parameters()) else "fsdp"
+    if dist.world_size > 1:
+        log.info(f"{dist.world_size} processes, {parallel}; weights, gradients and moments: {n_bytes / 1e9:.1f} GB")
+    if device.compile:
+        # Block by block with fsdp, which all-gathers one block at a time, and on CPUs, where the rest gains nothing.
+        for module in model.transformer.h if parallel == "fsdp" or device.type == "cpu" else [model]:
+            module.compile(dynamic=False)
+    if dist.world_size == 1 or parallel == "ddp":
         model.to(device.name)
-        return DistributedDataParallel(model, gradient_as_bucket_view=True) if parallel == "ddp" else model
+        return DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.world_size > 1 else model
+    if device.dtype == torch.float16:
+        raise ConfigError("--parallel=fsdp computes in bfloat16 or float32, not in float16; use --parallel=ddp")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(device.type, (world.size,))
-    # blocks travel in the format they compute in; the residual stream and what the gradients add up in stay float32
+    mesh = init_device_mesh(device.type, (dist.world_size,))
+    # Blocks are all-gathered in the dtype they compute in; gradients are reduced in float32.
     policy = MixedPrecisionPolicy(param_dtype=device.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -334,9 +197,30 @@ def wrap(model: GPT, parallel: str, device: Device, world: World) -> Any:
     return model
 
 
-def no_gradient_exchange(network: Any, is_last: bool) -> AbstractContextManager[None]:
-    """With ddp, gradients travel once per update, with the last micro-batch; fsdp has no room to keep them."""
+def gradient_sync(network: Any, is_last: bool) -> AbstractContextManager[None]:
+    """Return a context in which DDP all-reduces gradients in the last micro-batch of a step only."""
     if isinstance(network, DistributedDataParallel) and not is_last:
-        exchange: AbstractContextManager[None] = network.no_sync()
-        return exchange
+        context: AbstractContextManager[None] = network.no_sync()
+        return context
     return nullcontext()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether each process holds a shard of `tensor` only (a DTensor, whose import takes half a second)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor that may be sharded as a full one; all processes must call this together."""
+    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return full
+
+
+def shard_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """Return a full tensor that belongs to a parameter, such as a moment of Adam, sharded as the parameter is."""
+    if not is_sharded(parameter) or is_sharded(value) or value.shape != parameter.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    return distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)

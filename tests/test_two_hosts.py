@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt.report.metrics import read_metrics
+from nanogpt.metrics import read_metrics
 from tests.conftest import ROOT
 from tests.test_cli import TINY
 from tests.test_distributed import COMMON, alone, assert_same_run
