@@ -1,364 +1,578 @@
 """A run on disk, and how it comes back.
 
-A checkpoint is the original nanoGPT's dictionary, so that its programs read ours; what is ours lies under one
-more key, `nanogpt`. It is the whole run: sampling, evaluating and resuming need nothing else.
+A checkpoint is the original nanoGPT's dictionary with everything of ours under one more key, `nanogpt`: it is the whole
+run. ckpt.pt is the newest, ckpt.prev.pt, ckpt.prev2.pt, … are those before it; best.pt, without the optimizer, has the
+lowest validation loss. FSDP runs write folders ckpt.dcp/STEP/: one file per process in the format of
+torch.distributed.checkpoint and, written last, run.json with everything that is no tensor.
 """
 
-import dataclasses
+import errno
+import io
 import itertools
 import logging
 import math
+import operator
 import os
-from dataclasses import dataclass
+import pickle
+import shutil
+import threading
+import time
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
 
-from nanogpt import sharded
-from nanogpt.config import GPTConfig, TrainConfig
+from nanogpt.config import GPTConfig, TrainConfig, steps_and_seconds
 from nanogpt.data import tokenizer_of_original
 from nanogpt.device import Device
-from nanogpt.errors import CheckpointError, ConfigError
-from nanogpt.interop.flat import model_args, save_tensors, unknown_to_the_original
+from nanogpt.distributed import full_tensor, shard_like
+from nanogpt.errors import CheckpointError, ConfigError, DamagedError, UserError
+from nanogpt.files import atomic_write, locked, read_json, sync_folder, write_json
+from nanogpt.interop.huggingface import load_pretrained
 from nanogpt.model import GPT
-from nanogpt.spread import is_spread, spread_like
-from nanogpt.tokenizer import Tokenizer
-from nanogpt.tokenizer_json import from_description
+from nanogpt.settings import SourceConfig
+from nanogpt.tokenizer import Tokenizer, from_description
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-RUN_FILES = (
-    "best.pt ckpt.dcp metrics.jsonl config.json diverged.json wandb_id wandb tensorboard logs loss.png attention.png "
-    "tokens.html"
-).split()
+FORMAT = 1  # of what lies under `nanogpt`
+METADATA_NAMES = {
+    "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex StorageMeta TensorStorageMetadata "
+    "ChunkStorageMetadata TensorProperties _MEM_FORMAT_ENCODING".split(),
+    "torch.distributed.checkpoint.filesystem": ["_StorageInfo"],
+    "torch.serialization": ["_get_layout"], "torch": ["Size"],
+    "pathlib": ["PosixPath"], "pathlib._local": ["PosixPath"],
+}  # fmt: skip
+RUN_FILES = "ckpt*.pt best.pt ckpt.dcp metrics.jsonl config.json wandb_id wandb tensorboard logs loss.png".split()
 
 
 @dataclass
-class Progress:
+class TrainState:
     """How far a run has come."""
 
-    step: int = 0  # updates done
-    best_val_loss: float = float("inf")
+    step: int = 0  # steps done
+    best_val_loss: float = math.inf
     tokens: int = 0  # trained on so far
-    seconds: float = 0.0  # spent training so far, without evaluating and saving
+    seconds: float = 0.0  # spent on steps so far, without evaluating and saving
     evaluated: int = -1  # step of the last evaluation
-    skipped: int = 0  # updates left out because loss or gradient was not finite
-    clipped: int = 0  # updates whose gradient was clipped, since that was last recorded
-    losses: int = 0  # recorded so far
-    loss_average: float = 0.0  # of the recorded losses, the latest ones counting most
-    loss_deviation: float = 0.0  # how far they usually are from it
+    skipped: int = 0  # steps that were skipped because loss or gradient was not finite
 
 
 @dataclass
 class Checkpoint:
-    """A checkpoint in memory, on the CPU."""
+    """A checkpoint in memory, on the CPU; what is on `meta` is still on disk, until `restore`."""
 
     path: Path
-    weights: dict[str, torch.Tensor]
+    weights: dict[str, Tensor]
     model_config: GPTConfig
     config: dict[str, Any]  # of the training run
-    progress: Progress
+    state: TrainState
     tokenizer: Tokenizer
-    optimizer: dict[str, Any] | None
+    optimizer: dict[str, Any] | None  # None in best.pt
     scaler: dict[str, Any]
 
     @property
-    def is_unread(self) -> bool:
-        """Whether the weights have no values yet: `restore` brings each process its share of them."""
+    def is_sharded(self) -> bool:
+        """Whether the weights are still on disk: `restore` brings each process its shard of them."""
         return any(tensor.is_meta for tensor in self.weights.values())
 
-    def model(self, device: Device, *, dropout: float = 0.0) -> GPT:
-        """The network, in evaluation mode, on `device`; without values as long as `is_unread`."""
+    def build_model(self, device: str = "cpu", dropout: float = 0.0) -> GPT:
+        """Return the model in evaluation mode, on `device`; on `meta` if `is_sharded`."""
         try:
-            model = GPT.from_weights(dataclasses.replace(self.model_config, dropout=dropout), self.weights)
+            model = GPT.from_weights(replace(self.model_config, dropout=dropout), self.weights)
         except RuntimeError as error:
             raise CheckpointError(f"{self.path}: the weights do not fit the model they came with: {error}") from error
-        return (model if self.is_unread else model.to(device.name)).eval()
+        return (model if self.is_sharded else model.to(device)).eval()
 
-    def restore(self, model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-        """Bring back what a run needs beside its weights: moments and loss scale; and weights that are yet to be read.
+    def restore(self, model: GPT, optimizer: Optimizer, scaler: GradScaler) -> None:
+        """Bring back optimizer state, loss scale, and weights that are still on disk. All processes must call.
 
-        Betas and weight decay stay those that `optimizer` was made with; every step sets the learning rate. Raises
-        `CheckpointError` for a state that is not this model's.
+        Settings of the optimizer stay as they are. Raises `CheckpointError` if its state is not this model's.
         """
         if self.optimizer is None:
             raise CheckpointError(f"{self.path} has no optimizer state: it can be sampled, but not resumed")
+        saved = self.optimizer["state"]
         try:
-            saved = sharded.read_into(self.path, model, optimizer) if self.is_unread else self.optimizer
-            states = _states_for(optimizer, saved)
-            optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{self.path}: the optimizer state does not fit the model: {error}") from error
+            if saved:  # empty if the run was stopped before its first step
+                allocate_state(optimizer)
+            sizes = [
+                [len(g["params"]) for g in each] for each in (self.optimizer["param_groups"], optimizer.param_groups)
+            ]
+            if sizes[0] != sizes[1]:
+                raise ValueError(f"it is of groups of {sizes[0]} parameters, and not of {sizes[1]}")
+            # AdamW's kernel would write beyond a moment that is too small, so values go into memory of the right size.
+            for number, state in optimizer.state_dict()["state"].items():
+                for name, tensor in state.items():
+                    value = saved[number][name]
+                    if value.shape != tensor.shape:
+                        raise ValueError(f"{name} has shape {tuple(value.shape)}, not {tuple(tensor.shape)}")
+                    if not value.is_meta:
+                        tensor.copy_(shard_like(tensor, value))
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{self.path}: its optimizer state does not fit: {error!r}; resume with the optimizer of the run, or "
+                "start a new run from its weights with --init_from=FILE"
+            ) from error
+        if self.path.is_dir():
+            load_shards(self.path, tensors_of(model, optimizer))
         if self.scaler and scaler.is_enabled():
             scaler.load_state_dict(self.scaler)
+        # If best.pt is missing, reset the best loss, so that the next evaluation writes it.
+        best = self.path.parents[1 if self.path.is_dir() else 0] / "best.pt"
+        self.state.best_val_loss = max(self.state.best_val_loss, peek(best)["best_val_loss"])
+        self.weights, self.optimizer = {}, None  # the run holds them now
 
 
-def _states_for(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[int, dict[str, torch.Tensor]]:
-    """The saved states of the optimizer's parameters, in its order: spread as they are, one whole one at a time.
+def allocate_state(optimizer: Optimizer) -> None:
+    """Let any optimizer make the tensors of its state, by a step without gradient and learning rate."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
-    AdamW's kernel writes as many numbers as the parameter has, wherever they lie: nothing else may pass.
+
+class Checkpoints:
+    """Writes the checkpoints of one run in the background, one at a time, and never over the last good one.
+
+    The main process writes whole files. In a sharded run every process writes its shard, and all must call.
     """
-    sizes, expected = ([len(g["params"]) for g in groups] for groups in (saved["param_groups"], optimizer.param_groups))
-    if sizes != expected:
-        raise ValueError(f"it is of groups of {sizes} parameters, and not of {expected}")
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    numbers = [number for group in saved["param_groups"] for number in group["params"]]
-    states: dict[int, dict[str, torch.Tensor]] = {}
-    for n, (parameter, number) in enumerate(zip(parameters, numbers, strict=True)):
-        for name, value in saved["state"].get(number, {}).items():
-            if name == "step":
-                fitting = _fitting(name, torch.as_tensor(value), torch.Size())
-            else:
-                fitting = spread_like(parameter, _fitting(name, value, parameter.shape))
-            states.setdefault(n, {})[name] = fitting
-    return states
 
+    def __init__(self, config: TrainConfig, dist: Any, is_sharded: bool, resumed_from: Path | None = None) -> None:
+        self.config, self.dist, self.is_sharded, self.folder = config, dist, is_sharded, Path(config.out_dir)
+        self.steps, self.seconds = steps_and_seconds(config.checkpoint_interval) or (0, 0.0)
+        self.last = time.monotonic()
+        self.thread: threading.Thread | None = None
+        self.failure: UserError | None = None
+        # The threads that write talk to each other while the training does: they need a group of their own.
+        timeout = timedelta(minutes=config.dist_timeout)
+        self.group = torch.distributed.new_group(backend="gloo", timeout=timeout) if is_sharded else None
+        kept = checkpoints_of(self.folder)
+        if resumed_from in kept and dist.is_main:
+            # The next checkpoint would push damaged newer ones over the good one before them.
+            for path in kept[: kept.index(resumed_from)]:
+                try:
+                    verify_checksums(path)
+                except DamagedError:
+                    remove(path)
 
-def _fitting(name: str, value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    is_plain = is_spread(value) or (value.layout == torch.strided and not value.is_meta)
-    if value.shape != shape or not is_plain or not (value.is_floating_point() or name == "step"):
-        raise ValueError(f"{name} is {value.dtype} of shape {tuple(value.shape)}, where {tuple(shape)} is needed")
-    return value.contiguous()
+    def is_due(self, step: int) -> bool:
+        """Return whether `checkpoint_interval` asks for a checkpoint after `step` steps."""
+        is_due = step % self.steps == 0 if self.steps else 0 < self.seconds < time.monotonic() - self.last
+        return bool(self.dist.any(is_due)) if self.is_sharded else is_due
 
+    def save(
+        self, model: GPT, optimizer: Optimizer, scaler: GradScaler, state: TrainState, tokenizer: Tokenizer,
+        *, is_best: bool = False,
+    ) -> None:  # fmt: skip
+        """Copy the run as it is now, and write it while training continues. A failure is a warning.
 
-def description(
-    shape: GPTConfig, scaler: torch.amp.GradScaler, config: TrainConfig, progress: Progress, tokenizer: Tokenizer
-) -> dict[str, Any]:
-    """A checkpoint but for its tensors: what can be said as JSON."""
-    fields = dataclasses.asdict(shape)
-    return {
-        "model_args": fields if unknown_to_the_original(shape) else model_args(shape),
-        "iter_num": progress.step,
-        "best_val_loss": progress.best_val_loss,
-        "config": dataclasses.asdict(config),
-        "nanogpt": {
-            "format": FORMAT,
-            "model_config": fields,
-            "tokenizer": tokenizer.describe(),
-            "scaler": scaler.state_dict(),
-            **dataclasses.asdict(progress),
-        },
-    }
+        Waits until the checkpoint before it is written: there is one copy at a time.
+        """
+        self.wait()
+        self.last = time.monotonic()
+        if not self.is_sharded and not self.dist.is_main:
+            return
+        fields = asdict(model.config)
+        arguments, unknown = original_arguments(model.config)
+        content: dict[str, Any] = {
+            "model_args": fields if unknown else arguments, "iter_num": state.step,
+            "best_val_loss": state.best_val_loss, "config": asdict(self.config),
+            "nanogpt": {"format": FORMAT, "model_config": fields, "tokenizer": tokenizer.describe(),
+                        "scaler": scaler.state_dict(), **asdict(state)},
+        }  # fmt: skip
+        weights, shards = {}, None
+        if is_best or not self.is_sharded:
+            weights = on_cpu(model.state_dict(), keep=self.dist.is_main)
+            if model.config.tied_head:
+                weights["lm_head.weight"] = weights["transformer.wte.weight"]
+        if self.is_sharded:
+            content["param_groups"] = optimizer.state_dict()["param_groups"]
+            folder = self.folder / "ckpt.dcp" / str(state.step)
+            if not self.dist.broadcast_from_main(lambda: is_finished(folder)):  # a run was stopped after it had saved
+                from torch.distributed.checkpoint.filesystem import FileSystemWriter
+                from torch.distributed.checkpoint.state_dict_saver import async_save
 
-
-def snapshot(model: GPT, optimizer: torch.optim.Optimizer, described: dict[str, Any], into: Any) -> dict[str, Any]:
-    """A run as it is now, the content of a checkpoint: copied, so that training may go on while it is written.
-
-    `into`, an earlier one that nobody needs any more, gives its memory: new memory makes the next update slow.
-    """
-    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **described}
-    copied: dict[str, Any] = _copied(content, {}, into)
-    return copied
-
-
-def _copied(value: Any, done: dict[Any, torch.Tensor], into: Any = None) -> Any:
-    """`value` with all tensors in memory of the CPU of their own; those that share theirs (a tied head) still do."""
-    if isinstance(value, torch.Tensor):
-        place = (value.data_ptr(), value.shape, value.stride(), value.dtype)
-        if place not in done:
-            fits = isinstance(into, torch.Tensor) and (into.shape, into.dtype) == (value.shape, value.dtype)
-            is_free = fits and not any(into is taken for taken in done.values())
-            done[place] = into.copy_(value.detach()) if is_free else value.detach().to("cpu", copy=True)
-        return done[place]
-    if isinstance(value, dict):
-        old = into if isinstance(into, dict) else {}
-        return {key: _copied(item, done, old.get(key)) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_copied(item, done) for item in value)
-    return value
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint atomically. Raises `UserError` when the operating system refuses."""
-    save_tensors(path, content)
-
-
-def load(path: Path, data_dir: str = "data", *, spread: bool = False, is_checked: bool = False) -> Checkpoint:
-    """Read a checkpoint written here or by the original, without running any code that it may contain.
-
-    The original keeps a character vocabulary with the data set: it is looked for below `data_dir`. With `spread`, each
-    process will keep a share of it only: nothing is read yet that can wait. `is_checked`: it is known to be whole.
-    Raises `CheckpointError` if the file is missing, damaged or no such checkpoint.
-    """
-    content = _read(path, spread, is_checked)
-    try:
-        ours = content.get("nanogpt", {})
-        if ours.get("format", FORMAT) > FORMAT:
-            raise CheckpointError(f"{path} was written by a newer version of nanoGPT (format {ours['format']})")
-        shape = GPTConfig(**(ours.get("model_config") or content["model_args"]))
-        if problems := list(shape.problems()):
-            raise CheckpointError(f"{path} holds an impossible model: {'; '.join(problems)}")
-        # the original's compiled models carry a prefix, its oldest ones attention masks
-        weights = {
-            name.removeprefix("_orig_mod."): _weight(name, tensor)
-            for name, tensor in content["model"].items()
-            if not name.endswith(".attn.bias")
-        }
-        if (layers := len({name.split(".")[2] for name in weights if ".h." in name})) != shape.n_layer:
-            raise CheckpointError(f"{path} holds the weights of {layers} layers, but describes {shape.n_layer}")
-        if ours:
-            tokenizer = from_description(ours["tokenizer"])
-            if tokenizer.vocab_size > shape.vocab_size:
-                raise CheckpointError(f"{path} holds a model of {shape.vocab_size} entries for the {tokenizer}")
+                # Copying ahead would open a CUDA context on GPU 0 in the writing thread of every process.
+                writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
+                shards = async_save(tensors_of(model, optimizer), storage_writer=writer, process_group=self.group)
         else:
-            tokenizer = _tokenizer_of_original(path, Path(data_dir, str(content["config"].get("dataset"))), shape)
-        progress = Progress(
-            **{field.name: ours[field.name] for field in dataclasses.fields(Progress) if field.name in ours}
-            | {"step": content["iter_num"], "best_val_loss": float(content["best_val_loss"])}
-        )
-        expected: dict[str, Any] = {name: (int, type(default)) for name, default in vars(Progress()).items()}
-        for name, value in {"config": content["config"], **vars(progress)}.items():
-            if not isinstance(value, expected.get(name, dict)):
-                raise CheckpointError(f"{path} is no checkpoint of a GPT: its {name} is {value!r:.100}")
-        return Checkpoint(
-            path=path,
-            weights=weights,
-            model_config=shape,
-            config=content["config"],
-            progress=progress,
-            tokenizer=tokenizer,
-            optimizer=content["optimizer"],
-            scaler=ours.get("scaler", {}),
-        )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{path} is no checkpoint of a GPT: {type(error).__name__}: {error}") from error
+            content["optimizer"] = on_cpu(optimizer.state_dict())
+        self.thread = threading.Thread(target=self.write, args=(content, weights, shards, is_best))
+        self.thread.start()
+
+    def write(self, content: dict[str, Any], weights: dict[str, Tensor], shards: Any, is_best: bool) -> None:
+        """Write best.pt, then the newest: a run that is killed in between evaluates again and writes both again."""
+        keep, newest = self.config.keep_checkpoints, self.folder / "ckpt.pt"
+        try:
+            if shards:
+                shards.result()  # all processes have written theirs
+            if self.dist.is_main:
+                if is_best:
+                    write_file(self.folder / "best.pt", {**content, "model": weights, "optimizer": None})
+                if self.is_sharded:
+                    newest = self.folder / "ckpt.dcp" / str(content["iter_num"])
+                    write_json(newest / "run.json", content)
+                    sync_folder(newest.parent)
+                else:
+                    write_file(newest, {"model": weights, **content}, keep)
+                for path in [path for path in checkpoints_of(self.folder) if path != newest][keep - 1 :]:
+                    remove(path)
+            self.failure = None
+        except BaseException as error:  # torch's CheckpointException is no Exception
+            cause = next(iter(getattr(error, "failures", {}).values()), [error])[0]
+            self.failure = cause if isinstance(cause, UserError) else UserError(f"cannot write a checkpoint: {cause!r}")
+            log.warning(f"{self.failure}; training continues, and earlier checkpoints stay")
+
+    def wait(self) -> None:
+        """Return when nothing is being written."""
+        if self.thread:
+            self.thread.join()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last checkpoint could not be written; waits for it."""
+        self.wait()
+        return bool(self.dist.any(self.failure is not None)) if self.is_sharded else self.failure is not None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        """Wait until the last checkpoint is written. Raises `UserError` if that failed and nothing else did."""
+        self.wait()
+        if self.failure and error is None:
+            raise self.failure
 
 
-def _weight(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A weight, contiguous, as kernels expect it. Raises `TypeError` for what is none, or shows few numbers as many."""
-    is_usual = tensor.layout == torch.strided and tensor.is_floating_point()
-    if not is_usual or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise TypeError(f"{name} is no plain tensor of numbers: {tensor.dtype}, {tensor.layout}, {tensor.shape}")
-    return tensor.contiguous()
+def on_cpu(value: Any, keep: bool = True) -> Any:
+    """Return a copy of nested dictionaries and lists with full tensors on the CPU; None for each without `keep`."""
+    if isinstance(value, Tensor):
+        full = full_tensor(value)
+        return full.detach().to("cpu", copy=True) if keep else None
+    if isinstance(value, dict):
+        return {key: on_cpu(item, keep) for key, item in value.items()}
+    return [on_cpu(item, keep) for item in value] if isinstance(value, list) else value
 
 
-def is_damaged(path: Path) -> bool:
-    """Whether a checkpoint is not what was once written (cut off, bits flipped); not if it can't be read just now."""
-    try:
-        return _damage(path) is not None
-    except OSError:
-        return False
-    except Exception:  # zipfile and pickle have many ways
-        return True
+def write_file(path: Path, content: dict[str, Any], keep: int = 1) -> None:
+    """Write a whole checkpoint atomically. With `keep` above 1, the ckpt.pt before it becomes ckpt.prev.pt, and so on.
 
-
-def _damage(path: Path) -> str | None:
-    """What in a checkpoint does not have its checksum; torch.load alone lets a flipped byte pass."""
-    return sharded.damage(path) if path.is_dir() else sharded.damaged_part(path)
-
-
-def _read(path: Path, spread: bool, is_checked: bool) -> dict[str, Any]:
-    try:
-        if not is_checked and (damaged := _damage(path)):
-            raise CheckpointError(f"{path} is damaged: checksum of {damaged} is wrong; use an older checkpoint")
-        if path.is_dir():
-            return sharded.read(path, values=not spread)
-        # where each process takes a share, they read the same pages of memory
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=spread)
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no checkpoint {path}") from None
-    except CheckpointError:
-        raise
-    except Exception as error:  # zipfile, torch and pickle each raise their own for a broken or hostile file
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {type(error).__name__}: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no checkpoint of a GPT: it holds a {type(content).__name__}")
-    return content
-
-
-def _tokenizer_of_original(path: Path, data: Path, shape: GPTConfig) -> Tokenizer:
-    """The vocabulary beside the data set, for a checkpoint that has none in it."""
-    tokenizer = tokenizer_of_original(data)
-    if tokenizer.vocab_size > shape.vocab_size:
-        raise CheckpointError(
-            f"{path} comes without its vocabulary of {shape.vocab_size} entries, and {data / 'meta.pkl'} does not "
-            "hold it either; put the meta.pkl of its data set there"
-        )
-    return tokenizer
-
-
-def find(out_dir: str, which: str) -> Path:
-    """The checkpoint `which` (auto, best, last or a file) of the run in `out_dir`."""
-    folder = Path(out_dir)
-    last = [str(path.relative_to(folder)) for path in kept(out_dir)] or ["ckpt.pt"]
-    names = {"best": ["best.pt"], "last": last, "auto": ["best.pt", *last]}.get(which)
-    if names is None:
-        return Path(which)
-    if found := next((folder / name for name in names if (folder / name).exists()), None):
-        return found
-    there = f"the folder {out_dir} has no {' or '.join(names)}" if folder.is_dir() else f"there is no folder {out_dir}"
-    raise CheckpointError(f"{there}; train a model first, or name its folder with --out_dir=…")
-
-
-def best_val_loss(path: Path) -> float:
-    """The validation loss of a checkpoint, whose weights are not read; infinite if there is none, or it is damaged."""
-    return float(_glance(path, "best_val_loss", math.inf))
-
-
-def step_of(path: Path) -> float:
-    """After how many updates a checkpoint was made; of one that can't be read, infinite: its place is to be refused."""
-    return float(path.name) if path.is_dir() else float(_glance(path, "iter_num", math.inf))
-
-
-def _glance(path: Path, name: str, default: float) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)[name]
-    except Exception:  # torch and pickle have many ways
-        return default
+    A run that is killed between two renames finds a gap in these names, but no checkpoint less.
+    """
+    with atomic_write(path) as file:
+        try:
+            torch.save(content, file.name)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(str(error).splitlines()[0]) from error
+        names = file_names(path.parent, keep)
+        free = next((n for n, name in enumerate(names) if not name.exists()), keep - 1)
+        for n in range(free, 0, -1):
+            os.replace(names[n - 1], names[n])
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint; a folder so that it is never taken for whole meanwhile."""
+    """Delete a checkpoint, file or folder."""
     if path.is_dir():
-        sharded.remove(path)
+        shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
 
-def kept(out_dir: str | Path) -> list[Path]:
-    """The checkpoints that a run can go on from, the newest first: ckpt.pt, ckpt.prev.pt, …; folders of ckpt.dcp."""
-    paths = [path for n in range(100) if (path := kept_name(Path(out_dir), n)).exists()]
-    finished = Path(out_dir) / "ckpt.new.pt"  # killed just before it took its name
-    if not kept_name(Path(out_dir), 0).exists() and finished.exists():
-        paths = [finished, *paths]
-    folders = sharded.finished(Path(out_dir))
-    return sorted([*paths, *folders], key=step_of, reverse=True) if folders and paths else folders or paths
+# ---------------------------------------------------------------------------------------------------
+# The run folder
 
 
-def kept_name(folder: Path, n: int) -> Path:
-    """The name of the checkpoint that is n checkpoints old."""
-    return folder / ("ckpt.pt" if n == 0 else f"ckpt.prev{n if n > 1 else ''}.pt")
+def file_names(folder: Path, count: int) -> list[Path]:
+    """Return the names of the newest `count` whole checkpoints, the newest first."""
+    return [folder / f"ckpt{age}.pt" for age in ["", ".prev", *(f".prev{n}" for n in range(2, count))][:count]]
 
 
-def load_last(out_dir: str, data_dir: str, *, spread: bool = False) -> Checkpoint:
-    """The newest checkpoint of the run in `out_dir` that is whole; damaged ones are passed over, and named.
+def is_finished(folder: Path) -> bool:
+    """Return whether a folder is a checkpoint, and not what a killed process was writing."""
+    return (folder / ".metadata").exists() and (folder / "run.json").exists()
+
+
+def peek(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's dictionary, the weights unread; with infinite step and loss if it cannot be read."""
+    try:
+        is_folder = path.is_dir()
+        content = read_json(path / "run.json") if is_folder else torch.load(path, "cpu", weights_only=True, mmap=True)
+        return {**content, "iter_num": int(content["iter_num"]), "best_val_loss": float(content["best_val_loss"])}
+    except Exception:  # torch and pickle raise many kinds
+        return {"iter_num": math.inf, "best_val_loss": math.inf}
+
+
+def checkpoints_of(out_dir: str | Path) -> list[Path]:
+    """Return the checkpoints that the run in `out_dir` can resume from, the newest first."""
+    files = [path for path in file_names(Path(out_dir), 100) if path.exists()]
+    folders = [path for path in Path(out_dir, "ckpt.dcp").glob("[0-9]*") if is_finished(path)]
+    # Names tell the age of files, steps that of folders, and of both in a run that was sharded for a time.
+    return sorted(files + folders, key=lambda path: peek(path)["iter_num"], reverse=True) if folders else files
+
+
+def find_checkpoint(out_dir: str | Path, which: str) -> Path:
+    """Return the checkpoint `which` (auto, best, last or a file) of the run in `out_dir`; auto: the best model.
 
     Raises `CheckpointError` if there is none.
     """
-    paths = kept(out_dir)
-    for path, older in itertools.pairwise(paths):
-        try:
-            return load(path, data_dir, spread=spread)
-        except CheckpointError as error:
-            if not is_damaged(path):
-                raise
-            log.warning(f"{error}; going on from {older.name}, the one before it")
-    return load(paths[-1] if paths else find(out_dir, "last"), data_dir, spread=spread)  # find says what is missing
+    if which not in ("auto", "best", "last"):
+        return Path(which)
+    best, kept = Path(out_dir, "best.pt"), checkpoints_of(out_dir)
+    found = [*([best] if which != "last" and best.exists() else []), *(kept if which != "best" else [])]
+    if not found:
+        there = f"{out_dir} has no {which} checkpoint" if Path(out_dir).is_dir() else f"there is no folder {out_dir}"
+        raise CheckpointError(f"{there}; train a model first, or name its folder with --out_dir=…")
+    if found[0] == best and len(found) > 1:
+        # Another program, such as the original, may have continued the run: it leaves its best model in ckpt.pt.
+        old, new = peek(best), peek(kept[0])
+        if new["iter_num"] > old["iter_num"] and new["best_val_loss"] < old["best_val_loss"]:
+            log.info(f"{kept[0]} is newer and better than best.pt: taking it")
+            return kept[0]
+        if "nanogpt" not in new:
+            log.warning(f"taking best.pt; {kept[0]} is of another program, --checkpoint=last takes it")
+    return found[0]
 
 
-def set_previous_run_aside(out_dir: str) -> None:
-    """Move the files of an earlier run to out_dir/previous-N: a new run neither mixes with it nor destroys it."""
-    folder = Path(out_dir)
-    if not kept(out_dir) and not any((folder / name).exists() for name in ("best.pt", "metrics.jsonl")):
-        return
-    aside = next(path for n in itertools.count(1) if not (path := folder / f"previous-{n}").exists())
-    try:
-        aside.mkdir()
-        for path in [*folder.glob("ckpt*.pt*"), *(folder / name for name in RUN_FILES)]:
-            if path.exists():
+@contextmanager
+def use_out_dir(config: TrainConfig, dist: Any, resumed_from: Path | None) -> Iterator[None]:
+    """Keep other runs out of `out_dir` during the block. A new run first moves an earlier one to previous-N/."""
+    folder = Path(config.out_dir)
+
+    def prepare() -> None:
+        for path in [*folder.glob("*.[0-9]*.tmp"), *folder.glob("ckpt.dcp/[0-9]*")]:
+            if not is_finished(path):
+                remove(path)
+        earlier = [path for pattern in RUN_FILES for path in folder.glob(pattern)]
+        if earlier and resumed_from is None:
+            if "out_dir" not in read_json(folder / "config.json") and (folder / "config.json").exists():
+                raise ConfigError(f"out_dir={folder}: its config.json belongs to no run; choose another folder")
+            aside = next(path for n in itertools.count(1) if not (path := folder / f"previous-{n}").exists())
+            aside.mkdir()
+            for path in earlier:
                 os.replace(path, aside / path.name)
-    except OSError as error:
-        raise ConfigError(f"cannot move the earlier run in {out_dir} aside: {error.strerror}") from error
-    log.info(f"{out_dir} held an earlier run: moved to {aside}")
+            log.info(f"{folder} held an earlier run: moved to {aside}")
+        write_json(folder / "config.json", asdict(config))
+
+    with ExitStack() as stack:
+        lock = locked(folder / "lock", f"a run in {folder}")
+        dist.broadcast_from_main(lambda: stack.enter_context(lock))
+        dist.broadcast_from_main(prepare)
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------
+# Reading
+
+
+def load_latest(out_dir: str | Path, data_dir: str = "data", dist: Any = None, *, sharded: bool = False) -> Checkpoint:
+    """Return the newest checkpoint in `out_dir` that is not damaged; the main process finds out for all which it is."""
+
+    def newest_good() -> Path:
+        paths = checkpoints_of(out_dir) or [find_checkpoint(out_dir, "last")]
+        for path, older in zip(paths, [*paths[1:], None], strict=True):
+            try:
+                verify_checksums(path)
+                break
+            except DamagedError as error:
+                if older is None:
+                    raise
+                log.warning(f"{error}; resuming from {older.name}, the one before it")
+        return path
+
+    path = dist.broadcast_from_main(newest_good) if dist else newest_good()
+    return load_checkpoint(path, data_dir, sharded=sharded, verify=False)
+
+
+def load_checkpoint(path: Path, data_dir: str = "data", *, sharded: bool = False, verify: bool = True) -> Checkpoint:
+    """Read a checkpoint of ours or of the original, without running code that it may contain.
+
+    The original keeps a character vocabulary with the data set, below `data_dir`. With `sharded`, a folder's weights
+    are left to `restore`. Raises `CheckpointError`, which is a `DamagedError` if checksums are wrong.
+    """
+    if not path.exists():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    if verify:
+        verify_checksums(path)
+    try:
+        if path.is_dir():
+            content = read_folder(path, sharded)
+        else:  # mapped, processes that take shards of it share its pages
+            content = torch.load(path, "cpu", weights_only=True, mmap=sharded)
+        ours = content.get("nanogpt", {})
+        if ours.get("format", FORMAT) > FORMAT:
+            raise CheckpointError(f"{path} was written by a newer version of nanoGPT (format {ours['format']})")
+        model_config = GPTConfig(**(ours.get("model_config") or content["model_args"]))
+        data = Path(data_dir, str(content["config"].get("dataset")))
+        tokenizer = from_description(ours["tokenizer"]) if ours else tokenizer_of_original(data)
+        if not ours and tokenizer.vocab_size > model_config.vocab_size:
+            hint = f"{data / 'meta.pkl'} does not hold it either; put the meta.pkl of its data set there"
+            raise CheckpointError(
+                f"{path} comes without its vocabulary of {model_config.vocab_size} entries, and {hint}"
+            )
+        # The original's compiled models have a prefix, its oldest ones attention masks.
+        weights = {name.removeprefix("_orig_mod."): weight for name, weight in content["model"].items()}
+        weights = {name: weight for name, weight in weights.items() if not name.endswith(".attn.bias")}
+        more = {name: ours[name] for name in ("tokens", "seconds", "evaluated", "skipped") if name in ours}
+        state = TrainState(content["iter_num"], float(content["best_val_loss"]), **more)
+        optimizer, scaler = content["optimizer"], ours.get("scaler", {})
+        return Checkpoint(path, weights, model_config, content["config"], state, tokenizer, optimizer, scaler)
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # torch, pickle and Python raise many kinds
+        raise CheckpointError(f"{path} cannot be read as a checkpoint of a GPT: {error!r}") from error
+
+
+def verify_checksums(path: Path) -> None:
+    """Raise `DamagedError` if bytes are not what was written; torch.load alone lets a flipped bit pass."""
+    try:
+        archives: Any = [path]
+        if path.is_dir():  # each tensor is an archive in the file of the process that had it
+            parts = shard_reader(path).read_metadata().storage_data.values()
+            files = {part.relative_path: np.memmap(path / part.relative_path) for part in parts}
+            archives = (io.BytesIO(files[p.relative_path][p.offset : p.offset + p.length].tobytes()) for p in parts)
+        for archive in archives:
+            with zipfile.ZipFile(archive) as file:
+                if wrong := file.testzip():
+                    raise zipfile.BadZipFile(f"the checksum of {wrong} is wrong")
+    except Exception as error:  # zipfile and pickle raise many kinds
+        if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.EINVAL):
+            raise  # not the file, but its disk or its permissions
+        raise DamagedError(f"{path} is damaged: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------
+# Folders of torch.distributed.checkpoint, which is imported where it is needed: that takes half a second
+
+
+def tensors_of(model: GPT, optimizer: Optimizer) -> dict[str, Any]:
+    """Return all tensors of a run; on disk they are model.NAME and optimizer.NUMBER.NAME, a tied head comes once."""
+    weights = model.state_dict()
+    if model.config.tied_head:
+        del weights["lm_head.weight"]
+    return {"model": weights, "optimizer": optimizer.state_dict()["state"]}
+
+
+def load_shards(folder: Path, tensors: dict[str, Any], no_dist: bool = False) -> None:
+    """Read a folder into tensors that are there, full or sharded. All processes must call, but with `no_dist`."""
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    try:
+        with warnings.catch_warnings(action="ignore"):  # that a process is alone
+            load(tensors, storage_reader=shard_reader(folder), no_dist=no_dist)
+    except CheckpointException as error:  # no Exception
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
+
+
+def read_folder(folder: Path, sharded: bool) -> dict[str, Any]:
+    """Return what ckpt.pt would hold, with the optimizer state on `meta`, and with `sharded` the weights as well."""
+    content = read_json(folder / "run.json")
+    weights: dict[str, Tensor] = {}
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, saved in shard_reader(folder).read_metadata().state_dict_metadata.items():
+        kind, number, *rest = name.split(".", 2)
+        if kind == "optimizer":
+            states.setdefault(int(number), {})[rest[0]] = torch.empty(saved.size, device="meta")
+        else:
+            dtype, device = saved.properties.dtype, "meta" if sharded else "cpu"
+            weights[name.removeprefix("model.")] = torch.empty(saved.size, dtype=dtype, device=device)
+    if not sharded:
+        load_shards(folder, {"model": weights}, no_dist=True)
+    if content["nanogpt"]["model_config"]["tied_head"]:
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    return {"model": weights, "optimizer": {"state": states, "param_groups": content["param_groups"]}, **content}
+
+
+def shard_reader(folder: Path) -> Any:
+    """Return torch's reader of a folder, whose pickled .metadata it reads without running what may be hidden in it."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *args: Any, **keywords: Any) -> Any:
+            return MetadataUnpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
+
+    return Reader(folder)
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Makes the objects that torch's .metadata consists of, and no others."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return the class of that name if it is known. Raises `UnpicklingError`."""
+        if (module, name) == ("builtins", "getattr"):  # Python 3.11's way to name a member of an enumeration
+            return operator.getitem
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in METADATA_NAMES.get(module, ""):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Models for use, and for the original
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model in evaluation mode, and what is known of its training."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    name: str  # for messages
+    config: dict[str, Any] = field(default_factory=dict)  # empty if unknown
+    state: TrainState = field(default_factory=TrainState)
+
+
+def load_trained(config: SourceConfig, device: Device) -> TrainedModel:
+    """Return the model that `init_from`, `out_dir` and `checkpoint` name, compiled if `device` says so."""
+    data_dir = getattr(config, "data_dir", "") or "data"
+    if config.init_from == "resume":
+        loaded = load_checkpoint(find_checkpoint(config.out_dir, config.checkpoint), data_dir)
+        name = f"{loaded.path}, {loaded.state.step} steps"
+        trained = TrainedModel(loaded.build_model(device.name), loaded.tokenizer, name, loaded.config, loaded.state)
+    else:
+        trained = TrainedModel(*load_model(config.init_from, device.name, data_dir=data_dir), config.init_from)
+    if device.compile:
+        trained.model.compile()
+    return trained
+
+
+def load_model(
+    init_from: str, device: str = "cpu", *, dropout: float = 0.0, data_dir: str = "data"
+) -> tuple[GPT, Tokenizer]:
+    """Return the model of a run folder or a checkpoint, of ours or of the original, or one in Hugging Face's format."""
+    path = Path(init_from)
+    if path.is_dir() and (checkpoints_of(path) or (path / "best.pt").exists()):
+        path = find_checkpoint(path, "auto")
+    if path.suffix != ".pt" and not is_finished(path):
+        pretrained = load_pretrained(init_from, device, dropout=dropout)
+        return pretrained.model, pretrained.tokenizer
+    log.info(f"loading {path}")
+    loaded = load_checkpoint(path, data_dir)
+    return loaded.build_model(device, dropout), loaded.tokenizer
+
+
+def original_arguments(config: GPTConfig) -> tuple[dict[str, Any], list[str]]:
+    """Return the seven arguments of the original's GPTConfig, and the settings that it lacks for this network."""
+    names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+    arguments = {name: getattr(config, name) for name in names}
+    known = GPTConfig(**arguments, rope_theta=config.rope_theta)
+    # The tanh form of GELU, which OpenAI's weights have, is near enough to its own.
+    differing = {
+        name: value for name, value in vars(config).items() if value not in (getattr(known, name), "gelu_tanh")
+    }
+    return arguments, [f"{name}={value}" for name, value in differing.items()]

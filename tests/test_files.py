@@ -1,13 +1,12 @@
-import errno
+"""Files appear whole or not at all; a lock has one owner."""
+
 import os
 from pathlib import Path
-from typing import IO
 
 import pytest
 
-from nanogpt import files
 from nanogpt.errors import UserError
-from nanogpt.files import atomic_write, read_json, write_json
+from nanogpt.files import atomic_write, locked, parse_json, read_json, write_json
 
 
 def test_the_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -45,35 +44,26 @@ def test_an_operating_system_that_refuses_is_one_message(tmp_path: Path) -> None
         write_json(tmp_path / "file" / "b.bin", {})
 
 
-def test_where_nothing_can_be_locked_it_goes_on_with_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def unsupported(file: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(files, "_lock", unsupported)
-    with files.locked(tmp_path / "lock", "it"):
+def test_a_lock_names_its_owner_and_goes_with_it(tmp_path: Path) -> None:
+    with (
+        locked(tmp_path / "lock", "it"),
+        pytest.raises(UserError, match=f"process {os.getpid()} on .* is using it; wait for it"),
+        locked(tmp_path / "lock", "it"),
+    ):
         pass
-    assert "can't be locked here" in capsys.readouterr().err
-
-
-def test_a_lock_that_its_owner_removes_is_none_for_who_had_opened_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = files._lock
-
-    def removed_meanwhile(file: IO[bytes]) -> None:
-        (tmp_path / "lock").unlink()
-        real(file)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "_lock", removed_meanwhile)
-        with pytest.raises(UserError, match="another process is at work on it"), files.locked(tmp_path / "lock", "it"):
-            pass
-    with files.locked(tmp_path / "lock", "it"):
+    assert (tmp_path / "lock").read_text() == ""
+    with pytest.raises(ArithmeticError), locked(tmp_path / "lock", "it"):
+        raise ArithmeticError
+    assert (tmp_path / "lock").read_text() == "failed"
+    with locked(tmp_path / "lock", "it"):
         pass
 
 
-def test_json_holds_names_that_are_no_unicode(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"folder": os.fsdecode(b"\xff")})
-    assert read_json(tmp_path / "a.json") == {"folder": os.fsdecode(b"\xff")}
+def test_json_comes_back_and_what_is_none_is_refused(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"folder": os.fsdecode(b"\xff"), "name": "ü"})
+    assert read_json(tmp_path / "a.json") == {"folder": os.fsdecode(b"\xff"), "name": "ü"}
+    for content in ("[1]", "{", "[" * 100_000):
+        (tmp_path / "a.json").write_text(content)
+        assert read_json(tmp_path / "a.json") == {}
+    with pytest.raises(ValueError, match="nested too deeply"):
+        parse_json("[" * 100_000)
