@@ -54,17 +54,15 @@ def add_board(app: FastAPI, folders: Sequence[Path]) -> None:
 
     @app.get("/runs/{number}", responses=refusals)
     def run(number: int) -> dict[str, Any]:
-        """A run's curves, texts and health."""
+        """A run's curves and texts."""
         found = watched[number].run if 0 <= number < len(watched) else None
         if found is None:
             raise RefusedError(404, "no such run, or it has recorded nothing yet")
         samples = [(row["step"], row["sample"]) for row in found.rows if row.get("sample")]
-        health = {name: row[name] for row in found.rows for name in row if name.startswith(("health/", "system/"))}
         return {
             **_summary(number, found),
             "curves": {name: _curve(found, name) for name in _CURVES},
             "samples": [{"step": step, "text": text} for step, text in samples[-20:]],
-            "health": health | {"losses that stood out": sum(1 for row in found.rows if row.get("spike"))},
         }
 
 

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from nanogpt.checkpoint import load_trained
 from nanogpt.device import Device
 from nanogpt.errors import ConfigError
 from nanogpt.files import atomic_write
 from nanogpt.infer.text import prompt_ids, read_prompt
 from nanogpt.model import GPT
-from nanogpt.programs import InspectConfig
 from nanogpt.report.runs import print_table
+from nanogpt.settings import InspectConfig
 from nanogpt.tokenizer import Tokenizer
-from nanogpt.trained import load_trained
 
 _FULL = 6.0  # nats at which the colour is full
 _STYLE = """

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nanogpt.files import atomic_write
-from nanogpt.programs import PlotConfig
-from nanogpt.report.runs import RunRecord, differences, in_words, open_run, print_table
+from nanogpt.metrics import duration
+from nanogpt.report.runs import RunRecord, differences, open_run, print_table
+from nanogpt.settings import PlotConfig
 
 log = logging.getLogger(__name__)
 
 _PANELS = (  # title, what is drawn over what
-    ("loss by updates", "step", ("train/loss", "val/loss")),
+    ("loss by steps", "step", ("train/loss", "val/loss")),
     ("loss by tokens", "tokens", ("train/loss", "val/loss")),
     ("loss by seconds of training", "seconds", ("train/loss", "val/loss")),
     ("learning rate", "step", ("lr",)),
@@ -73,11 +74,11 @@ def compare(runs: Sequence[RunRecord], loss: float) -> None:
     """Print the best losses, how long each run took to a loss that all reached, and the settings that differ."""
     bests = [run.best for run in runs if run.best is not None]
     loss = loss or max(bests, default=0.0)
-    table = [("run", "updates", "best loss", f"training to {loss:.4f}")]
+    table = [("run", "steps", "best loss", f"training to {loss:.4f}")]
     for run in runs:
         seconds = run.reached(loss)
         best = "" if run.best is None else f"{run.best:.4f}"
-        table.append((run.name, f"{run.step:,}", best, "never" if seconds is None else in_words(seconds)))
+        table.append((run.name, f"{run.step:,}", best, "never" if seconds is None else duration(seconds)))
     print_table(table)
     if changed := differences(runs):
         print()

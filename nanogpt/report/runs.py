@@ -11,8 +11,8 @@ from typing import Any
 
 from nanogpt.errors import CheckpointError
 from nanogpt.files import read_json
-from nanogpt.programs import RunsConfig
-from nanogpt.report.metrics import read_metrics
+from nanogpt.metrics import duration, read_metrics
+from nanogpt.settings import RunsConfig
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class RunRecord:
 
     @property
     def planned(self) -> int:
-        """Updates to do; 0 if nobody knows."""
-        updates = self.config.get("max_iters")
-        return updates if isinstance(updates, int) else 0
+        """Steps to do; 0 if nobody knows."""
+        steps = self.config.get("max_iters")
+        return steps if isinstance(steps, int) else 0
 
     @property
     def best(self) -> float | None:
@@ -61,8 +61,8 @@ class RunRecord:
             return "running"
         if self.step >= self.planned and self.curve("val/loss", since=self.step):
             return "done"
-        report = self.path / "diverged.json"
-        if report.exists() and time.time() - report.stat().st_mtime < self.age + 60:
+        losses = [row[name] for row in self.rows for name in ("train/loss", "val/loss") if name in row]
+        if losses and losses[-1] is None:  # not finite
             return "diverged"
         return "crashed" if owner else "stopped"
 
@@ -103,12 +103,12 @@ def list_runs(config: RunsConfig) -> None:
             runs.append(RunRecord(path.parent, read_json(path.parent / "config.json"), rows))
     if not runs:
         raise CheckpointError(f"no runs in or below {folder.resolve()}")
-    table = [("run", "state", "updates", "best loss", "last word")]
+    table = [("run", "state", "steps", "best loss", "last word")]
     for run in sorted(runs, key=lambda run: run.age):
         place = os.path.relpath(run.path, folder)
-        updates = f"{run.step:,} of {run.planned:,}" if run.planned else f"{run.step:,}"
+        steps = f"{run.step:,} of {run.planned:,}" if run.planned else f"{run.step:,}"
         best = "" if run.best is None else f"{run.best:.4f}"
-        table.append((run.name if place == "." else place, run.state, updates, best, f"{in_words(run.age)} ago"))
+        table.append((run.name if place == "." else place, run.state, steps, best, f"{duration(run.age)} ago"))
     print_table(table)
 
 
@@ -121,14 +121,6 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
             for cell, width in zip(row, widths, strict=True)
         ]
         print("  ".join(cells).rstrip())
-
-
-def in_words(seconds: float) -> str:
-    """A time in the unit that suits it: 40 s, 3 min, 5 h, 2 days."""
-    for length, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def _is_alive(process: int, host: str, age: float) -> bool:

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanogpt import checkpoint, train
+from nanogpt import train
+from nanogpt.checkpoint import find_checkpoint, load_checkpoint
 from nanogpt.config import GPTConfig, TrainConfig
-from nanogpt.device import Device
 from nanogpt.errors import ConfigError
 from nanogpt.model import GPT
-from nanogpt.programs import InspectConfig
 from nanogpt.report.inside import coloured, inspect, look
+from nanogpt.settings import InspectConfig
 from nanogpt.tokenizer import ByteTokenizer
 
 
@@ -22,7 +22,7 @@ def test_a_look_inside(recipe: Callable[..., TrainConfig], capsys: pytest.Captur
     capsys.readouterr()
     inspect(InspectConfig(out_dir=config.out_dir, text="the quick fox"))
     out = capsys.readouterr().out
-    model = checkpoint.load(checkpoint.find(config.out_dir, "auto")).model(Device("cpu", "cpu", torch.float32, False))
+    model = load_checkpoint(find_checkpoint(config.out_dir, "auto")).build_model()
     for name, parameter in model.named_parameters():
         [line] = [line for line in out.splitlines() if line.startswith(f"{name} ")]
         assert line.split()[1:] == [
@@ -31,7 +31,7 @@ def test_a_look_inside(recipe: Callable[..., TrainConfig], capsys: pytest.Captur
             f"{parameter.norm():.3f}",
         ]
     page = Path(config.out_dir, "tokens.html").read_text()
-    ids = checkpoint.load(checkpoint.find(config.out_dir, "auto")).tokenizer.encode_prompt("the quick fox")
+    ids = load_checkpoint(find_checkpoint(config.out_dir, "auto")).tokenizer.encode_prompt("the quick fox")
     told = [float(each) for each in re.findall(r'title="([\d.]+) nats', page)]
     row = torch.tensor([ids])
     with torch.no_grad():

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from nanogpt import cli, train
+from nanogpt.cli import parse
 from nanogpt.config import TrainConfig
 from nanogpt.errors import CheckpointError, ConfigError, UserError
-from nanogpt.programs import PlotConfig
 from nanogpt.report import plots
 from nanogpt.report.plots import plot
 from nanogpt.report.runs import open_run
-from nanogpt.settings import parse
+from nanogpt.settings import PlotConfig
 from tests.report.test_runs import write_run
 
 
@@ -26,7 +26,7 @@ def test_several_runs_in_one_picture(
     plot(parse(PlotConfig, [str(tmp_path / "one"), str(tmp_path / "two"), f"--output={target}"], ""))
     assert target.read_bytes().startswith(b"\x89PNG" if suffix == "png" else b"<?xml")
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[1] == ["run", "updates", "best", "loss", "training", "to", "2.5000"]
+    assert lines[1] == ["run", "steps", "best", "loss", "training", "to", "2.5000"]
     assert lines[2:4] == [["one", "20", "2.5000", "4", "s"], ["two", "10", "2.0000", "2", "s"]]
     assert lines[5:] == [["setting", "one", "two"], ["learning_rate", "0.1", "0.2"], ["max_iters", "20", "10"]]
     monkeypatch.chdir(tmp_path)

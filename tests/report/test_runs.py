@@ -14,8 +14,8 @@ from nanogpt import train
 from nanogpt.config import TrainConfig
 from nanogpt.errors import CheckpointError, DivergedError
 from nanogpt.files import locked
-from nanogpt.programs import RunsConfig
-from nanogpt.report.runs import in_words, list_runs, open_run
+from nanogpt.report.runs import list_runs, open_run
+from nanogpt.settings import RunsConfig
 
 Recipe = Callable[..., TrainConfig]
 
@@ -79,7 +79,7 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c" / "metrics.jsonl").write_text("nonsense\n")
     list_runs(RunsConfig(folder=str(tmp_path)))
     head, *lines = capsys.readouterr().out.splitlines()
-    assert head.split() == ["run", "state", "updates", "best", "loss", "last", "word"]
+    assert head.split() == ["run", "state", "steps", "best", "loss", "last", "word"]
     assert sorted(line.split()[:3] for line in lines) == [["a", "done", "10"], ["deep/b", "stopped", "0"]]
     assert any("3.2500" in line for line in lines)
     list_runs(RunsConfig(folder=str(tmp_path), previous=True))
@@ -95,8 +95,3 @@ def test_rows_that_are_damaged_are_no_points(tmp_path: Path) -> None:
     run = open_run(folder)
     assert (run.planned, run.best) == (0, 1.0)
     assert run.curve("val/loss", by="seconds") == [(0.0, 4.0), (2.0, 3.0)]
-
-
-@pytest.mark.parametrize(("seconds", "words"), [(5, "5 s"), (150, "2 min"), (7300, "2 h"), (200_000, "2 days")])
-def test_times_in_words(seconds: float, words: str) -> None:
-    assert in_words(seconds) == words

@@ -1,0 +1,190 @@
+"""What a run reports: log lines, metrics.jsonl, and Weights & Biases or TensorBoard where asked for."""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from nanogpt.config import TrainConfig
+from nanogpt.files import atomic_write
+
+if TYPE_CHECKING:
+    from nanogpt.checkpoint import TrainState
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+LEVELS = {"quiet": logging.WARNING, "normal": logging.INFO, "debug": logging.DEBUG}
+
+
+class LogLines(logging.Handler):
+    """Prints log lines to standard output, and warnings to standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a line; a run continues when `| head` has closed its output."""
+        is_warning = record.levelno >= logging.WARNING
+        with suppress(OSError, ValueError):
+            text = "warning: " * is_warning + self.format(record)
+            print(text, file=sys.stderr if is_warning else sys.stdout, flush=True)
+
+
+def show_log_lines(verbosity: str = "normal") -> None:
+    """Print log lines from now on; `debug` also says when and where from."""
+    handler, logger = LogLines(), logging.getLogger("nanogpt")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s" if verbosity == "debug" else None))
+    logger.handlers = [*(other for other in logger.handlers if not isinstance(other, LogLines)), handler]
+    logger.setLevel(LEVELS[verbosity])
+    logger.propagate = False
+
+
+class Metrics:
+    """The records of a run: one JSON object a line in metrics.jsonl, and the trackers that `config` asks for.
+
+    A resumed run continues the same file, without the rows of steps that it will do again. Only the main process
+    writes.
+    """
+
+    def __init__(self, config: TrainConfig, resumed: "TrainState | None" = None, is_main: bool = True) -> None:
+        self.trackers: list[Any] = []
+        self.path = Path(config.out_dir) / "metrics.jsonl" if is_main else None
+        if self.path is None:
+            return
+        rows = [row for row in read_metrics(self.path) if resumed and is_done(row, resumed)]
+        with atomic_write(self.path) as file:
+            file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+        self.file = open(self.path, "ab", buffering=0)
+        for kind in [WandB] * config.wandb_log + [TensorBoard] * config.tensorboard_log:
+            try:
+                self.trackers.append(kind(config, resumed))
+            except ImportError:
+                log.warning(f"{kind.__name__} is not installed (pip install {kind.package}); training without it")
+            except Exception as error:  # not logged in, no network: each package has its own exceptions
+                log.warning(f"{kind.__name__} could not start ({error}); training without it")
+
+    def log(self, state: "TrainState", values: dict[str, Any]) -> None:
+        """Record `values` after `state.step` steps; a number that is not finite becomes null."""
+        if self.path is None:
+            return
+        row = {"v": 1, "step": state.step, "seconds": round(state.seconds, 3), "tokens": state.tokens, **values}
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        try:
+            self.file.write(json.dumps(finite).encode() + b"\n")
+        except OSError as error:  # a full disk costs these rows, not the run
+            log.warning(f"cannot write {self.path}: {error}; training continues")
+        for tracker in self.trackers:
+            tracker.log(state, values)
+
+    def sync(self) -> None:
+        """Bring all rows to the disk: a checkpoint must not be ahead of them, even after a power cut."""
+        if self.path is not None:
+            with suppress(OSError):  # a disk may be full
+                os.fsync(self.file.fileno())
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        if self.path is not None:
+            self.file.close()
+        for tracker in self.trackers:
+            tracker.close(has_failed=error is not None)
+
+
+def is_done(row: dict[str, Any], resumed: "TrainState") -> bool:
+    """Return whether a row belongs to what the resumed run has done; it will do, and record, the rest again."""
+    if row["step"] == resumed.step and "val/loss" in row:
+        return resumed.evaluated == resumed.step
+    return bool(row["step"] <= resumed.step)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a metrics.jsonl, none if there is no file. A line cut off by a crash is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+class WandB:
+    """Weights & Biases. A resumed run continues the one that it began there."""
+
+    package = "wandb"
+
+    def __init__(self, config: TrainConfig, resumed: "TrainState | None") -> None:
+        import wandb
+
+        path = Path(config.out_dir) / "wandb_id"
+        run_id = path.read_text() if resumed and path.exists() else secrets.token_hex(4)
+        path.write_text(run_id)
+        self.run = wandb.init(
+            project=config.wandb_project,
+            name=config.wandb_run_name,
+            dir=config.out_dir,
+            config=dataclasses.asdict(config),
+            id=run_id,
+            resume="allow",
+        )
+
+    def log(self, state: "TrainState", values: dict[str, Any]) -> None:
+        """Send `values`."""
+        self.run.log({**values, "iter": state.step, "tokens": state.tokens}, step=state.step)
+
+    def close(self, has_failed: bool) -> None:
+        """Send what is left."""
+        self.run.finish(exit_code=int(has_failed))
+
+
+class TensorBoard:
+    """Event files for TensorBoard in `out_dir`/tensorboard."""
+
+    package = "tensorboard"
+
+    def __init__(self, config: TrainConfig, resumed: "TrainState | None") -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = str(Path(config.out_dir) / "tensorboard")
+        self.writer = SummaryWriter(folder, purge_step=resumed.step + 1 if resumed else None)
+
+    def log(self, state: "TrainState", values: dict[str, Any]) -> None:
+        """Write `values`, texts among them."""
+        for name, value in values.items():
+            if isinstance(value, str):
+                self.writer.add_text(name, f"```\n{value}\n```", state.step)
+            else:
+                self.writer.add_scalar(name, float(value), state.step)
+
+    def close(self, has_failed: bool) -> None:
+        """Write what is left."""
+        self.writer.close()
+
+
+def with_progress(batches: Sequence[T]) -> Iterator[T]:
+    """Yield `batches`; every 10 seconds log how many of them are done and how long the others will take."""
+    began = told = time.monotonic()
+    for done, batch in enumerate(batches):
+        if done and (now := time.monotonic()) - told > 10:
+            left = duration((len(batches) - done) * (now - began) / done)
+            log.info(f"evaluating: {done} of {len(batches)} batches, {left} left")
+            told = now
+        yield batch
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that suits it: 40 s, 3 min, 5 h, 2 days."""
+    for length, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
