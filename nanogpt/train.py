@@ -1,374 +1,439 @@
-"""The training program. Reads from top to bottom: `train` is the story, the functions below it are its steps."""
+"""The training program, from the first line to the last: set up, loop, evaluate, save."""
 
 import dataclasses
 import logging
 import math
 import os
 import shlex
+import signal
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
 
-from nanogpt import checkpoint, sharded
-from nanogpt.config import TrainConfig
-from nanogpt.data import document_ids_of, dropout_seed, evaluation_batch
-from nanogpt.device import Device, choose
-from nanogpt.distributed import World, contact, joined, no_gradient_exchange, this_process
-from nanogpt.errors import ConfigError, DivergedError
-from nanogpt.guards import Guard, is_spike, ways_out
-from nanogpt.health import Checkup
+from nanogpt import data
+from nanogpt.checkpoint import Checkpoint, Checkpoints, TrainState, checkpoints_of, load_latest, load_model, use_out_dir
+from nanogpt.config import GPTConfig, TrainConfig, changed_settings
+from nanogpt.device import Device, choose_device
+from nanogpt.distributed import (
+    Distributed,
+    full_tensor,
+    gradient_sync,
+    init_distributed,
+    is_sharded,
+    parallelize,
+    this_process,
+)
+from nanogpt.errors import ConfigError, DataError, DivergedError
 from nanogpt.infer.text import short_sample
-from nanogpt.optim import learning_rate_at
-from nanogpt.report.log import show_log_lines
-from nanogpt.report.metrics import Metrics
+from nanogpt.metrics import Metrics, duration, show_log_lines, with_progress
+from nanogpt.model import GPT
+from nanogpt.optim import learning_rate_at, make_optimizer, step_if_finite
 from nanogpt.report.plots import draw_if_possible
-from nanogpt.report.progress import Console
-from nanogpt.saver import Saver
-from nanogpt.signals import stop_signals
-from nanogpt.spread import whole
-from nanogpt.start import Run, derived_values, dry_run, owned, start
+from nanogpt.settings import PrepareConfig
 
 log = logging.getLogger(__name__)
 
 STOPPED = 75  # exit code of a run that a signal has stopped and that can be resumed
 
 
+@dataclass(frozen=True)
+class Run:
+    """What stays the same while a run trains."""
+
+    config: TrainConfig
+    device: Device
+    dist: Distributed
+    dataset: data.Dataset
+    model: GPT
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP has given each process a shard of the model."""
+        return any(map(is_sharded, self.model.parameters()))
+
+
+@record  # shows torchrun the traceback of the process that failed first
 def train(config: TrainConfig) -> int:
     """Train as `config` says. Returns the exit code: 0 done, 75 stopped by a signal and resumable."""
-    show_log_lines(config.verbosity, must_go_on=True)
-    world = this_process()
-    local_rank = world.local_rank if world.size > 1 else None
-    if (
-        world.size > 1
-        and config.device.startswith("cuda:")
-        and os.environ.get("LOCAL_WORLD_SIZE", f"{torch.cuda.device_count()}") != "1"
-    ):
-        raise ConfigError(f"--device={config.device} is one GPU for all; with --device=cuda each process takes its own")
-    device = choose(config.device, config.dtype, config.compile, local_rank, training=config)
-    world.share(config.batch_size, config.gradient_accumulation_steps)  # or refuse
+    process = this_process()
+    show_log_lines(config.verbosity if process.is_main else "quiet")
+    device = choose_device(config, process.local_rank if process.world_size > 1 else None)
+    rows = process.my_rows(config.batch_size, config.gradient_accumulation_steps)  # of each global batch
     if config.dry_run:
-        return dry_run(resumed_if_there(config, World())) if world.is_main else 0
-    with joined(world, config.backend, device, config.dist_timeout) as world:
-        return start_and_train(config, device, world)
+        return dry_run(config) if process.is_main else 0
+    with init_distributed(config.backend, device, config.dist_timeout) as dist:
+        dist.check_same(dataclasses.asdict(config))
+        for line in changed_settings(config.with_derived_rates()):
+            log.info(line)
 
+        # What to train, on what, and how far an earlier run came.
+        dataset = open_or_prepare(config, dist)
+        config, model, resumed = build_or_resume(config, dataset, dist)
+        run = Run(config, device, dist, dataset, model)
+        network = parallelize(model, config.parallel, device, dist)  # compiles, too
+        optimizer = make_optimizer(model, config, device.dtype)
+        scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
+        if resumed and (resumed.is_sharded or not config.eval_only):  # sharded weights are read only now
+            resumed.restore(model, optimizer, scaler)
+        state = resumed.state if resumed else TrainState()
+        print_sizes(config, model, optimizer, len(dataset.train))
+        if config.eval_only:
+            losses = estimate_loss(run)
+            if dist.is_main:
+                print(f"step {state.step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+            return 0
 
-def resumed_if_there(config: TrainConfig, world: World) -> TrainConfig:
-    """What `resume=auto` stands for: going on with the run in `out_dir` if the main process finds one."""
-    if config.resume == "auto" and world.first(lambda: bool(checkpoint.kept(config.out_dir))):
-        return dataclasses.replace(config, init_from="resume")
-    return config
+        with (
+            use_out_dir(config, dist, resumed.path if resumed else None),
+            Metrics(config, state if resumed else None, dist.is_main) as metrics,
+            Checkpoints(config, dist, run.is_sharded, resumed.path if resumed else None) as checkpoints,
+            stop_signals() as stop_requested,
+        ):
+            batch_at = partial(data.get_batch, dataset, config=config, rows=rows)
+            next_batch = data.Prefetcher(batch_at) if device.type == "cuda" else batch_at
+            if device.type == "cpu" and not device.compile:
+                warn_if_slow(run)
+            n_micro = math.ceil(len(rows) / config.batch_size)
+            model.train()
+            if network is not model:  # DDP
+                settle_ddp_buckets(run, network, optimizer, *next_batch(state.step))
+            last_logged = dataclasses.replace(state)
+            to_save = (model, optimizer, scaler, state, dataset.tokenizer)
+            saved_step = state.step if resumed else -1
+            # Counted on the device, since `.item()` makes the CPU wait for a GPU.
+            skipped = torch.tensor(state.skipped, device=device.name)
+            skipped_in_a_row = torch.zeros_like(skipped)
 
+            while True:
+                # Evaluate where that is due, and save the newest and perhaps the best model.
+                last_step, stopped, is_best = state.step >= config.max_iters, False, False
+                save_is_due = state.step > max(saved_step, 0) and checkpoints.is_due(state.step)
+                if (state.step % config.eval_interval == 0 or last_step) and state.evaluated != state.step:
+                    losses = estimate_loss(run, stop_requested)
+                    if not losses:
+                        stopped = True  # by a signal, in the middle of the evaluation
+                        break
+                    state.evaluated = state.step
+                    log_evaluation(run, metrics, state, losses)
+                    if state.step > 0 or last_step:  # an untrained model is not saved as the best one
+                        is_best = losses["val"] < state.best_val_loss
+                        state.best_val_loss = min(losses["val"], state.best_val_loss)
+                        save_is_due |= is_best or last_step or config.always_save_checkpoint
+                if save_is_due:
+                    state.skipped, saved_step = int(skipped), state.step
+                    metrics.sync()
+                    checkpoints.save(*to_save, is_best=is_best)
+                stopped = not last_step and dist.any(stop_requested())
+                if last_step or stopped:
+                    break
 
-def start_and_train(config: TrainConfig, device: Device, world: World) -> int:
-    """Train, or only evaluate, among processes that can talk. Returns the exit code."""
-    run = None
-    with contact(world, config.dist_timeout, step=lambda: run.progress.step if run else 0):
-        world.check_same(dataclasses.asdict(config))  # before any question that some might not ask
-        run = start(resumed_if_there(config, world), device, world)
-        log.info(derived_values(run.config, run.model.config, run.model.get_num_params(), len(run.dataset.train)))
-        if not config.eval_only:
-            return train_until_done(run)
-        losses = estimate_losses(run, stopping=lambda: False)
-        assert losses
-        print(f"step {run.progress.step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-        return 0
+                began = time.perf_counter()
+                learning_rate = learning_rate_at(state.step, config)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+                if config.dropout:  # what is dropped is a function of (seed, step), too
+                    torch.manual_seed(data.dropout_seed(config.seed, state.step, dist.rank))
 
+                # Forward and backward: this process's rows of the global batch, in micro-batches that fit into memory.
+                x, y = (device.put(ids) for ids in next_batch(state.step))
+                loss = torch.zeros((), device=device.name)
+                micro_batches = zip(x.tensor_split(n_micro), y.tensor_split(n_micro), strict=True)
+                for n, (xb, yb) in enumerate(micro_batches, start=1):
+                    with gradient_sync(network, is_last=n == n_micro):
+                        micro_loss = compute_loss(run, network, xb, yb) * (len(xb) / len(x))
+                        scaler.scale(micro_loss).backward()  # type: ignore[no-untyped-call]
+                    loss += micro_loss.detach()
 
-def train_until_done(run: Run) -> int:
-    """The loop: batch, update, now and then an evaluation and a checkpoint. Returns the exit code."""
-    config, device, world, model, progress = run.config, run.device, run.world, run.model, run.progress
-    with (
-        owned(run),
-        stop_signals(world) as stopping,
-        Metrics(config, progress if run.resumed_from else None, is_main=world.is_main) as metrics,
-        closing(Console(total=config.max_iters, done=progress.step, is_main=world.is_main)) as console,
-        saving(run) as saver,
-        contact(world, config.dist_timeout, step=lambda: progress.step),  # here, too: it speaks before `saving` waits
-    ):
-        model.train()
-        settle_sums(run)
-        guard = Guard(run)
-        seconds, updates = 0.0, 0  # since the last line
-        stopped = False
-        while not stopped:
-            step = progress.step
-            is_last = step >= config.max_iters
-            if (step % config.eval_interval == 0 or is_last) and progress.evaluated != step:
-                guard.store()
-                console.say("evaluating")
-                stopped = not evaluate_and_save(run, metrics, saver, stopping)
-            if is_last or stopped:
-                break
+                # Clip the gradient and step, unless loss or gradient is not finite in any process.
+                scaler.unscale_(optimizer)
+                grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+                grad_norm = full_tensor(grad_norm)
+                is_finite = dist.all(torch.isfinite(loss + grad_norm))
+                step_if_finite(optimizer, is_finite)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                skipped += ~is_finite
+                skipped_in_a_row = (skipped_in_a_row + 1) * ~is_finite
+                state.step += 1
+                state.tokens += config.rows * config.block_size
 
-            began = time.perf_counter()
-            learning_rate = learning_rate_at(step, config)
-            x, y = next_batch(run, step)
-            checkup = Checkup(run) if config.health_interval and (step + 1) % config.health_interval == 0 else None
-            loss, grad_norm, is_bad = update(run, x, y, learning_rate, checkup)
-            guard.note(grad_norm, is_bad)
-            stopped = stopping()
-            is_due = step % config.log_interval == 0 or step + 1 == config.max_iters
-            if is_due or (step + 1) % config.eval_interval == 0:
-                device.synchronize()  # what comes next is not training and must not be in its time
-            elapsed = time.perf_counter() - began
-            seconds, updates = seconds + elapsed, updates + 1
-            progress.step += 1
-            progress.tokens += config.rows * model.config.block_size
-            progress.seconds += elapsed
+                # Log. Waiting for the GPU first lets the clock count these steps and nothing else.
+                log_is_due = (state.step - 1) % config.log_interval == 0 or state.step == config.max_iters
+                if log_is_due or state.step % config.eval_interval == 0:
+                    device.synchronize()
+                state.seconds += time.perf_counter() - began
+                if log_is_due:
+                    state.skipped = int(skipped)
+                    log_step(run, metrics, state, last_logged, loss, grad_norm, learning_rate)
+                    last_logged = dataclasses.replace(state)
+                if (log_is_due or state.step % config.max_bad_steps == 0) and skipped_in_a_row >= config.max_bad_steps:
+                    raise DivergedError(
+                        f"loss or gradient was not finite in {int(skipped_in_a_row)} steps in a row, up to step "
+                        f"{state.step}; they were skipped. {advice_on_divergence(run)}"
+                    )
 
-            if is_due:
-                values = {"train/loss": world.mean(loss).item(), "lr": learning_rate, "grad_norm": grad_norm.item()}
-                record(run, metrics, console, values, seconds / updates)
-                guard.check(partial(backward, run, x, y, step), learning_rate)
-                seconds, updates = 0.0, 0
-            if checkup:
-                inputs = x[:1]  # one row tells as much
-                values = checkup.values(inputs, document_ids(run, inputs)) | device.vitals()
-                metrics.write(progress, {**values, "health/clip_fraction": guard.clip_fraction()})
-            evaluation_is_next = progress.step % config.eval_interval == 0 or progress.step >= config.max_iters
-            if is_due_everywhere(run, saver) and not evaluation_is_next:
-                guard.store()
+            # The last checkpoint, if a signal came between two of them, or the one before could not be written.
+            state.skipped = int(skipped)
+            if dist.any(checkpoints.has_failed or saved_step != state.step):
+                if last_logged.step != state.step:
+                    metrics.log(state, {})  # so that the table of runs shows this step
                 metrics.sync()
-                saver.save(lambda old: snapshot(run, old))
-            console.advance()
-
-        guard.store()
-        finish_saving(run, saver, is_saved=not stopped)
-        world.wait()  # a process that leaves early makes torchrun end the others
-        if stopped:
-            log.info(
-                f"stopped after {progress.step} updates and saved; the same command with --init_from=resume goes on"
-            )
-            return STOPPED
-        if config.plot and world.is_main:
-            draw_if_possible(config.out_dir)
-        skipped = f"{progress.skipped} updates skipped, " if progress.skipped else ""
-        log.info(
-            f"done: {progress.step} updates, {progress.seconds:.1f} s of training, {skipped}best validation loss "
-            f"{progress.best_val_loss:.4f}; to see text: python sample.py --out_dir={shlex.quote(config.out_dir)}"
-        )
-        return 0
-
-
-@contextmanager
-def saving(run: Run) -> Iterator[Saver]:
-    """Within the block, checkpoints are written in the background; what is being written is awaited at its end."""
-    config, folder = run.config, Path(run.config.out_dir)
-    best = math.inf
-    if run.resumed_from:  # a best loss whose weights were lost is none
-        best = run.world.first(lambda: checkpoint.best_val_loss(folder / "best.pt"))
-        run.progress.best_val_loss = max(run.progress.best_val_loss, best)
-    saver = Saver(folder, config.checkpoint_interval, config.keep_checkpoints, best, run.world.is_main)
-    try:
-        yield saver
-    except KeyboardInterrupt:
-        raise  # a second signal does not wait
-    except BaseException:
-        saver.wait()
-        raise
+                checkpoints.save(*to_save)
+    if stopped:
+        log.info(f"stopped after {state.step} steps and saved; to resume, repeat the command with --init_from=resume")
+        return STOPPED
+    if config.plot and dist.is_main:
+        draw_if_possible(config.out_dir)
+    log.info(
+        f"done: {state.step} steps, {state.seconds:.1f} s of training, {state.skipped} steps skipped, best validation "
+        f"loss {state.best_val_loss:.4f}; to see text: python sample.py --out_dir={shlex.quote(config.out_dir)}"
+    )
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------------
-# The steps of the loop
+# Set-up
 
 
-def next_batch(run: Run, step: int) -> tuple[Tensor, Tensor]:
-    """This process's rows of the global batch of `step`: inputs and targets, each (micro-batches * B, T)."""
-    ids = run.device.put(run.rows_of(step))
-    return ids[:, :-1], ids[:, 1:]
+def open_or_prepare(config: TrainConfig, dist: Distributed) -> data.Dataset:
+    """Open the run's data set; one that needs no network is prepared if it is not there. Raises `DataError`."""
+    folder = Path(config.data_dir) / config.dataset
+    if not dist.broadcast_from_main(lambda: data.is_prepared(folder)):
+        from nanogpt.prepare import DATASETS, NEEDS_NO_NETWORK, prepare  # needs packages that training does without
+
+        if config.dataset not in NEEDS_NO_NETWORK:
+            command = f"python -m nanogpt prepare {config.dataset} --data_dir={config.data_dir}"
+            command += "" if config.dataset in DATASETS else " --input=PATH"
+            if Path("data", config.dataset, "prepare.py").exists() and config.data_dir == "data":
+                command = f"python data/{config.dataset}/prepare.py"
+            raise DataError(f"{folder} holds no train.bin and val.bin; prepare the data set with: {command}")
+        log.info(f"preparing the data set {config.dataset} in {folder}")
+        dist.broadcast_from_main(lambda: prepare(PrepareConfig(name=config.dataset, data_dir=config.data_dir)))
+    dataset = data.open_dataset(folder)
+    if config.mask_documents and dataset.tokenizer.end_of_text is None:
+        raise ConfigError(f"mask_documents: the {dataset.tokenizer} of {folder} has no token that ends a document")
+    return dataset
 
 
-def document_ids(run: Run, x: Tensor) -> Tensor | None:
-    """Which document of its row each token of x (B, T) belongs to, if the run keeps documents apart."""
-    end_of_text = run.dataset.tokenizer.end_of_text
-    return document_ids_of(x, end_of_text) if run.config.mask_documents and end_of_text is not None else None
+def build_or_resume(
+    config: TrainConfig, dataset: data.Dataset, dist: Distributed
+) -> tuple[TrainConfig, GPT, Checkpoint | None]:
+    """Return the config with what follows from the model, the model on the CPU, and the checkpoint if one is resumed.
 
-
-def settle_sums(run: Run) -> None:
-    """Have DDP choose now in which buckets, and so in which order, it adds up gradients.
-
-    It chooses anew after its first backward pass: without this one, the first update of a resumed run would add up in
-    another order than the same update of an undisturbed run, and differ from it in the last bit.
+    What only the data can tell (its vocabulary, a context longer than the text) is checked before a model is built.
     """
-    if run.network is run.model:
-        return
-    x, y = next_batch(run, run.progress.step)
-    rows = slice(run.config.batch_size)
-    backward(run, x[rows], y[rows], run.progress.step)
-    run.optimizer.zero_grad(set_to_none=True)
+    torch.manual_seed(config.seed)
+    resumed = None
+    resume = config.init_from == "resume"
+    if config.resume == "auto" and dist.broadcast_from_main(lambda: bool(checkpoints_of(config.out_dir))):
+        resume = True
+    if resume:
+        may_shard = dist.world_size > 1 and config.parallel != "ddp"
+        resumed = load_latest(config.out_dir, config.data_dir, dist, sharded=may_shard)
+        block_size = resumed.model_config.block_size
+        if config.eval_only and not resumed.is_sharded:
+            block_size = min(block_size, config.block_size)
+        dataset.check_tokenizer(resumed.tokenizer, str(resumed.path))
+        dataset.check_length(block_size)
+        model = resumed.build_model(dropout=config.dropout)
+        if block_size < model.config.block_size:
+            model.crop_block_size(block_size)
+        log.info(f"resuming {resumed.path} after {resumed.state.step} steps")
+    elif config.init_from == "scratch":
+        dataset.check_length(config.block_size)
+        model = GPT(config.model_config(dataset.tokenizer.padded_vocab_size), config.zero_init)
+    else:
+        dataset.check_length(config.block_size)
+        model, tokenizer = load_model(config.init_from, dropout=config.dropout, data_dir=config.data_dir)
+        dataset.check_tokenizer(tokenizer, config.init_from)
+        model.crop_block_size(config.block_size)
+    model.transformer.gradient_checkpointing = config.gradient_checkpointing
+
+    # A loaded model keeps its shape, whatever the settings say.
+    shape = {name: value for name, value in vars(model.config).items() if hasattr(config, name)}
+    config = dataclasses.replace(config, **shape).with_derived_rates()
+    if resumed:
+        for name, value in dataclasses.asdict(config).items():
+            if resumed.config.get(name, value) != value and name not in ("init_from", "resume", "out_dir"):
+                log.info(f"changed since the checkpoint: {name} = {value!r}, was {resumed.config[name]!r}")
+        config = dataclasses.replace(config, init_from=resumed.config.get("init_from", "scratch"))
+    return config, model, resumed
 
 
-def loss_of(run: Run, network: Any, x: Tensor, y: Tensor) -> Tensor:
-    """The mean loss of rows x, y (B, T)."""
+def print_sizes(config: TrainConfig, model: GPT, optimizer: torch.optim.Optimizer | None, train_tokens: int) -> None:
+    """Print the size of model, batch and run, and what is decayed; train_tokens: 0 if there is no data set yet."""
+    tokens = config.rows * config.block_size
+    log.info(f"model: {model.get_num_params() / 1e6:.2f}M parameters, vocabulary {model.config.vocab_size}")
+    epochs = f", {tokens * config.max_iters / train_tokens:.3g} epochs of {train_tokens:,}" if train_tokens else ""
+    log.info(
+        f"tokens per iteration will be: {tokens:,} ({config.gradient_accumulation_steps} micro-batches of "
+        f"{config.batch_size} x {config.block_size}); in all {tokens * config.max_iters:,}{epochs}"
+    )
+    for group in optimizer.param_groups if optimizer else []:
+        sizes = [parameter.numel() for parameter in group["params"]]
+        log.info(f"{len(sizes)} tensors with {sum(sizes):,} parameters, weight decay {group['weight_decay']:g}")
+
+
+def dry_run(config: TrainConfig) -> int:
+    """Print the resolved config, and of a new model the sizes that follow from it; allocate and write nothing."""
+    for name, value in dataclasses.asdict(config.with_derived_rates()).items():
+        print(f"{name} = {value!r}")
+    if config.init_from == "scratch":
+        folder = Path(config.data_dir) / config.dataset
+        dataset = data.open_dataset(folder) if data.is_prepared(folder) else None
+        shape = config.model_config(dataset.tokenizer.padded_vocab_size if dataset else GPTConfig.vocab_size)
+        with torch.device("meta"):
+            print_sizes(config, GPT(shape), None, len(dataset.train) if dataset else 0)
+    return 0
+
+
+def settle_ddp_buckets(run: Run, network: Any, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+    """Let DDP choose its buckets, and so the order in which it adds up gradients, before the first step.
+
+    It chooses anew after its first backward pass: without this one, the first step of a resumed run would add up in
+    another order than the same step of an undisturbed run, and differ from it in the last bit.
+    """
+    x, y = (run.device.put(ids[: run.config.batch_size]) for ids in (x, y))
+    compute_loss(run, network, x, y).backward()  # type: ignore[no-untyped-call]
+    optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP only ask to stop within the block; a second Ctrl-C interrupts at once.
+
+    Yields a function that returns whether one has come. Clusters announce the end of a job with SIGUSR1.
+    """
+    received: list[int] = []
+    names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+    before = {number: signal.getsignal(number) for name in names if (number := getattr(signal, name, None))}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.write(2, b"\nstopping as soon as possible (Ctrl-C once more: at once)\n")  # print is not safe in a handler
+
+    for number, handler in before.items():
+        if number == signal.SIGINT or handler != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, note)
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Loss, evaluation, log lines
+
+
+def compute_loss(run: Run, network: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Return the mean loss of rows x, y (B, T)."""
+    end_of_text = run.dataset.tokenizer.end_of_text
+    document_ids = None
+    if run.config.mask_documents and end_of_text is not None:
+        document_ids = data.document_ids_of(x, end_of_text)
     with run.device.autocast():
-        _, loss = network(x, y, document_ids=document_ids(run, x), return_logits=False)
+        _, loss = network(x, y, document_ids=document_ids, return_logits=False)
     return loss  # type: ignore[no-any-return]
 
 
-def backward(run: Run, x: Tensor, y: Tensor, step: int) -> Tensor:
-    """Add up the gradients of this process's rows x, y (micro-batches * B, T); returns their mean loss."""
-    if run.config.dropout:  # what is dropped out is a function of (seed, step), too
-        torch.manual_seed(dropout_seed(run.config.seed, step, run.world.rank))
-    total = torch.zeros((), device=x.device)
-    count = math.ceil(len(x) / run.config.batch_size)
-    for n, (inputs, targets) in enumerate(zip(x.tensor_split(count), y.tensor_split(count), strict=True), start=1):
-        with no_gradient_exchange(run.network, is_last=n == count):
-            loss = loss_of(run, run.network, inputs, targets) * (len(inputs) / len(x))
-            total += loss.detach()
-            run.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-    return total
+@torch.no_grad()
+def estimate_loss(run: Run, stop_requested: Callable[[], bool] = lambda: False) -> dict[str, float]:
+    """Return the mean loss of `eval_iters` batches of each split: the same batches at every evaluation of every run.
 
-
-def update(
-    run: Run, x: Tensor, y: Tensor, learning_rate: float, checkup: Checkup | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One update of the weights from this process's rows x, y (micro-batches * B, T) of the global batch.
-
-    Returns, on the device: the mean loss over these rows; the gradient norm (of all rows) before clipping; whether the
-    update was skipped, in all processes, because one of them is not finite.
+    Empty if a signal asks to stop meanwhile: an evaluation that was broken off says nothing.
     """
-    model, optimizer, scaler = run.model, run.optimizer, run.scaler
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
-    total = backward(run, x, y, run.progress.step)
-    scaler.unscale_(optimizer)
-    if checkup:
-        checkup.before_step()
-    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), run.config.grad_clip or math.inf))
-    is_bad = run.world.any_tensor(~torch.isfinite(total + grad_norm))
-    optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]  # then it changes nothing
-    optimizer.step()  # not scaler.step, which knows the gradients of this process only
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return total, grad_norm, is_bad
+    config, dist, model = run.config, run.dist, run.model
+    rounds = math.ceil(config.eval_iters / dist.world_size)  # the same number in every process
+    losses = {split: torch.zeros((), device=run.device.name) for split in data.SPLITS}
+    model.eval()
+    for split, n in with_progress([(split, n) for split in data.SPLITS for n in range(rounds)]):
+        if dist.any(stop_requested()):
+            model.train()
+            return {}
+        k = n * dist.world_size + dist.rank
+        x, y = data.evaluation_batch(run.dataset, split, k, config.block_size, config.batch_size)
+        loss = compute_loss(run, model, run.device.put(x), run.device.put(y))
+        if k < config.eval_iters:
+            losses[split] += loss
+    model.train()
+    scale = dist.world_size / config.eval_iters
+    return {split: dist.all_reduce_mean(total).item() * scale for split, total in losses.items()}
 
 
 @torch.no_grad()
-def estimate_losses(run: Run, stopping: Callable[[], bool]) -> dict[str, float] | None:
-    """Mean loss of `eval_iters` batches of each split: the same batches at every evaluation of every run.
-
-    None as soon as `stopping` says so: an evaluation that was broken off says nothing.
-    """
-    config, model, T = run.config, run.model, run.model.config.block_size
-    losses = {}
-    model.eval()
-    for split in ("train", "val"):
-        tokens = run.dataset.split(split)
-        total = torch.zeros((), device=run.device.name)
-        rounds = math.ceil(config.eval_iters / run.world.size)  # as many in every process: they compute them together
-        for k in range(run.world.rank, rounds * run.world.size, run.world.size):
-            if stopping():
-                return None
-            x, y = (run.device.put(ids) for ids in evaluation_batch(tokens, k, T, config.batch_size))
-            loss = loss_of(run, model, x, y)
-            if k < config.eval_iters:
-                total += loss
-        losses[split] = run.world.mean(total).item() * run.world.size / config.eval_iters
-    model.train()
-    return losses
-
-
-def record(run: Run, metrics: Metrics, console: Console, values: dict[str, float], seconds: float) -> None:
-    """Print and write down what an update has come to; `seconds` is what one takes."""
-    config, progress, shape = run.config, run.progress, run.model.config
-    values["tokens_per_second"] = config.rows * shape.block_size / seconds
-    values["epoch"] = progress.tokens / len(run.dataset.train)
-    step, loss = progress.step - 1, values["train/loss"]
-    speed = f"{values['tokens_per_second']:,.0f} tokens/s"
-    if peak := run.device.peak_flops():
-        values["mfu"] = run.model.flops_per_token() * values["tokens_per_second"] / (peak * run.world.size)
-        speed = f"mfu {values['mfu'] * 100:.2f}%, {speed}"
-    to_evaluation = min(config.max_iters, (step // config.eval_interval + 1) * config.eval_interval) - step - 1
-    console.report(
-        loss,
-        f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, {speed}",
-        f"{speed}, {run.device.peak_memory() / 1e9:.1f} GB, evaluation in {to_evaluation:,}",
-    )
-    average = progress.loss_average
-    if is_spike(progress, loss):
-        log.info(f"iter {step}: this loss stands out, the average before was {average:.4f}")
-        values["spike"] = True
-    metrics.write(progress, values)
-
-
-def evaluate_and_save(run: Run, metrics: Metrics, saver: Saver, stopping: Callable[[], bool]) -> bool:
-    """Evaluate, report, and write the checkpoints that are due; False if a signal has broken it off."""
-    config, progress = run.config, run.progress
+def warn_if_slow(run: Run) -> None:
+    """Say so if the run will take many hours on this CPU, or if other programs keep it busy."""
+    config = run.config
     began = time.perf_counter()
-    losses = estimate_losses(run, stopping)
-    if losses is None:
-        return False
-    log.debug(f"evaluation took {time.perf_counter() - began:.2f} s")
-    log.info(f"step {progress.step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+    compute_loss(run, run.model, *data.evaluation_batch(run.dataset, "val", 0, config.block_size, config.batch_size))
+    # Training on a batch takes three times as long as evaluating it.
+    n_evaluations = 1 + config.max_iters // config.eval_interval
+    n_batches = 3 * config.max_iters * config.gradient_accumulation_steps + 2 * config.eval_iters * n_evaluations
+    if (seconds := n_batches * (time.perf_counter() - began) / run.dist.world_size) > 3 * 3600:
+        log.warning(
+            f"the whole run will take about {duration(seconds)} on this processor; the README has commands for CPUs, "
+            "for example: python train.py config/train_shakespeare_char_fast.py"
+        )
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if load > cores and torch.get_num_threads() > 1:
+        log.warning(
+            f"other programs keep this machine busy (load {load:.1f} on {cores} cores), and torch's threads wait for "
+            "one another; OMP_NUM_THREADS=1 may be several times faster"
+        )
+
+
+def log_step(
+    run: Run, metrics: Metrics, state: TrainState, logged: TrainState, loss: Tensor, grad_norm: Tensor, rate: float
+) -> None:
+    """Print and record a step; `logged` is the state at the log line before."""
+    config, dist = run.config, run.dist
+    seconds = (state.seconds - logged.seconds) / (state.step - logged.step)
+    speed = config.rows * config.block_size / seconds
+    values = {"train/loss": dist.all_reduce_mean(loss).item(), "lr": rate, "grad_norm": grad_norm.item()}
+    values |= {"tokens_per_second": speed, "epoch": state.tokens / len(run.dataset.train)}
+    utilization = ""
+    if peak := run.device.peak_flops():
+        values["mfu"] = run.model.flops_per_token() * speed / (peak * dist.world_size)
+        utilization = f"mfu {values['mfu'] * 100:.2f}%, "
+    log.info(
+        f"iter {state.step - 1}: loss {values['train/loss']:.4f}, time {seconds * 1000:.2f}ms, {utilization}"
+        f"{speed:,.0f} tokens/s, {duration((config.max_iters - state.step) * seconds)} left"
+    )
+    metrics.log(state, values)
+
+
+def log_evaluation(run: Run, metrics: Metrics, state: TrainState, losses: dict[str, float]) -> None:
+    """Print and record an evaluation and a sample of text. Raises `DivergedError` if the loss is not finite."""
+    config = run.config
+    log.info(f"step {state.step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
     values: dict[str, Any] = {"train/eval_loss": losses["train"], "val/loss": losses["val"]}
-    if text := sample_text(run):
-        log.info(textwrap.indent(text, "  | ", lambda line: True))
-        values["sample"] = text
-    metrics.write(progress, values)
+    sample_is_due = config.sample_interval and state.step // config.eval_interval % config.sample_interval == 0
+    if sample_is_due and state.step > 0 and run.dist.is_main and not run.is_sharded:
+        values["sample"] = short_sample(run.model, run.dataset.tokenizer, tokens=100)
+        log.info(textwrap.indent(values["sample"], "  | ", lambda line: True))
+    metrics.log(state, values)
     if not math.isfinite(losses["val"]):
         raise DivergedError(
-            f"the loss is {losses['val']} after {progress.step} updates; nothing was saved over the checkpoints in "
-            f"{config.out_dir}. Try {ways_out(run)}"
+            f"the validation loss is {losses['val']} after {state.step} steps; this model was not saved. "
+            f"{advice_on_divergence(run)}"
         )
-    is_best = losses["val"] < progress.best_val_loss
-    is_last = progress.step >= config.max_iters
-    progress.evaluated = progress.step
-    if progress.step == 0 and not is_last:
-        return True  # nothing learned yet, nothing to lose, nor is it the best of what is
-    progress.best_val_loss = min(progress.best_val_loss, losses["val"])
-    if is_best or is_last or config.always_save_checkpoint or is_due_everywhere(run, saver):
-        log.info(f"saving checkpoint to {config.out_dir}")
-        metrics.sync()
-        if run.shards or run.world.is_main:
-            saver.save(lambda old: snapshot(run, old, is_best), best=is_best)
-    return True
 
 
-def sample_text(run: Run) -> str:
-    """A few words of the model as it is now, if it is time for that; random states are not touched."""
-    config, progress = run.config, run.progress
-    is_due = config.sample_interval and progress.step // config.eval_interval % config.sample_interval == 0
-    if progress.step == 0 or not is_due or run.shards or not run.world.is_main:
-        return ""
-    return short_sample(run.model, run.dataset.tokenizer, tokens=100)
-
-
-def is_due_everywhere(run: Run, saver: Saver) -> bool:
-    """Whether this process is to take part in a checkpoint now, evaluation or not."""
-    is_due = saver.is_due(run.progress.step)
-    return run.world.any(is_due) if run.shards else is_due and run.world.is_main
-
-
-def finish_saving(run: Run, saver: Saver, is_saved: bool) -> None:
-    """Wait for the last checkpoint, and write one of this state if there is none; also as one file if it is spread."""
-    if run.shards:
-        is_saved = not run.world.any(saver.has_failed or not is_saved)
-    if run.shards or run.world.is_main:
-        saver.finish(lambda old: snapshot(run, old), is_saved)
-    if run.shards and run.progress.step >= run.config.max_iters:
-        folder = Path(run.config.out_dir)  # the shares stay, so that there are older ones
-        run.world.after_main(lambda: checkpoint.write(folder / "ckpt.pt", sharded.read(sharded.finished(folder)[0])))
-
-
-def snapshot(run: Run, into: Any = None, is_best: bool = False) -> dict[str, Any]:
-    """The run as it is now, as the content of a checkpoint; in the memory of an earlier one, if given.
-
-    Of a run that is spread over the processes: what is no tensor, how to finish the rest, and the whole weights in the
-    main process if they are the best.
-    """
-    described = checkpoint.description(run.model.config, run.scaler, run.config, run.progress, run.dataset.tokenizer)
-    if not run.shards:
-        return checkpoint.snapshot(run.model, run.optimizer, described, into)
-    path = Path(run.config.out_dir, sharded.FOLDER, str(run.progress.step))
-    begun = sharded.begin_write(path, run.model, run.optimizer, run.shards)
-    groups = run.optimizer.state_dict()["param_groups"]
-    mine = {**described, "param_groups": groups} if run.world.is_main else None
-    weights = sharded.whole_weights(run.model) if is_best else {}
-    return {**described, "model": weights, "finish_shards": lambda: sharded.finish_write(path, begun, mine)}
+def advice_on_divergence(run: Run) -> str:
+    """Return what to try against a loss that is not finite, as far as it is not in use."""
+    rate = f"muon_lr (now {run.config.muon_lr:g}) or " if run.config.optimizer == "muon" else ""
+    ways = [f"a lower {rate}learning_rate (now {run.config.learning_rate:g})"]
+    ways += ["grad_clip=1"] * (run.config.grad_clip != 1) + ["dtype=float32"] * (run.device.dtype != torch.float32)
+    return f"Try {', or '.join(ways)}"

@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt import saver
-from nanogpt.build import dtype_of, finish_dataset
 from nanogpt.config import TrainConfig
-from nanogpt.pieces import Ids
-from nanogpt.report.log import show_log_lines
-from nanogpt.tokenizer import CharTokenizer, Tokenizer
+from nanogpt.metrics import show_log_lines
+from nanogpt.prepare import dtype_of, finish_dataset
+from nanogpt.tokenizer import CharTokenizer, Ids, Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 Program = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -30,7 +28,6 @@ def _alone(tmp_path: Path) -> Iterator[None]:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("TQDM_DISABLE", "1")
         patch.setenv("WANDB_MODE", "disabled")
-        patch.setattr(saver, "PAUSES", (0.01, 0.01))
         show_log_lines()
         yield
 
@@ -114,7 +111,6 @@ def write_dataset(folder: Path, tokenizer: Tokenizer, train: Ids, val: Ids) -> N
         ids.astype(dtype_of(tokenizer)).tofile(work / f"{name}.bin")
     tokens = {"train": len(train), "val": len(val)}
     finish_dataset(folder, work, tokenizer, {"tokens": tokens, "documents": {}, "bytes": {}, "skipped": {}}, [])
-    work.rmdir()
 
 
 def random_ids(*shape: int, vocab_size: int = 61, seed: int = 0) -> torch.Tensor:

@@ -3,35 +3,26 @@
 import dataclasses
 import string
 from contextlib import suppress
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt.config import BenchConfig, TrainConfig
-from nanogpt.data import dropout_seed, epoch_window_starts, permute, window_starts
+from nanogpt.cli import VERBS, parse
+from nanogpt.config import Settings
+from nanogpt.data import dropout_seed, epoch_order, epoch_window_starts, window_starts
 from nanogpt.errors import ConfigError
-from nanogpt.programs import EvalConfig, ExportConfig, PrepareConfig, SampleConfig
-from nanogpt.settings import Settings, parse
-from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, well_formed
-from nanogpt.tokenizer_json import from_description, train_bpe
+from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, from_description, train_bpe, well_formed
 
-CONFIGS = [TrainConfig, SampleConfig, EvalConfig, ExportConfig, BenchConfig, PrepareConfig]
+CONFIGS = [settings for settings, _, _ in VERBS.values()]
 NAMES = sorted({field.name for config in CONFIGS for field in dataclasses.fields(config)})
-VALUES = st.one_of(
-    st.text(max_size=12),
-    st.integers().map(str),
-    st.floats().map(str),
-    st.sampled_from(["True", "auto", "1e400", "-0", "nan"]),
-)
+VALUES = st.one_of(st.text(max_size=12), st.integers().map(str), st.floats().map(str), st.sampled_from(["auto", "-0"]))
 WORDS = st.one_of(
     st.tuples(st.sampled_from(NAMES), VALUES).map(lambda pair: f"--{pair[0]}={pair[1]}"),
     st.sampled_from(NAMES).map(lambda name: f"--{name}"),
-    st.text(alphabet=string.printable, max_size=15).filter(
-        lambda word: word not in ("-h", "--help") and "/" not in word
-    ),
+    st.text(string.printable, max_size=15).filter(lambda word: word not in ("-h", "--help") and "/" not in word),
 )
 GPT2, BPE = GPT2Tokenizer(), train_bpe(["the quick brown fox " * 9], 280)
 each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
@@ -49,21 +40,14 @@ def test_any_command_line_is_a_config_or_one_message(config: type[Settings], wor
 @each_config
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_what_is_said_is_what_is_meant(config: type[Settings], data: st.DataObject) -> None:
-    strategies: dict[Any, Any] = {
-        int: st.integers(1, 10**12), float: st.floats(1e-9, 0.5), bool: st.booleans(),
-        str: st.text(string.ascii_letters, min_size=1, max_size=9),
-    }  # fmt: skip
-    hints = {name: hint for name, hint in get_type_hints(config).items() if hint in strategies}
+def test_a_setting_is_read_as_it_was_written(config: type[Settings], data: st.DataObject) -> None:
+    values = {int: st.integers(1, 60000), float: st.floats(1e-9, 0.5), bool: st.booleans(), str: st.text("abc")}
+    hints = {name: hint for name, hint in get_type_hints(config).items() if hint in values}
     name = data.draw(st.sampled_from(sorted(hints)))
-    value = data.draw(strategies[hints[name]])
-    base = {"name": "x", "output": "x"}
-    words = [f"--{key}={word}" for key, word in base.items() if key in get_type_hints(config)]
-    try:
-        parsed = parse(config, [*words, f"--{name}={value}"], "usage")
-    except ConfigError:
-        return  # out of range, or no device
-    assert getattr(parsed, name) == value
+    value = data.draw(values[hints[name]])
+    words = [*(["--name=x"] if "name" in hints else []), f"--{name}={value}"]
+    with suppress(ConfigError):  # out of range, or no such device or folder
+        assert getattr(parse(config, words, "usage"), name) == value
 
 
 @settings(max_examples=100, deadline=None)
@@ -84,7 +68,7 @@ def test_every_text_survives_its_tokens(text: str) -> None:
 @settings(max_examples=100, deadline=None)
 @given(n=st.integers(1, 5000), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 2**40))
 def test_a_permutation_is_one(n: int, seed: int, epoch: int) -> None:
-    assert np.array_equal(np.sort(permute(np.arange(n), n, seed=seed, epoch=epoch)), np.arange(n))
+    assert np.array_equal(np.sort(epoch_order(n, seed, epoch)), np.arange(n))
 
 
 @settings(max_examples=100, deadline=None)
