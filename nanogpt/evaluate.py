@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from nanogpt.data import Tokens, document_ids_of, open_dataset
-from nanogpt.device import Device, choose
+from nanogpt.checkpoint import TrainedModel, load_trained
+from nanogpt.data import Ids, document_ids_of, open_dataset
+from nanogpt.device import Device, choose_device
 from nanogpt.errors import ConfigError, DataError
+from nanogpt.metrics import with_progress
 from nanogpt.model import GPT
-from nanogpt.programs import EvalConfig
+from nanogpt.settings import EvalConfig
 from nanogpt.tasks import TASKS, Scorer, examples_of
-from nanogpt.trained import TrainedModel, load_trained
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ LONGEST = 2048  # windows of models that come from elsewhere, unless asked for l
 
 @torch.no_grad()
 def whole_split_loss(
-    model: GPT, tokens: Tokens, block_size: int, batch_size: int, device: Device, end_of_text: int | None = None
+    model: GPT, tokens: Ids, block_size: int, batch_size: int, device: Device, end_of_text: int | None = None
 ) -> tuple[float, int]:
     """Mean cross-entropy in nats per token, and the number of tokens predicted.
 
@@ -38,7 +38,7 @@ def whole_split_loss(
     n_targets = len(tokens) - 1
     n_windows = -(-n_targets // block_size)
     total = 0.0
-    for first in tqdm(range(0, n_windows, batch_size), unit="batch", disable=None, leave=False):
+    for first in with_progress(range(0, n_windows, batch_size)):
         start = first * block_size
         ids = tokens[start : start + batch_size * block_size + 1].astype(np.int64)
         if ids.max() >= model.config.vocab_size:
@@ -59,7 +59,7 @@ def whole_split_loss(
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """The program behind `nanogpt eval`; prints a table, then one line of JSON, which it returns."""
-    device = choose(config.device, config.dtype, config.compile)
+    device = choose_device(config)
     data_dir = config.data_dir or "data"
     files = {
         name: examples_of(name, getattr(config, name), data_dir, config.limit) for name in TASKS if name in config.tasks

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 
 from nanogpt import __version__
+from nanogpt.checkpoint import TrainedModel, load_trained, original_arguments, write_file
 from nanogpt.device import Device
 from nanogpt.errors import ConfigError, UserError
 from nanogpt.files import atomic_write, sync_folder
-from nanogpt.interop.flat import save_flat
 from nanogpt.interop.gguf import MARK, save_gguf
 from nanogpt.interop.huggingface import FOLDER, save_pretrained
-from nanogpt.programs import ExportConfig
-from nanogpt.trained import TrainedModel, load_trained
+from nanogpt.model import GPT
+from nanogpt.settings import ExportConfig
+from nanogpt.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,8 @@ def export(config: ExportConfig) -> None:
         with atomic_write(output) as file:
             save_gguf(Path(file.name), output.stem, model, tokenizer, config.dtype)
     else:
-        progress = trained.progress
-        save_flat(output, model, tokenizer, _public(trained.config), progress.step, progress.best_val_loss)
+        progress = trained.state
+        save_original(output, model, tokenizer, _public(trained.config), progress.step, progress.best_val_loss)
         if model.config.activation != "gelu":
             log.warning(
                 "the original computes the exact GELU in place of this model's tanh form: losses differ slightly"
@@ -119,7 +120,7 @@ def _public(config: dict[str, Any]) -> dict[str, Any]:
 
 def model_card(trained: TrainedModel, name: str) -> str:
     """The README.md of an exported model: what it is and how it was trained."""
-    shape, progress = trained.model.config, trained.progress
+    shape, progress = trained.model.config, trained.state
     facts = {
         "parameters": f"{trained.model.get_num_params(non_embedding=False):,}",
         "architecture": f"{shape.architecture}, {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} channels",
@@ -131,7 +132,7 @@ def model_card(trained: TrainedModel, name: str) -> str:
         facts |= {
             "started from": config.get("init_from", "scratch"),
             "data set": config.get("dataset", "unknown"),
-            "updates": f"{progress.step:,}",
+            "steps": f"{progress.step:,}",
             "tokens seen": f"{progress.tokens:,}",
             "training time": f"{progress.seconds / 3600:.2f} hours",
             "best validation loss": f"{progress.best_val_loss:.4f} nats per token",
@@ -150,3 +151,19 @@ def model_card(trained: TrainedModel, name: str) -> str:
         f"{front}# {name}\n\nTrained with nanoGPT {__version__}, from {Path(trained.name).name}.\n\n"
         f"| | |\n|---|---|\n{rows}\n\n```python\n{code}```\n{recipe}"
     )
+
+
+def save_original(path: Path, model: GPT, tokenizer: Tokenizer, config: dict[str, Any], step: int, loss: float) -> None:
+    """Write what the original's sample.py loads. config: the training run's; loss: its best.
+
+    Raises `ConfigError` for a model or a tokenizer that the original does not know.
+    """
+    arguments, unknown = original_arguments(model.config)
+    if unknown:
+        raise ConfigError(
+            f"the original nanoGPT has no {', '.join(unknown)}; it knows GPT-2's shape only; try --to=hf or --to=gguf"
+        )
+    if not isinstance(tokenizer, (CharTokenizer, GPT2Tokenizer)):
+        raise ConfigError(f"the original nanoGPT knows characters and GPT-2's tokens, not the {tokenizer}")
+    content = {"model": model.state_dict(), "model_args": arguments, "iter_num": step}
+    write_file(path, {**content, "optimizer": None, "best_val_loss": loss, "config": config})

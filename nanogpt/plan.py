@@ -3,20 +3,22 @@
 import bisect
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from nanogpt.config import PlanConfig
-from nanogpt.device import PEAK_FLOPS, choose
-from nanogpt.distributed import World, fits_ddp
+from nanogpt.checkpoint import load_latest, load_model
+from nanogpt.config import GPT2_NAMES, GPTConfig
+from nanogpt.data import is_prepared, open_dataset
+from nanogpt.device import PEAK_FLOPS, Device, choose_device
+from nanogpt.distributed import BYTES_OF_STATE, Distributed
 from nanogpt.errors import ConfigError
-from nanogpt.loss import CHUNK, CHUNK_ON_CPU
 from nanogpt.model import GPT
-from nanogpt.shape import GPTConfig
-from nanogpt.start import shape_to_train
+from nanogpt.settings import PlanConfig
 
 # GB of memory, from the vendors' data sheets
 _MEMORY = {"B200": 180, "GH200": 96, "H200": 141, "H100": 80, "A100": 80, "L40S": 48, "L4": 24, "A40": 48, "A10G": 24,
@@ -48,10 +50,11 @@ class Memory:
 
 
 def memory(shape: GPTConfig, rows: int, *, bytes_of_dtype: int, parallel: str, processes: int, accumulate: bool,
-           gradient_checkpointing: bool, on_cpu: bool = False, muon: bool = False) -> Memory:  # fmt: skip
+           gradient_checkpointing: bool, on_cpu: bool = False, muon: bool = False,
+           float16: bool = False) -> Memory:  # fmt: skip
     """What training needs per device, for micro-batches of `rows` windows.
 
-    parallel: none, ddp or fsdp. `accumulate`: more than one micro-batch per update.
+    parallel: none, ddp or fsdp. `accumulate`: more than one micro-batch per step.
     """
     d, C, F, D, V = bytes_of_dtype, shape.n_embd, shape.n_hidden, shape.head_size, shape.vocab_size
     total, block = _parameters(shape)
@@ -76,9 +79,10 @@ def memory(shape: GPTConfig, rows: int, *, bytes_of_dtype: int, parallel: str, p
     # the gradients in the middle of the MLP and of the residual stream, and what is computed again
     block_memory = d * (2 if shape.is_gpt2 else 5) * F + 12 * C + (per_layer if gradient_checkpointing else 0)
 
-    # logits of a chunk, log-probabilities of a part of it, the gradients of the head and of its input
-    chunk = min(tokens, CHUNK_ON_CPU if on_cpu else CHUNK)
-    logits = d * chunk * V + 4 * (min(chunk * V, 2**21) if on_cpu else chunk * V) + (4 + d) * V * C + 4 * tokens * C
+    # logits, their logprobs in float32 and their gradients, all of them or of a chunk, and what a chunk has computed
+    is_chunked = tokens * V >= 2**24 and not float16
+    chunk = min(tokens, 512 if on_cpu else max(1024, 2**28 // V)) if is_chunked else tokens
+    logits = (4 + d + d % 4) * chunk * V + ((4 + d) * V * C + 4 * tokens * C) * is_chunked
 
     share = processes if parallel == "fsdp" else 1
     if parallel == "fsdp":  # two blocks at a time, one of them with its gradient, and always what is outside of blocks
@@ -104,29 +108,30 @@ def largest_batch(shape: GPTConfig, available: float, rows: int, **how: Any) -> 
 
 def plan(config: PlanConfig) -> None:
     """The program behind `nanogpt plan`: parameters, memory, time, and what to change; then one line of JSON."""
-    shape = shape_to_train(config)
+    shape = _shape_to_train(config)
     parameters = _parameters(shape)[0]
     machine = _machine(config)
-    world = World(size=config.gpus)
-    share = len(world.share(config.batch_size, config.gradient_accumulation_steps))
+    share = len(Distributed(world_size=config.gpus).my_rows(config.batch_size, config.gradient_accumulation_steps))
     rows = min(config.batch_size, share)
     parallel = "none" if config.gpus == 1 else config.parallel
     if parallel == "auto":
-        parallel = "ddp" if fits_ddp(parameters, machine.memory) else "fsdp"
+        parallel = "ddp" if parameters * BYTES_OF_STATE <= machine.memory / 2 else "fsdp"
     how: dict[str, Any] = {"bytes_of_dtype": machine.bytes_of_dtype, "parallel": parallel, "processes": config.gpus,
            "accumulate": share > rows, "gradient_checkpointing": config.gradient_checkpointing,
-           "on_cpu": machine.on_cpu, "muon": config.optimizer == "muon"}  # fmt: skip
+           "on_cpu": machine.on_cpu, "muon": config.optimizer == "muon",
+           "float16": config.dtype == "float16"}  # fmt: skip
     needed, available = memory(shape, rows, **how), machine.memory * _USABLE
     largest = largest_batch(shape, available, 4096, **how)
 
     with torch.device("meta"):
-        flops = GPT(shape).flops_per_token()
+        model = GPT(shape)
+    flops = model.flops_per_token()
     tokens = config.rows * shape.block_size
     recomputed = 4 / 3 if config.gradient_checkpointing else 1.0
     seconds = flops * tokens * recomputed / (machine.flops * config.mfu * config.gpus)
 
-    print(f"model: {parameters / 1e6:,.2f}M parameters, {shape.n_layer} layers, {shape.n_embd} channels, vocabulary "
-          f"{shape.vocab_size}, context {shape.block_size}")  # fmt: skip
+    print(f"model: {model.get_num_params() / 1e6:,.2f}M parameters, {shape.n_layer} layers, {shape.n_embd} channels, "
+          f"vocabulary {shape.vocab_size}, context {shape.block_size}")  # fmt: skip
     print(f"machine: {config.gpus} x {machine.name} on {config.nodes} node{'s' if config.nodes > 1 else ''}, each "
           f"{machine.memory / 1e9:.0f} GB and {machine.flops / 1e12:,.2f} TFLOP/s ({machine.source})")  # fmt: skip
     print(
@@ -144,13 +149,13 @@ def plan(config: PlanConfig) -> None:
         ways = "; ".join(_ways_out(config, shape, available, rows, how))
         print(f"it does not fit; what would: {ways or 'more GPUs, a smaller model or a smaller block_size'}")
     total = tokens * config.max_iters
-    print(f"time at {config.mfu:.0%} of the peak: {_duration(seconds)} per update of {tokens:,} tokens, "
-          f"{_duration(seconds * config.max_iters)} for {config.max_iters:,} updates")  # fmt: skip
+    print(f"time at {config.mfu:.0%} of the peak: {_duration(seconds)} per step of {tokens:,} tokens, "
+          f"{_duration(seconds * config.max_iters)} for {config.max_iters:,} steps")  # fmt: skip
     print(f"tokens: {total:,}, {total / parameters:.1f} per parameter; Chinchilla's {_CHINCHILLA} per parameter would "
-          f"be {_CHINCHILLA * parameters / tokens:,.0f} updates")  # fmt: skip
+          f"be {_CHINCHILLA * parameters / tokens:,.0f} steps")  # fmt: skip
     parts = {f"{name}_bytes": value for name, value in asdict(needed).items() if name != "gradients_stay"}
     result = {"parameters": parameters, "parallel": parallel, **parts, "peak_bytes": needed.peak, "fits": fits,
-              "largest_batch_size": largest, "tokens_per_update": tokens, "seconds_per_update": seconds,
+              "largest_batch_size": largest, "tokens_per_step": tokens, "seconds_per_step": seconds,
               "seconds": seconds * config.max_iters}  # fmt: skip
     print(json.dumps(result))
 
@@ -173,7 +178,7 @@ def _ways_out(config: PlanConfig, shape: GPTConfig, available: float, rows: int,
 class _Machine:
     name: str
     memory: float  # bytes
-    flops: float  # per second, in the format of the matrix products
+    flops: float  # per second, of a matmul in the dtype
     bytes_of_dtype: int
     source: str
     on_cpu: bool
@@ -187,12 +192,36 @@ def _machine(config: PlanConfig) -> _Machine:
         size = 4 if config.dtype == "float32" else 2
         return _Machine(config.gpu, (config.gpu_memory or _MEMORY[config.gpu]) * 1e9, PEAK_FLOPS[config.gpu],
                         size, "data sheet, 16 bits", on_cpu=False)  # fmt: skip
-    device = choose(config.device, config.dtype, False)
+    device = choose_device(replace(config, compile=False))
     ram = device.total_memory() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     flops = device.peak_flops()
     source = "data sheet" if flops else "measured now"
-    return _Machine(device.name, config.gpu_memory * 1e9 or ram, flops or device.measured_flops(),
+    return _Machine(device.name, config.gpu_memory * 1e9 or ram, flops or _measured_flops(device),
                     device.dtype.itemsize, source, on_cpu=device.type == "cpu")  # fmt: skip
+
+
+def _measured_flops(device: Device, n: int = 2048) -> float:
+    """FLOP/s of a matmul of n x n in the device's dtype, the best of five."""
+    a = torch.randn(n, n, device=device.name).to(device.dtype)
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ a
+        device.synchronize()
+        times.append(time.perf_counter() - began)
+    return 2 * n**3 / min(times)
+
+
+def _shape_to_train(config: PlanConfig) -> GPTConfig:
+    """Return the shape that a run of `config` would have, as far as that is known before its data set is there."""
+    if config.init_from == "resume":
+        return load_latest(config.out_dir, config.data_dir).model_config
+    if config.init_from in GPT2_NAMES:
+        return GPTConfig.preset(config.init_from, block_size=config.block_size, vocab_size=50257)
+    if config.init_from != "scratch":
+        return replace(load_model(config.init_from)[0].config, block_size=config.block_size)
+    folder = Path(config.data_dir) / config.dataset
+    return config.model_config(open_dataset(folder).tokenizer.padded_vocab_size if is_prepared(folder) else 50304)
 
 
 def _duration(seconds: float) -> str:

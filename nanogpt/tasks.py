@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from nanogpt.device import Device
-from nanogpt.download import kept
 from nanogpt.errors import DataError
 from nanogpt.files import parse_json
+from nanogpt.metrics import with_progress
 from nanogpt.model import GPT
+from nanogpt.prepare import download
 from nanogpt.tokenizer import Tokenizer
 
 # where the files are published, and their SHA-256
@@ -53,8 +53,7 @@ class Scorer:
         rows = [self._ids(context, continuation) for context, continuation in pairs]
         by_length = sorted(range(len(rows)), key=lambda n: -len(rows[n][0]))  # little padding, the largest first
         results = [(0.0, False)] * len(rows)
-        batches = range(0, len(rows), self.batch_size)
-        for first in tqdm(batches, unit="batch", disable=None, leave=False):
+        for first in with_progress(range(0, len(rows), self.batch_size)):
             batch = by_length[first : first + self.batch_size]
             ids = pad_sequence([rows[n][0] for n in batch], batch_first=True)
             counts = torch.tensor([rows[n][1] for n in batch])
@@ -143,7 +142,7 @@ def examples_of(benchmark: str, file: str, data_dir: str, limit: int) -> list[di
     url, sha256 = _FILES[benchmark]
     is_expected, expected = _EXPECTED[benchmark]
     name = url.rpartition("/")[2]
-    path = Path(file) if file else kept(Path(data_dir, benchmark, name), name, url, sha256, option=benchmark)
+    path = Path(file) if file else download(Path(data_dir, benchmark, name), name, url, sha256, option=benchmark)
     examples = []
     try:
         lines = path.read_text(encoding="utf-8").split("\n")

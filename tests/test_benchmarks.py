@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from nanogpt.data import open_dataset
 from tests.conftest import ROOT
 
 
@@ -21,26 +24,26 @@ def bench() -> ModuleType:
     return module
 
 
-def record(seconds: float, date: str = "2026-01-02") -> dict[str, object]:
-    result = {"shape": "small", "shares": [seconds / 100, 0.02, 0.03]}
-    return {"benchmark": "records", "date": date, "machine": "a machine", "seconds": 7.2, "result": result}
+def record(overhead: float) -> dict[str, object]:
+    result = {"checkpoint_gb": 1.5, "steps": 20, "overhead": overhead, "overhead_spread": [0.01, 0.03]}
+    return {"benchmark": "checkpoint", "date": "2026-01-02", "machine": "a machine", "seconds": 7.2, "result": result}
 
 
 def test_the_tables_between_the_marks_are_rewritten(bench: ModuleType) -> None:
-    page = "before\n<!-- bench:records -->\nold\n<!-- end -->\nafter <!-- bench:data -->\nkept\n<!-- end -->\n"
-    once = bench.rewritten(page, [record(1)])
-    assert once.startswith("before\n<!-- bench:records -->\n| shape |")
-    assert "| small | 2.00 (1.00 to 3.00) |" in once
-    assert "2026-01-02, a machine; `python benchmarks/records.py --rounds=5`, 7 s" in once
+    page = "before\n<!-- bench:checkpoint -->\nold\n<!-- end -->\nafter <!-- bench:data -->\nkept\n<!-- end -->\n"
+    once = bench.rewritten(page, [record(0.02)])
+    assert once.startswith("before\n<!-- bench:checkpoint -->\n| one checkpoint of 1.50 GB every 20 steps |")
+    assert "| 2.0 (1.0 to 3.0) |" in once
+    assert "2026-01-02, a machine; `python benchmarks/checkpoint.py --runs=5`, 7 s" in once
     assert once.endswith("<!-- end -->\nafter <!-- bench:data -->\nkept\n<!-- end -->\n")
     assert "old" not in once
-    assert bench.rewritten(once, [record(1)]) == once
-    assert "2.50 (2.00 to 3.00)" in bench.rewritten(page, [record(1), record(2.5)])
+    assert bench.rewritten(once, [record(0.02)]) == once
+    assert "2.5 (1.0 to 3.0)" in bench.rewritten(page, [record(0.02), record(0.025)])
 
 
 def test_a_page_without_the_mark_is_refused(bench: ModuleType) -> None:
-    with pytest.raises(SystemExit, match="bench:records"):
-        bench.rewritten("nothing", [record(1)])
+    with pytest.raises(SystemExit, match="bench:checkpoint"):
+        bench.rewritten("nothing", [record(0.02)])
 
 
 def test_the_page_shows_the_newest_results(bench: ModuleType) -> None:
@@ -63,4 +66,23 @@ def test_an_unknown_benchmark_is_refused(
 
 def test_what_needs_the_original_says_so(bench: ModuleType) -> None:
     assert "--original=FOLDER" in bench.why_not(bench.BENCHMARKS["throughput"], None)
-    assert not bench.why_not(bench.BENCHMARKS["records"], None)
+    assert not bench.why_not(bench.BENCHMARKS["checkpoint"], None)
+
+
+def test_the_gpu_benchmarks_start_with_torch_and_numpy_alone(tmp_path: Path) -> None:
+    code = f"""
+import sys
+for name in ("tqdm", "tokenizers", "safetensors", "huggingface_hub", "transformers", "datasets", "matplotlib"):
+    sys.modules[name] = None  # importing it fails
+import bare, gpu, gpu_time_to_loss, nanogpt.train
+bare.python_sources(bare.Path({str(tmp_path / "python")!r}), megabytes=1)
+print(nanogpt.__file__)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "benchmarks", capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.strip()).parents[1] == ROOT
+    dataset = open_dataset(tmp_path / "python")
+    assert min(len(dataset.train), len(dataset.val)) > 0
+    assert dataset.tokenizer.end_of_text == 256

@@ -8,13 +8,12 @@ import torch
 
 from nanogpt import train
 from nanogpt.config import GPTConfig, TrainConfig
-from nanogpt.data import Tokens
 from nanogpt.device import Device
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.evaluate import evaluate, whole_split_loss
 from nanogpt.export import export
 from nanogpt.model import GPT
-from nanogpt.programs import EvalConfig, ExportConfig
+from nanogpt.settings import EvalConfig, ExportConfig
 from tests.conftest import random_ids
 
 CPU = Device("cpu", "cpu", torch.float32, False)
@@ -31,7 +30,7 @@ def test_every_target_counts_once(n_tokens: int, batch_size: int) -> None:
         window = tokens[start : start + 9]
         total += model(window[None, :-1], window[None, 1:])[1].item() * (len(window) - 1)
     model.train()
-    loss, count = whole_split_loss(model, Tokens([tokens.numpy().astype("uint16")]), 8, batch_size, CPU)
+    loss, count = whole_split_loss(model, tokens.numpy().astype("uint16"), 8, batch_size, CPU)
     assert count == n_tokens - 1
     assert loss == pytest.approx(total / count, abs=1e-5)
     assert model.training
@@ -66,11 +65,11 @@ def test_mismatches_are_refused(recipe: Callable[..., TrainConfig]) -> None:
     common = {"out_dir": config.out_dir, "data_dir": config.data_dir, "device": "cpu"}
     with pytest.raises(ConfigError, match="block_size=17 exceeds the model's 16"):
         evaluate(EvalConfig(**common, block_size=17))  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="cannot read"):
+    with pytest.raises(DataError, match="prepare the data set again"):
         evaluate(EvalConfig(**common, dataset="nowhere"))  # type: ignore[arg-type]
 
 
 def test_an_id_outside_the_vocabulary_is_one_message() -> None:
     model = GPT(GPTConfig(block_size=8, vocab_size=10, n_layer=1, n_head=2, n_embd=16))
     with pytest.raises(DataError, match="the data holds token 60, but the vocabulary ends at 9"):
-        whole_split_loss(model, Tokens([torch.tensor([60] * 9).numpy()]), 8, 4, CPU)
+        whole_split_loss(model, torch.tensor([60] * 9).numpy(), 8, 4, CPU)

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from nanogpt import checkpoint, cli, train
+from nanogpt import cli, train
 from nanogpt import export as module
+from nanogpt.checkpoint import load_checkpoint
+from nanogpt.cli import parse
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data import open_dataset
 from nanogpt.device import Device
@@ -21,8 +23,7 @@ from nanogpt.export import export, new_folder
 from nanogpt.infer.engine import stream
 from nanogpt.interop.huggingface import load_pretrained, tensors_of
 from nanogpt.model import GPT
-from nanogpt.programs import ExportConfig
-from nanogpt.settings import parse
+from nanogpt.settings import ExportConfig
 from tests.conftest import random_ids, write_dataset
 from tests.interop.test_shapes import TOKENIZER, write_model
 
@@ -50,8 +51,8 @@ def test_transformers_goes_on_as_we_do(shape: str, recipe: Recipe, tmp_path: Pat
     assert type(theirs).__name__.lower().startswith(shape.split()[0])
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
     ids = tokenizer("the quick", return_tensors="pt").input_ids
-    loaded = checkpoint.load(Path(config.out_dir, "best.pt"))
-    model = loaded.model(CPU)
+    loaded = load_checkpoint(Path(config.out_dir, "best.pt"))
+    model = loaded.build_model()
     assert ids.tolist() == [loaded.tokenizer.encode("the quick").tolist()]
     torch.testing.assert_close(theirs(ids).logits, model(ids, ids)[0], atol=1e-5, rtol=1e-5)
     ours = [token.item() for token in stream(model, ids, 7, temperature=0)]
@@ -59,7 +60,7 @@ def test_transformers_goes_on_as_we_do(shape: str, recipe: Recipe, tmp_path: Pat
     assert generated == ours
     assert tokenizer.decode(generated) == loaded.tokenizer.decode(ours)
     card = (tmp_path / "m" / "README.md").read_text()
-    facts = {"data set": "tiny", "updates": "60", "tokens seen": "3,840", "context": "16 tokens"}
+    facts = {"data set": "tiny", "steps": "60", "tokens seen": "3,840", "context": "16 tokens"}
     assert all(f"| {key} | {value} |" in card for key, value in facts.items())
     assert ("optimizer = 'muon'" if "fast" in shape else "learning_rate = 0.003") in card
 
@@ -99,7 +100,7 @@ def test_an_exported_run_goes_on_training(recipe: Recipe, tmp_path: Path) -> Non
     export(ExportConfig(out_dir=config.out_dir, output=str(tmp_path / "m"), dtype="bfloat16"))
     assert json.loads((tmp_path / "m" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert (tmp_path / "m" / "model.safetensors").stat().st_size < 80_000  # 27,000 parameters of two bytes
-    assert load_pretrained(str(tmp_path / "m")).tokenizer.name == "char"
+    assert load_pretrained(str(tmp_path / "m")).tokenizer.kind == "char"
     # the data set's tokenizer and the model's are the same again
     assert train.train(recipe(init_from=str(tmp_path / "m"), out_dir=str(tmp_path / "tuned"))) == 0
     export(ExportConfig(out_dir=str(tmp_path / "tuned"), output=str(tmp_path / "again")))
@@ -117,7 +118,7 @@ def test_rows_that_only_pad_the_vocabulary_stay_behind(recipe: Recipe, data_dir:
     model = load_pretrained(str(tmp_path / "m")).model
     assert model.config.vocab_size == TOKENIZER.vocab_size < TOKENIZER.padded_vocab_size
     x = random_ids(1, 16, vocab_size=TOKENIZER.vocab_size)
-    ours = checkpoint.load(Path(config.out_dir, "best.pt")).model(CPU)(x, x)[0]
+    ours = load_checkpoint(Path(config.out_dir, "best.pt")).build_model()(x, x)[0]
     torch.testing.assert_close(model(x, x)[0], ours[..., : TOKENIZER.vocab_size])
 
 
@@ -131,9 +132,9 @@ def test_flat_is_the_originals_dictionary(
     assert set(content) == {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"}
     assert content["config"]["dataset"] == "tiny"
     assert str(tmp_path) not in str(content["config"])  # what is given away tells nothing of this machine
-    best = checkpoint.load(Path(config.out_dir, "best.pt"))
+    best = load_checkpoint(Path(config.out_dir, "best.pt"))
     assert all(torch.equal(content["model"][name], tensor) for name, tensor in best.weights.items())
-    again = checkpoint.load(
+    again = load_checkpoint(
         tmp_path / "flat" / "ckpt.pt", str(open_dataset(Path(config.data_dir, "tiny")).folder.parent)
     )
     assert again.tokenizer.describe() == best.tokenizer.describe()
@@ -204,11 +205,11 @@ def test_nothing_is_overwritten_or_left_behind(recipe: Recipe, tmp_path: Path, m
 def test_what_cannot_be_exported_is_named(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ConfigError, match="where to"):
+    with pytest.raises(ConfigError, match="output is missing"):
         parse(ExportConfig, [], "")
-    with pytest.raises(ConfigError, match="q8_0 is for --to=gguf"):
+    with pytest.raises(ConfigError, match="dtype=q8_0: --to=hf cannot hold it"):
         parse(ExportConfig, ["--output=x", "--dtype=q8_0"], "")
-    with pytest.raises(ConfigError, match="hold float32"):
+    with pytest.raises(ConfigError, match="dtype=float16: --to=flat cannot hold it"):
         parse(ExportConfig, ["--output=x", "--to=flat", "--dtype=float16"], "")
     train.train(recipe(out_dir="whole"))
     monkeypatch.setitem(sys.modules, "gguf", None)

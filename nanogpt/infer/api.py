@@ -52,7 +52,7 @@ class Service:
 
     def prompts(self, body: CompletionRequest) -> list[list[int]]:
         """The token ids of a request's prompts, each at least one. Raises `RefusedError`."""
-        if body.model != self.name:
+        if body.model is not None and body.model != self.name:
             raise RefusedError(404, f"the model here is {self.name!r}, not {body.model[:100]!r}", "model_not_found")
         prompts = _prompts(body.prompt)
         if len(prompts) * (body.n or 1) > self.scheduler.queue:

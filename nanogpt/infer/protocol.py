@@ -40,7 +40,7 @@ class CompletionRequest(BaseModel):
     """What to continue, and how. A value of null means the default."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-    model: str = Field(description="the name that /v1/models gives")
+    model: str | None = Field(None, description="the name that /v1/models gives, or nothing")
     prompt: Annotated[str | list[_Id] | list[str] | list[list[_Id]] | None, WrapValidator(_checked)] = Field(
         None, description="text or token ids, or a list"
     )

@@ -3,15 +3,15 @@
 import logging
 from dataclasses import replace
 
-from nanogpt.device import choose
+from nanogpt.checkpoint import load_trained
+from nanogpt.device import choose_device
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.infer.engine import Engine, Request, Row
 from nanogpt.infer.packed import pack
 from nanogpt.infer.sampling import Sampling
 from nanogpt.infer.text import TextStream, follow, prompt_ids, read_prompt
-from nanogpt.programs import SampleConfig, unescaped
+from nanogpt.settings import SampleConfig, unescape
 from nanogpt.tokenizer import Tokenizer
-from nanogpt.trained import load_trained
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def sample(config: SampleConfig) -> None:
 
     All are drawn side by side; the first is printed while it grows, the others when all are complete.
     """
-    device = choose(config.device, config.dtype, False)
+    device = choose_device(replace(config, compile=False))
     if config.compile is True:
         log.info("compile=True: decoding is faster without, and goes without")
     trained = load_trained(config, device)
@@ -53,7 +53,7 @@ def sample(config: SampleConfig) -> None:
         alternatives=config.logprobs if config.logprobs >= 0 else None,
     )
     rows = engine.add([replace(request, seed=config.seed + n) for n in range(count)])
-    stop = [unescaped(text) for text in config.stop]
+    stop = [unescape(text) for text in config.stop]
     streams = {row: TextStream(tokenizer, prompt, stop) for row in rows}
     texts = {row: tokenizer.decode(prompt) for row in rows}
     print(texts[rows[0]], end="", flush=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 import uvicorn
 from prometheus_client import CollectorRegistry
 
-from nanogpt.checkpoint import kept
-from nanogpt.device import choose
+from nanogpt.checkpoint import checkpoints_of, load_trained
+from nanogpt.device import choose_device
 from nanogpt.errors import ConfigError
 from nanogpt.infer.api import Service, create_app
 from nanogpt.infer.board import add_board
@@ -23,8 +23,7 @@ from nanogpt.infer.engine import Engine
 from nanogpt.infer.guard import Connection, Guard
 from nanogpt.infer.packed import pack
 from nanogpt.infer.scheduler import Scheduler
-from nanogpt.programs import ServeConfig, SourceConfig
-from nanogpt.trained import load_trained
+from nanogpt.settings import ServeConfig, SourceConfig
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ def load(config: ServeConfig) -> tuple[Guard, Scheduler | None]:
     """The model behind its API, and what runs it; of a run that has no checkpoint yet, the curves alone."""
     runs = [Path(path) for path in config.out_dir]
     service = None
-    has_checkpoint = bool(kept(runs[0])) or (runs[0] / "best.pt").exists()
+    has_checkpoint = bool(checkpoints_of(runs[0])) or (runs[0] / "best.pt").exists()
     if config.init_from == "resume" and not has_checkpoint and (runs[0] / "metrics.jsonl").exists():
         log.info(f"{runs[0]} has no checkpoint yet: its curves are shown, nothing can be generated")
     else:
@@ -95,7 +94,7 @@ def load(config: ServeConfig) -> tuple[Guard, Scheduler | None]:
 
 def _service(config: ServeConfig) -> Service:
     """The model, ready to answer."""
-    device = choose(config.device, config.dtype, False)
+    device = choose_device(dataclasses.replace(config, compile=False))
     out_dir = config.out_dir[0]
     trained = load_trained(
         SourceConfig(init_from=config.init_from, checkpoint=config.checkpoint, out_dir=out_dir), device

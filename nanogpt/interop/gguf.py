@@ -12,12 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from nanogpt import __version__
+from nanogpt.config import GPTConfig
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.interop.huggingface import tensors_of
 from nanogpt.model import GPT, rotary_frequencies
-from nanogpt.shape import GPTConfig
-from nanogpt.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, Tokenizer
-from nanogpt.tokenizer_json import definition_of
+from nanogpt.tokenizer import END_OF_TEXT, Tokenizer, definition_of
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _MARKS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -91,7 +90,7 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
     import gguf
 
     normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
-    if isinstance(tokenizer, (CharTokenizer, ByteTokenizer)):
+    if tokenizer.kind in ("char", "byte"):
         # llama.cpp has no model for these but RWKV's, which matches the longest entry; entries are bytes, escaped
         ids = range(tokenizer.vocab_size)
         escaped = ["".join(rf"\x{byte:02x}" for byte in tokenizer.decode_bytes([i])) for i in ids]

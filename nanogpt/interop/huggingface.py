@@ -12,14 +12,12 @@ from typing import Any, Literal
 
 import torch
 
-from nanogpt.config import is_hub_name
-from nanogpt.download import hub_folder
+from nanogpt.config import GPT2_NAMES, GPTConfig, is_hub_name
 from nanogpt.errors import CheckpointError, ConfigError, DataError
 from nanogpt.files import parse_json, write_json
 from nanogpt.model import GPT
-from nanogpt.shape import GPT2_NAMES, GPTConfig
-from nanogpt.tokenizer import GPT2Tokenizer, Tokenizer
-from nanogpt.tokenizer_json import TOKENIZER_FILES, definition_of, read_tokenizer
+from nanogpt.prepare import hub_folder
+from nanogpt.tokenizer import TOKENIZER_FILES, GPT2Tokenizer, Tokenizer, definition_of, read_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -276,8 +274,7 @@ def tensors_of(model: GPT, vocab_size: int) -> Iterator[tuple[Part, torch.Tensor
 def tokenizer_of(folder: Path, shape: GPTConfig) -> Tokenizer:
     """The tokenizer that lies beside a model. Raises `CheckpointError` if there is none."""
     gpt2 = GPT2Tokenizer()
-    has_one = any((folder / name).exists() for name in ("tokenizer.json", "merges.txt"))
-    if not has_one and shape.is_gpt2 and shape.vocab_size == gpt2.vocab_size:
+    if not (folder / "tokenizer.json").exists() and shape.is_gpt2 and shape.vocab_size == gpt2.vocab_size:
         return gpt2
     try:
         tokenizer = read_tokenizer(folder)
@@ -331,7 +328,10 @@ def config_of(shape: GPTConfig) -> dict[str, Any]:
         **{theirs: getattr(shape, ours) for theirs, ours in _NAMES[shape.architecture].items()},
     }
     if shape.is_gpt2:
-        config["activation_function"] = {"gelu": "gelu", "gelu_tanh": "gelu_new"}[shape.activation]
+        names = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
+        if shape.activation not in names:
+            raise ConfigError(f"other engines do not know the activation {shape.activation!r}: it can't be exported")
+        config["activation_function"] = names[shape.activation]
         return config | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), shape.dropout)
     scaling: dict[str, Any] | None = None
     if shape.rope_scaling:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nanogpt.files import locked
-from nanogpt.report.metrics import read_metrics
+from nanogpt.metrics import read_metrics
 from tests.infer.test_serve import Server, make_model, serving
 from tests.report.test_runs import write_run
 

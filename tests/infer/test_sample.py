@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from nanogpt import train
+from nanogpt.checkpoint import TrainedModel
+from nanogpt.cli import parse
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.infer import sample as module
@@ -13,10 +15,8 @@ from nanogpt.infer.sample import SEPARATOR, sample
 from nanogpt.infer.text import prompt_ids
 from nanogpt.interop.huggingface import save_pretrained
 from nanogpt.model import GPT
-from nanogpt.programs import SampleConfig
-from nanogpt.settings import parse
+from nanogpt.settings import SampleConfig
 from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
-from nanogpt.trained import TrainedModel
 
 
 @pytest.fixture
@@ -139,33 +139,13 @@ def test_log_probabilities_are_listed(run: Callable[..., list[str]]) -> None:
         (["--max_new_tokens=-3"], "max_new_tokens=-3"),
         (["--temperature=-1"], "temperature=-1"),
         (["--top_p=0"], r"top_p=0\.0: expected a value above 0, up to 1"),
-        (["--min_p=1.5"], r"min_p=1\.5: expected a value from 0 to 1"),
-        (["--temperature=0", "--top_p=0.5"], "temperature=0 always takes the likeliest token"),
-        (["--stop="], "stop='': expected a text"),
+        (["--min_p=1.5"], r"min_p=1\.5: expected a value above 0, up to 1"),
         (["--window=whole"], "--window=whole: expected half, slide"),
     ],
 )
 def test_settings_that_cannot_work_are_one_message(settings: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(SampleConfig, settings, "")
-
-
-def test_the_recipe_of_a_run_names_it(tmp_path: Path) -> None:
-    notes: list[str] = []
-    recipe = tmp_path / "a.py"
-    recipe.write_text(
-        "out_dir = 'run'\ninit_from = 'gpt2'\nbatch_size = 3\nmax_iters = batch_size\nseed = 7\ntop_k = 5"
-    )
-    config = parse(SampleConfig, [str(recipe)], "", notes=notes)
-    assert (config.out_dir, config.init_from, config.seed, config.top_k) == ("run", "resume", 7, 5)
-    assert notes == [f"{recipe}: passed over, not for this program: init_from, batch_size, max_iters"]
-    recipe.write_text("init_from = 'gpt2'\nbatch_size = 3\ntemprature = 1")
-    with pytest.raises(ConfigError, match=r"^\S*a.py: temprature = 1: there is no setting 'temprature'"):
-        parse(SampleConfig, [str(recipe)], "")
-    recipe.write_text("init_from = 'gpt2'\nseed = 3")
-    assert parse(SampleConfig, [str(recipe)], "").init_from == "gpt2"
-    with pytest.raises(ConfigError, match="there is no setting 'batch_size'"):
-        parse(SampleConfig, ["--batch_size=3"], "")
 
 
 def test_a_prompt_beyond_the_context_is_one_message(out_dir: str) -> None:
