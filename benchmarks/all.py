@@ -36,13 +36,13 @@ MADE_BY = {  # what a benchmark needs, and what makes it
 
 
 def table(*rows: list[str]) -> str:
-    """A table in Markdown; the first row is its head."""
+    """Return a table in Markdown; the first row is its head."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
 def spread(median: float, low: float, high: float, digits: int = 0) -> str:
-    """Such as `42.9 (42.1 to 43.7)`."""
+    """Return a text such as `42.9 (42.1 to 43.7)`."""
     return f"{median:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
 
 
@@ -65,7 +65,7 @@ def throughput(result: dict[str, Any]) -> str:
 
 def time_to_loss(result: dict[str, Any]) -> str:
     ours = [spread_of(result["seconds_ours_all"], 2), f"{result['loss_mean']:.4f}", f"{result['steps']:,}"]
-    rows = [["", "seconds, whole process", "loss over the whole validation set", "updates"]]
+    rows = [["", "seconds, whole process", "loss over the whole validation set", "steps"]]
     if result["seconds_original"]:
         rows.append(["original", f"{result['seconds_original']:.1f}", f"{result['loss_original']:.4f}", ""])
     elif result["loss_to_reach"]:
@@ -97,7 +97,7 @@ def data(result: dict[str, Any]) -> str:
 
 
 def scale(result: dict[str, Any]) -> str:
-    rows = [["", "ms per update", "cost of being two", "peak memory of a process", "planned"]]
+    rows = [["", "ms per step", "cost of being two", "peak memory of a process", "planned"]]
     names = {"one": "one process", "ddp": "two processes, DDP", "fsdp": "two processes, FSDP"}
     for side, name in names.items():
         seconds = [result[f"{side}_seconds"], *result[f"{side}_spread"]]
@@ -119,14 +119,9 @@ def serve(result: dict[str, Any]) -> str:
 
 
 def checkpoint(result: dict[str, Any]) -> str:
-    head = [f"one checkpoint of {result['checkpoint_gb']:.2f} GB every {result['steps']} updates", "cost"]
+    head = [f"one checkpoint of {result['checkpoint_gb']:.2f} GB every {result['steps']} steps", "cost"]
     median, low, high = (100 * value for value in (result["overhead"], *result["overhead_spread"]))
     return table(head, ["in per cent of the training time, beside the copy", spread(median, low, high, 1)])
-
-
-def records(result: dict[str, Any]) -> str:
-    return table(["shape", "reports, in per cent of the training time"],
-                 [result["shape"], spread_of([100 * share for share in result["shares"]], 2)])  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -150,12 +145,11 @@ BENCHMARKS = {
     "scale": Benchmark("scale.py --rounds=5", scale),
     "serve": Benchmark(f"serve.py --run={RUN} --requests=2000", serve, (SHAKESPEARE, FAST)),
     "checkpoint": Benchmark("checkpoint.py --runs=5", checkpoint),
-    "records": Benchmark("records.py --rounds=5", records),
 }
 
 
 def machine() -> str:
-    """What the figures are of."""
+    """Return what the figures are of."""
     information = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", information.read_text()) if information.exists() else None
     name = " ".join(found[1].replace("(R)", "").split()) if found else platform.processor() or platform.machine()
@@ -165,7 +159,7 @@ def machine() -> str:
 
 
 def why_not(benchmark: Benchmark, original: Path | None) -> str:
-    """What keeps it from running here; nothing: empty. What it needs is made, if need be."""
+    """Return what keeps it from running here, or nothing; what it needs is made first."""
     if benchmark.original and not original:
         return "it needs --original=FOLDER, a checkout of karpathy/nanoGPT"
     for path in benchmark.needs:
@@ -177,12 +171,11 @@ def why_not(benchmark: Benchmark, original: Path | None) -> str:
 
 
 def measure(benchmark: Benchmark, original: Path | None) -> dict[str, Any] | None:
-    """What a benchmark says in its last line; None if it failed. Everything else that it prints passes through."""
+    """Return what a benchmark says in its last line; None if it failed. Everything that it prints passes through."""
     words = [sys.executable, "-u", *f"benchmarks/{benchmark.words}".split()]
     words += [f"--original={original}"] if benchmark.original else []
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     last = ""
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         for line in process.stdout:
             print(line, end="", flush=True)
@@ -191,7 +184,7 @@ def measure(benchmark: Benchmark, original: Path | None) -> dict[str, Any] | Non
 
 
 def rewritten(page: str, records: list[dict[str, Any]]) -> str:
-    """The page with the tables of these records, the later ones before the earlier; other text stays as it is."""
+    """Return the page with the tables of these records; of several of a benchmark the last one counts."""
     for record in records:
         benchmark = BENCHMARKS[record["benchmark"]]
         words = benchmark.words + (" --original=FOLDER" if benchmark.original else "")

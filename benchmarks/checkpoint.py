@@ -1,9 +1,9 @@
-"""What saving costs: training with a checkpoint every 20 updates against none, beyond the copy that can't be avoided.
+"""What saving costs: training with a checkpoint every 20 steps against none, beyond the copy that can't be avoided.
 
     python benchmarks/checkpoint.py --runs=3
 
 One process, GPT-2 124M on this machine's device, random tokens; the two sides alternate. The last line is JSON:
-`overhead` is the median of what the updates of a block take longer than if all took as long as the median one of its
+`overhead` is the median of what the steps of a block take longer than if all took as long as the median one of its
 second half, when nothing is written any more. (The speed of a shared machine drifts by more from block to block than
 saving costs.)
 """
@@ -13,78 +13,72 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
+import torch
+from bare import random_ids
 
-from nanogpt.bench import run_of
+from nanogpt.bench import make_step
+from nanogpt.checkpoint import Checkpoints, TrainState
 from nanogpt.config import PRESETS, TrainConfig
-from nanogpt.data import Dataset, Tokens
-from nanogpt.device import choose
-from nanogpt.saver import Saver
-from nanogpt.start import Run
+from nanogpt.data import Dataset
+from nanogpt.device import choose_device
+from nanogpt.distributed import Distributed
 from nanogpt.tokenizer import GPT2Tokenizer
-from nanogpt.train import next_batch, snapshot, update
-
-
-def make_run(arguments: argparse.Namespace) -> Run:
-    shape = {**PRESETS[arguments.model], "block_size": arguments.block_size}
-    config = TrainConfig(batch_size=arguments.batch_size, gradient_accumulation_steps=1, **shape)
-    device = choose("auto", arguments.dtype, False)
-    tokens = Tokens([np.random.default_rng(0).integers(50257, size=100_000).astype("uint16")])
-    dataset = Dataset(Path(), tokens, tokens, GPT2Tokenizer(), {})
-    return run_of(config, dataset, 50304, device)
-
-
-def seconds_of(run: Run, steps: int, saver: Saver | None) -> tuple[list[float], float]:
-    """How long each of `steps` updates takes, and the copy before the first, if there is a saver to write it."""
-    copying, times = 0.0, []
-    if saver:
-        began = time.perf_counter()
-        saver.save(lambda old: snapshot(run, old))
-        copying = time.perf_counter() - began
-    for _ in range(steps):
-        began = time.perf_counter()
-        x, y = next_batch(run, run.progress.step)
-        update(run, x, y, 1e-4)
-        run.device.synchronize()
-        run.progress.step += 1
-        times.append(time.perf_counter() - began)
-    return times, copying
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="gpt2", choices=PRESETS)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20, help="updates between checkpoints")
+    parser.add_argument("--steps", type=int, default=20, help="between checkpoints")
+    parser.add_argument("--n_layer", type=int, default=0, help="0: as the model has")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--block_size", type=int, default=256)
     parser.add_argument("--dtype", default="auto")
     arguments = parser.parse_args()
-    run = make_run(arguments)
-    seconds_of(run, 2, None)  # warm-up: the optimizer's state, the allocator
-    rows = []
+    shape = {**PRESETS[arguments.model], "block_size": arguments.block_size}
+    shape["n_layer"] = arguments.n_layer or shape["n_layer"]
     with tempfile.TemporaryDirectory() as folder:
-        saver = Saver(Path(folder), "0", 2)
-        for n in range(arguments.runs):
-            without, _ = seconds_of(run, arguments.steps, None)
-            with_saving, copying = seconds_of(run, arguments.steps, saver)
+        config = TrainConfig(batch_size=arguments.batch_size, gradient_accumulation_steps=1, dtype=arguments.dtype,
+                             compile=False, out_dir=folder, **shape)  # fmt: skip
+        device, ids, tokenizer = choose_device(config), random_ids(50257), GPT2Tokenizer()
+        step, model, optimizer = make_step(config, Dataset(Path(), ids, ids, tokenizer, {}), 50304, device)
+        scaler, state = torch.amp.GradScaler(device.type, enabled=False), TrainState()
+        checkpoints = Checkpoints(config, Distributed(), is_sharded=False)
+
+        def seconds(function: Callable[[], object]) -> float:
+            device.synchronize()
             began = time.perf_counter()
-            saver.wait()
-            waited = time.perf_counter() - began
-            undisturbed = arguments.steps * statistics.median(with_saving[arguments.steps // 2 :])
-            overhead = (sum(with_saving) + waited - undisturbed) / undisturbed
-            rows.append((sum(without), sum(with_saving), copying, overhead))
-            print(f"run {n + 1}: {sum(without):.2f} s without, {sum(with_saving):.2f} s with, copy {copying:.2f} s, "
-                  f"first updates {', '.join(f'{t:.2f}' for t in with_saving[:4])} s, others "
-                  f"{undisturbed / arguments.steps:.2f} s: {overhead:+.2%}", flush=True)  # fmt: skip
-        size = (Path(folder) / "ckpt.pt").stat().st_size
-    without, with_saving, copying, overhead = (statistics.median(column) for column in zip(*rows, strict=True))
+            function()
+            device.synchronize()
+            return time.perf_counter() - began
+
+        def take_step() -> None:
+            step(state.step)
+            state.step += 1
+
+        take_step()  # allocates the optimizer's state
+        rows = []
+        for n in range(arguments.runs):
+            without = [seconds(take_step) for _ in range(arguments.steps)]
+            copying = seconds(lambda: checkpoints.save(model, optimizer, scaler, state, tokenizer))
+            times = [seconds(take_step) for _ in range(arguments.steps)]
+            waited = seconds(checkpoints.wait)
+            usual = statistics.median(times[arguments.steps // 2 :])
+            overhead = (sum(times) + waited) / (usual * arguments.steps) - 1
+            rows.append((sum(without), sum(times), copying, overhead))
+            print(f"run {n + 1}: {sum(without):.2f} s without, {sum(times):.2f} s with, copy {copying:.2f} s, "
+                  f"first steps {', '.join(f'{t:.2f}' for t in times[:4])} s, others {usual:.2f} s: {overhead:+.2%}",
+                  flush=True)  # fmt: skip
+        checkpoints.wait()
+        size = Path(folder, "ckpt.pt").stat().st_size
+    without_saving, with_saving, copy, median = (statistics.median(column) for column in zip(*rows, strict=True))
     spread = [min(row[3] for row in rows), max(row[3] for row in rows)]
     result = {"model": arguments.model, "steps": arguments.steps, "n": arguments.runs, "checkpoint_gb": size / 1e9,
-              "seconds_without": without, "seconds_with": with_saving, "seconds_copy": copying,
-              "overhead": overhead, "overhead_spread": spread}  # fmt: skip
+              "seconds_without": without_saving, "seconds_with": with_saving, "seconds_copy": copy,
+              "overhead": median, "overhead_spread": spread}  # fmt: skip
     print(json.dumps(result))
 
 

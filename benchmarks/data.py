@@ -28,16 +28,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from bare import ROOT
 
-from nanogpt.data import Tokens, epoch_window_starts, open_dataset, window_starts
+from nanogpt.data import Dataset, epoch_window_starts, open_dataset, window_starts, windows
 from nanogpt.tokenizer import GPT2Tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
 BLOCK_SIZE = 1024
 
 
 def machines_texts() -> Iterator[str]:
-    """Python and documentation files of this machine, over and over, in an order drawn once."""
+    """Yield Python and documentation files of this machine, over and over, in an order drawn once."""
     roots = {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "/usr/share/doc"}
     suffixes = {".py", ".md", ".rst", ".txt", ".html"}
     paths = sorted({path for root in roots for path in Path(root).rglob("*") if path.suffix in suffixes})
@@ -53,7 +53,7 @@ def machines_texts() -> Iterator[str]:
 
 
 def write_corpus(path: Path, megabytes: float) -> None:
-    """A file of JSON lines with so much text."""
+    """Write a file of JSON lines with so much text."""
     size = 0
     with path.open("w") as file:
         for text in machines_texts():
@@ -64,7 +64,7 @@ def write_corpus(path: Path, megabytes: float) -> None:
 
 
 def function_of(path: Path, name: str, names: dict[str, Any]) -> Callable[..., Any]:
-    """A function out of a program, to be called with `names` for its globals."""
+    """Return a function out of a program, to be called with `names` for its globals."""
     tree = ast.parse(path.read_text())
     [node] = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name]
     exec(compile(ast.Module([node], []), str(path), "exec"), names)
@@ -73,14 +73,14 @@ def function_of(path: Path, name: str, names: dict[str, Any]) -> Callable[..., A
 
 
 def seconds_of(function: Callable[..., object]) -> float:
-    """Wall-clock time of one call."""
+    """Return the wall-clock time of one call."""
     began = time.perf_counter()
     function()
     return time.perf_counter() - began
 
 
 def tokenizing(original: Path, corpus: Path, runs: int, num_proc: int) -> dict[str, Any]:
-    """Tokens per second of both sides, same text, same number of processes."""
+    """Return the tokens per second of both sides, same text, same number of processes."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -124,7 +124,7 @@ def tokenizing(original: Path, corpus: Path, runs: int, num_proc: int) -> dict[s
 
 
 def loading(original: Path, folder: Path, runs: int) -> dict[str, Any]:
-    """Batches per second of both sides."""
+    """Return the batches per second of both sides."""
     dataset = open_dataset(folder)
     result = {}
     for batch_size, count in ((12, 4000), (64, 1500)):
@@ -139,8 +139,7 @@ def loading(original: Path, folder: Path, runs: int) -> dict[str, Any]:
         def ours(count: int = count, rows: int = batch_size, draw: Callable[..., Any] = window_starts) -> None:
             for step in range(count):
                 starts = draw(len(dataset.train), BLOCK_SIZE, seed=0, step=step, rows=rows)
-                ids = dataset.train.windows(starts, BLOCK_SIZE + 1)
-                _ = ids[:, :-1], ids[:, 1:]
+                windows(dataset, "train", starts, BLOCK_SIZE)
 
         def epoch(count: int = count, rows: int = batch_size) -> None:
             ours(count, rows, epoch_window_starts)
@@ -163,50 +162,38 @@ def loading(original: Path, folder: Path, runs: int) -> dict[str, Any]:
     return result
 
 
-MEMORY_OF_BUILD = """
-import resource, sys
-from pathlib import Path
-from nanogpt.build import build
-from nanogpt.documents import Reading
-from nanogpt.prepare_plan import Recipe
-
-if __name__ == "__main__":
-    separator = "\\n\\n\\n" if sys.argv[3] == "separated" else ""
-    build(Path(sys.argv[2]), Recipe([sys.argv[1]], "gpt2", reading=Reading(separator=separator)))
-    own = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]  # ru_maxrss would inherit the parent's
-    print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+# Prints the peak memory of the largest process below it, in kB. What this script itself takes would count with it.
+MEMORY_OF = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
 
-def memory_of_preparing(folder: Path) -> dict[str, Any]:
-    """Peak memory, in MB, of the main process and of the largest worker; for JSON lines and for one large text."""
-    result: dict[str, Any] = {}
-    (folder / "memory.py").write_text(MEMORY_OF_BUILD)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for megabytes in (100, 1000):
-        corpus = folder / f"{megabytes}.jsonl"
+def memory_of_preparing(folder: Path, sizes: tuple[int, ...] = (100, 1000)) -> dict[str, int]:
+    """Return the peak memory of the largest process, in MB; for JSON lines and for one large text."""
+    result = {}
+    for megabytes in sizes:
+        corpus, text = folder / f"{megabytes}.jsonl", folder / f"{megabytes}.txt"
         write_corpus(corpus, megabytes)
-        text = folder / f"{megabytes}.txt"
         with corpus.open() as lines, text.open("w") as file:
             file.writelines(json.loads(line)["text"] + "\n\n\n" for line in lines)
-        for path, reading in ((corpus, "rows"), (text, "one document"), (text, "separated")):
-            command = [sys.executable, "memory.py", str(path), str(folder / "built"), reading]
-            began = time.perf_counter()
+        for path, words in ((corpus, []), (text, []), (text, ["--separator=\\n\\n\\n"])):
+            command = [sys.executable, "-m", "nanogpt", "prepare", "built", f"--data_dir={folder}", f"--input={path}"]
             out = subprocess.run(
-                command, cwd=folder, env=environment, capture_output=True, text=True, check=True
-            ).stdout
-            main, worker = (int(kilobytes) // 1024 for kilobytes in out.split()[-2:])
-            name = f"{path.suffix.lstrip('.')}, {reading}, {megabytes} MB"
-            print(f"{name}: main {main} MB, worker {worker} MB, {time.perf_counter() - began:.0f} s", flush=True)
-            result[name] = {"main_mb": main, "worker_mb": worker}
+                [sys.executable, "-c", MEMORY_OF, *command, *words], stdout=subprocess.PIPE, check=True
+            )
+            name = f"{path.name}{', separated' if words else ''}"
+            result[name] = int(out.stdout) // 1024
+            print(f"preparing {name}: {result[name]} MB", flush=True)
+            shutil.rmtree(folder / "built")
         corpus.unlink()
         text.unlink()
-        shutil.rmtree(folder / "built")
     return result
 
 
-def memory_of_a_million_batches(tokens: Tokens) -> dict[str, int]:
-    """Memory of this process that is not the page cache of the data, in MB, before and after."""
+def memory_of_a_million_batches(dataset: Dataset) -> dict[str, int]:
+    """Return the memory of this process that is not page cache of the data, in MB, before and after."""
 
     def own_memory() -> int:
         status = Path("/proc/self/status").read_text()
@@ -214,8 +201,8 @@ def memory_of_a_million_batches(tokens: Tokens) -> dict[str, int]:
 
     before = 0
     for step in range(1_000_000):
-        starts = window_starts(len(tokens), BLOCK_SIZE, seed=0, step=step, rows=12)
-        tokens.windows(starts, BLOCK_SIZE + 1)
+        starts = window_starts(len(dataset.train), BLOCK_SIZE, seed=0, step=step, rows=12)
+        windows(dataset, "train", starts, BLOCK_SIZE)
         if step == 1000:
             before = own_memory()
     print(f"a million batches: {before} MB before, {own_memory()} MB after")
@@ -240,7 +227,7 @@ def main() -> None:
         }
         if arguments.memory:
             result["preparing"] = memory_of_preparing(folder)
-            result["million_batches"] = memory_of_a_million_batches(open_dataset(folder / "ours").train)
+            result["million_batches"] = memory_of_a_million_batches(open_dataset(folder / "ours"))
     result["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
     print(json.dumps(result))
 

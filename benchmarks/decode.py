@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py --original=FOLDER [--rounds=5] [--new=100]
 
-GPT-2's shape (124M) with drawn weights, which cost what learned ones cost; always the likeliest token. FOLDER is a
+GPT-2's shape (124M) with drawn weights, which cost what learned ones cost; always the most probable token. FOLDER is a
 checkout of karpathy/nanoGPT; transformers and llama.cpp (through llama-cpp-python) take part where they are installed.
 Each side is a process of its own. Batch 1: a prompt of 16 tokens and 100 new ones, prompt and all; the bandwidth is
 what the weights of every new token make it at least. Then 16 rows at a time, the time to the first token of a prompt of
@@ -24,18 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bare import ROOT
 from worker import Worker
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 SHAPE: dict[str, Any] = {
-    "n_layer": 12,
-    "n_head": 12,
-    "n_embd": 768,
-    "block_size": 1024,
-    "vocab_size": 50257,
-    "bias": True,
-}
+    "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50257, "bias": True,
+}  # fmt: skip
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "f32": 4.0, "bf16": 2.0, "q8_0": 34 / 32}  # per weight
 PEERS = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0"}  # of llama.cpp, at equal precision
 FILES = {"f32": "float32", "bf16": "bfloat16", "q8_0": "q8_0"}  # our words for them
@@ -47,15 +41,15 @@ Generate = Callable[[list[int], int, int], float]  # prompt, new tokens, rows ->
 
 
 def ours(folder: Path, precision: str) -> Generate:
-    from nanogpt.config import GPTConfig
-    from nanogpt.device import choose
+    from nanogpt.config import GPTConfig, Machine
+    from nanogpt.device import choose_device
     from nanogpt.infer.engine import Engine, Request
     from nanogpt.infer.packed import pack
     from nanogpt.infer.sampling import Sampling
     from nanogpt.model import GPT
 
     model = GPT.from_weights(GPTConfig(**SHAPE), torch.load(folder / "weights.pt")).eval()
-    dtype = choose("cpu", "float32" if precision == "float32" else "bfloat16", False).dtype  # as sample.py does
+    dtype = choose_device(Machine(device="cpu", dtype="float32" if precision == "float32" else "bfloat16")).dtype
     pack(model, dtype, int8=precision == "int8")
 
     def generate(prompt: list[int], new: int, rows: int) -> float:
@@ -168,10 +162,11 @@ def serve(arguments: argparse.Namespace) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Who asks them
+# What asks them
 
 
 def make_models(folder: Path, with_llama_cpp: bool, with_transformers: bool) -> None:
+    """Write the same model in the format of each side."""
     from nanogpt.config import GPTConfig
     from nanogpt.interop.gguf import save_gguf
     from nanogpt.interop.huggingface import save_pretrained
@@ -190,21 +185,19 @@ def make_models(folder: Path, with_llama_cpp: bool, with_transformers: bool) -> 
 
 
 def losses_of(run: Path) -> dict[str, float]:
-    """The mean loss of a trained run over its validation set, in nats, by precision."""
-    from nanogpt import checkpoint
+    """Return the mean loss of a trained run over its validation set, in nats, by precision."""
+    from nanogpt.checkpoint import find_checkpoint, load_checkpoint
     from nanogpt.data import open_dataset
-    from nanogpt.device import Device
     from nanogpt.infer.packed import pack
 
-    cpu = Device("cpu", "cpu", torch.float32, compile=False)
-    loaded = checkpoint.load(checkpoint.find(str(run), "auto"))
+    loaded = load_checkpoint(find_checkpoint(run, "auto"))
     ids = open_dataset(ROOT / "data" / loaded.config["dataset"]).val[:400_000].astype("int64")
     T = loaded.config["block_size"]
     windows = torch.from_numpy(ids[: (len(ids) - 1) // T * T]).view(-1, T)
     targets = torch.from_numpy(ids[1 : windows.numel() + 1]).view(-1, T)
     losses = {}
     for precision in PEERS:
-        model = loaded.model(cpu)
+        model = loaded.build_model()
         pack(model, torch.float32 if precision == "float32" else torch.bfloat16, int8=precision == "int8")
         total = 0.0
         with torch.inference_mode():
@@ -221,14 +214,13 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--original", type=Path, required=True)
+    parser.add_argument("--original", type=lambda text: Path(text).resolve(), required=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new", type=int, default=100, help="tokens to generate")
     parser.add_argument("--run", type=Path, help="a trained run, to see what fewer bits cost")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    arguments.original = arguments.original.resolve()
     if arguments.side:
         serve(arguments)
         return
@@ -281,7 +273,7 @@ def main() -> None:
               f"({math.exp(loss - losses['float32']) - 1:+.3%})")  # fmt: skip
 
     def ratio(a: list[float], b: list[float]) -> float:
-        """The median of the ratios within a round."""
+        """Return the median of the ratios within a round."""
         return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
     vs_original = {p: ratio(speeds[f"ours {p}"], speeds["original float32"]) for p in PEERS}

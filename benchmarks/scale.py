@@ -15,74 +15,65 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
+from bare import random_ids
 
-from nanogpt.checkpoint import Progress
+from nanogpt.bench import make_step
 from nanogpt.config import TrainConfig
-from nanogpt.data import Dataset, Tokens
-from nanogpt.device import choose
-from nanogpt.distributed import joined, this_process, wrap
-from nanogpt.model import GPT
-from nanogpt.optim import adamw
+from nanogpt.data import Dataset
+from nanogpt.device import choose_device
+from nanogpt.distributed import init_distributed
 from nanogpt.plan import memory
-from nanogpt.start import Run, loader
 from nanogpt.tokenizer import ByteTokenizer
-from nanogpt.train import next_batch, update
 
 VOCABULARY = 256
 
 
-def config_of(arguments: argparse.Namespace) -> TrainConfig:
+def config_of(arguments: argparse.Namespace, parallel: Any) -> TrainConfig:
     return TrainConfig(n_layer=arguments.n_layer, n_head=8, n_embd=arguments.n_embd, block_size=arguments.block_size,
                        batch_size=arguments.batch_size, gradient_accumulation_steps=arguments.accumulation,
-                       device="cpu", dtype=arguments.dtype, compile=False)  # fmt: skip
+                       device="cpu", dtype=arguments.dtype, compile=False, parallel=parallel)  # fmt: skip
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """One of the processes: some updates; the main one prints what they took."""
+    """Do some steps as one of the processes; the main one prints what they took."""
     torch.set_num_threads(1)
-    config, world = config_of(arguments), this_process()
-    device = choose("cpu", arguments.dtype, False)
+    config = config_of(arguments, arguments.parallel)
+    device, ids = choose_device(config), random_ids(VOCABULARY)
+    dataset = Dataset(Path(), ids, ids, ByteTokenizer(), {})
     before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    with joined(world, "gloo", device, 10) as world:
-        torch.manual_seed(0)
-        model = GPT(config.model_config(VOCABULARY))
-        network = wrap(model, arguments.parallel, device, world)
-        optimizer = adamw(model, 1e-4, (0.9, 0.95), 0.1)
-        tokens = Tokens([np.random.default_rng(0).integers(VOCABULARY, size=100_000).astype("uint16")])
-        rows_of = loader(config, Dataset(Path(), tokens, tokens, ByteTokenizer(), {}), model.config, device, world)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        dataset = Dataset(Path(), tokens, tokens, ByteTokenizer(), {})
-        run = Run(config, device, world, dataset, model, rows_of, network, optimizer, scaler, Progress())
+    with init_distributed("gloo", device, 10) as dist:
+        step, model, _ = make_step(config, dataset, VOCABULARY, device, dist)
         times = []
-        for step in range(arguments.steps + 2):
-            if step == 2:  # the first ones allocate
-                world.wait()
+        for n in range(arguments.steps + 2):
+            if n == 2:  # the first ones allocate
+                dist.any(False)
                 sent = loopback_bytes()
             began = time.perf_counter()
-            update(run, *next_batch(run, step), 1e-4)
-            world.any(False)  # as training asks after every step whether to stop
+            step(n)
+            dist.any(False)  # as training asks after every step whether to stop
             times.append(time.perf_counter() - began)
-        world.wait()
-        if world.is_main:
+        if dist.is_main:
             status = Path("/proc/self/status").read_text().split("VmHWM:")[1]  # getrusage counts parents, too
             peak = int(status.split()[0]) * 1024 - before
-            print(json.dumps({"seconds": statistics.median(times[2:]), "peak": peak,
+            parameters = model.get_num_params(non_embedding=False)
+            print(json.dumps({"seconds": statistics.median(times[2:]), "peak": peak, "parameters": parameters,
                               "bytes": (loopback_bytes() - sent) / arguments.steps}))  # fmt: skip
 
 
 def loopback_bytes() -> int:
-    """Bytes that have gone through the loopback device so far."""
+    """Return the bytes that have gone through the loopback device so far."""
     line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
     return int(line.split(":")[1].split()[0])
 
 
 def measure(words: list[str], processes: int, parallel: str) -> dict[str, float]:
+    """Return what the main one of `processes` prints."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     command = [sys.executable, *launcher, __file__, *words, f"--parallel={parallel}"]
-    # without the second, memory that was given back stays with the process, and the peak is that of malloc
+    # Without the second, memory that was given back stays with the process, and the peak is that of malloc.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if result.returncode:
@@ -106,15 +97,13 @@ def main() -> None:
     if arguments.parallel:
         return work(arguments)
 
-    sides = {"one": (1, "none"), "ddp": (2, "ddp"), "fsdp": (2, "fsdp")}
+    sides = {"one": (1, "ddp"), "ddp": (2, "ddp"), "fsdp": (2, "fsdp")}
     rows: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for n in range(arguments.rounds):
         for side, (processes, parallel) in sides.items():
             rows[side].append(measure(sys.argv[1:], processes, parallel))
             print(f"round {n + 1}, {side}: {rows[side][-1]['seconds'] * 1000:.0f} ms", flush=True)
-    config = config_of(arguments)
-    shape = config.model_config(VOCABULARY)
-    parameters = GPT(shape).get_num_params(non_embedding=False)
+    parameters = rows["one"][0]["parameters"]
     ring = 2 * (2 - 1) / 2 * 4 * parameters * 2  # bytes of a ring all-reduce in float32, of both processes
     result: dict[str, object] = {"parameters": parameters, "n": arguments.rounds, "ring_bytes": ring}
     for side, (processes, parallel) in sides.items():
@@ -122,10 +111,12 @@ def main() -> None:
         result[f"{side}_seconds"] = statistics.median(seconds)
         result[f"{side}_spread"] = [min(seconds), max(seconds)]
         result[f"{side}_peak_bytes"] = statistics.median(row["peak"] for row in rows[side])
+        config = config_of(arguments, parallel)
         share = config.rows // processes
         result[f"{side}_planned_bytes"] = memory(
-            shape, min(share, config.batch_size), bytes_of_dtype=choose("cpu", arguments.dtype, False).dtype.itemsize,
-            parallel=parallel, processes=processes, accumulate=share > config.batch_size, gradient_checkpointing=False
+            config.model_config(VOCABULARY), min(share, config.batch_size),
+            bytes_of_dtype=choose_device(config).dtype.itemsize, parallel=parallel if processes > 1 else "none",
+            processes=processes, accumulate=share > config.batch_size, gradient_checkpointing=False,
         ).peak  # fmt: skip
         if processes > 1:
             paired = [2 * row["seconds"] / one["seconds"] - 1 for row, one in zip(rows[side], rows["one"], strict=True)]

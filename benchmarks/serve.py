@@ -1,8 +1,8 @@
-"""How `nanogpt serve` bears many callers at a time: times, refusals, and what it keeps of them.
+"""How `nanogpt serve` bears many clients at a time: times, refusals, and its memory.
 
     python benchmarks/serve.py --run=RUN [--clients=200] [--requests=10000]
 
-A server on loopback, in a process of its own; callers on connections of their own, each with one request after another:
+A server on loopback, in a process of its own; clients on connections of their own, each with one request after another:
 streams of mixed lengths, of which a third hang up midway. The last line is JSON.
 """
 
@@ -19,13 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-
-ROOT = Path(__file__).resolve().parents[1]
+from bare import ROOT
 
 
 @dataclass
 class Seen:
-    """What the callers saw."""
+    """What the clients saw."""
 
     first: list[float] = field(default_factory=list)  # seconds from a request to its first token
     gaps: list[float] = field(default_factory=list)  # seconds from a token to the next
@@ -36,7 +35,7 @@ class Seen:
 
 
 def start(run: str) -> tuple[subprocess.Popen[str], int, str]:
-    """The server's process, its port and its model's name."""
+    """Start a server; return its process, its port and its model's name."""
     command = [sys.executable, "-m", "nanogpt", "serve", run, "--port=0"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout
@@ -50,12 +49,12 @@ def start(run: str) -> tuple[subprocess.Popen[str], int, str]:
 
 
 def resident_mb(pid: int) -> float:
-    """Memory of a process, in MB."""
+    """Return the memory of a process, in MB."""
     return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024  # type: ignore[index]
 
 
 async def get(port: int, path: str) -> str:
-    """What the server answers to a GET."""
+    """Return what the server answers to a GET."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(f"GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode())
     answer = (await reader.read()).decode()
@@ -64,7 +63,7 @@ async def get(port: int, path: str) -> str:
 
 
 async def ask(port: int, model: str, draw: random.Random, seen: Seen) -> None:
-    """One request, to its end or until the caller has had enough."""
+    """Make one request, and read to its end or until the client hangs up."""
     count = draw.randint(1, 64)
     patience = draw.randint(0, count) if draw.random() < 1 / 3 else None  # events until it hangs up
     prompt = "".join(draw.choice("abcdefghij \n") for _ in range(draw.randint(1, 200)))
@@ -111,19 +110,19 @@ async def ask(port: int, model: str, draw: random.Random, seen: Seen) -> None:
 
 
 async def load(port: int, model: str, clients: int, requests: int, seed: int) -> Seen:
-    """So many requests, from so many callers at a time."""
+    """Make so many requests, from so many clients at a time."""
     seen, numbers = Seen(), iter(range(requests))
 
-    async def caller() -> None:
+    async def client() -> None:
         for number in numbers:
             await ask(port, model, random.Random(seed + number), seen)
 
-    await asyncio.gather(*(caller() for _ in range(clients)))
+    await asyncio.gather(*(client() for _ in range(clients)))
     return seen
 
 
 async def is_idle(port: int) -> bool:
-    """Whether the server comes to rest within ten seconds."""
+    """Return whether the server comes to rest within ten seconds."""
     for _ in range(100):
         metrics = await get(port, "/metrics")
         if "nanogpt_rows_busy 0.0" in metrics and "nanogpt_waiting 0.0" in metrics:
@@ -133,7 +132,7 @@ async def is_idle(port: int) -> bool:
 
 
 def milliseconds(seconds: list[float]) -> dict[str, float]:
-    """Median and the 99th of a hundred."""
+    """Return the median and the 99th percentile."""
     return {f"p{q}": round(1000 * float(np.percentile(seconds, q)), 2) for q in (50, 99)}
 
 

@@ -4,7 +4,7 @@
 
 FOLDER is a checkout of karpathy/nanoGPT. The clock runs from the start of each process to its end; the loss of what it
 leaves behind is then taken over the whole validation set, in windows of the row's context, outside of the clock. The
-number of updates is fixed beforehand, every seed counts, and the mean of ours must reach the target. What the
+number of steps is fixed beforehand, every seed counts, and the mean of ours must reach the target. What the
 validation set says was not used to choose anything: recipes were tuned on a part of the training set
 (`--tune` measures there). The last line is JSON.
 """
@@ -23,13 +23,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from bare import ROOT
 
-from nanogpt import checkpoint
+from nanogpt.checkpoint import Checkpoint, load_checkpoint
 from nanogpt.data import open_dataset
 from nanogpt.device import Device
 from nanogpt.evaluate import whole_split_loss
 
-ROOT = Path(__file__).resolve().parents[1]
 CPU = Device("cpu", "cpu", torch.float32, compile=False)
 
 
@@ -39,10 +39,9 @@ class Target:
 
     dataset: str
     context: int
-    ours: str  # recipe
+    ours: str  # recipe, or settings for our train.py
     original: str  # settings for its train.py; empty: too slow for this machine, see loss
     loss: float | None = None  # to reach; None: the original's own, measured in the same run
-    goal_seconds: float = 0.0
     runs_of_original: int = 2  # it takes long, and always does the same
 
 
@@ -50,14 +49,14 @@ _SMALL = (
     "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --batch_size=12 "
     "--n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0 "
 )
+_README = _SMALL + "--block_size=64 --max_iters=2000 --lr_decay_iters=2000"
 TARGETS = {
-    "small": Target(
-        "shakespeare_char", 64, "config/train_shakespeare_char_fast.py",
-        _SMALL + "--block_size=64 --max_iters=2000 --lr_decay_iters=2000",
-    ),
+    "small": Target("shakespeare_char", 64, "config/train_shakespeare_char_fast.py", _README),
+    # the original's recipe for both
+    "readme": Target("shakespeare_char", 64, _README, _README),
     # the original's README: 1.4697 after 3 minutes on an A100, its best estimate of the validation loss
-    "a100": Target("shakespeare_char", 256, "config/train_shakespeare_char_a100.py", "", loss=1.4697, goal_seconds=300),
-    # as many updates as fit into ten minutes here
+    "a100": Target("shakespeare_char", 256, "config/train_shakespeare_char_a100.py", "", loss=1.4697),
+    # as many steps as fit into ten minutes here
     "pystdlib": Target(
         "pystdlib", 256, "config/train_pystdlib_fast.py",
         _SMALL + "--dataset=pystdlib --block_size=256 --max_iters=4700 --lr_decay_iters=4700 --eval_interval=4700",
@@ -67,7 +66,7 @@ TARGETS = {
 
 
 def timed_run(folder: Path, words: list[str]) -> float:
-    """Seconds that a whole process of train.py takes."""
+    """Return the seconds that a whole process of train.py takes."""
     began = time.perf_counter()
     command = [sys.executable, "train.py", *words]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -78,25 +77,23 @@ def timed_run(folder: Path, words: list[str]) -> float:
 
 def loss_of(
     out_dir: Path, dataset: Path, context: int, data_dir: str = "data", device: Device = CPU
-) -> tuple[float, checkpoint.Checkpoint]:
-    """The loss over the whole validation set, in float32, and the checkpoint that it is of."""
-    loaded = checkpoint.load(out_dir / "ckpt.pt", data_dir)
-    loss, _ = whole_split_loss(loaded.model(device), open_dataset(dataset).val, context, 64, device)
+) -> tuple[float, Checkpoint]:
+    """Return the loss over the whole validation set, in the device's dtype, and the checkpoint that it is of."""
+    loaded = load_checkpoint(out_dir / "ckpt.pt", data_dir)
+    loss, _ = whole_split_loss(loaded.build_model(device.name), open_dataset(dataset).val, context, 64, device)
     return loss, loaded
 
 
 def copy_of_original(checkout: Path, dataset: Path, folder: Path) -> Path:
-    """A copy of the original to run in, with a data set of ours."""
+    """Return a copy of the original to run in, with a data set of ours."""
     copy = folder / "original"
     shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(".git", "out*"))
     (copy / "data" / dataset.name).mkdir(exist_ok=True)
     for path in dataset.iterdir():
         if path.suffix in (".bin", ".pkl"):
             shutil.copy(path, copy / "data" / dataset.name)
-    opened = open_dataset(dataset)
-    if (
-        opened.tokenizer.vocab_size == 257
-    ):  # bytes, and the end of a text; without meta.pkl the original takes GPT-2's vocabulary
+    if open_dataset(dataset).tokenizer.vocab_size == 257:
+        # Bytes and the end of a document; without meta.pkl the original takes GPT-2's vocabulary.
         letters = {n: chr(n) for n in range(257)}
         meta = {"vocab_size": 257, "itos": letters, "stoi": {letter: n for n, letter in letters.items()}}
         (copy / "data" / dataset.name / "meta.pkl").write_bytes(pickle.dumps(meta))
@@ -104,7 +101,7 @@ def copy_of_original(checkout: Path, dataset: Path, folder: Path) -> Path:
 
 
 def tuning_set(dataset: Path, folder: Path) -> Path:
-    """A data set made of the training part of another: what is looked at is every tenth document, or the last tenth."""
+    """Return a data set made of the training part of another: every tenth document, or the last tenth, validates."""
     made = folder / "data" / dataset.name
     made.mkdir(parents=True)
     described = json.loads((dataset / "dataset.json").read_text())
@@ -147,7 +144,13 @@ def main() -> None:
             original = copy_of_original(arguments.original, dataset, Path(temporary))
         for seed in range(arguments.seeds):
             out_dir = Path(temporary, f"ours-{seed}")
-            words = [target.ours, f"--out_dir={out_dir}", f"--data_dir={dataset.parent}", f"--seed={seed}", *settings]
+            words = [
+                *target.ours.split(),
+                f"--out_dir={out_dir}",
+                f"--data_dir={dataset.parent}",
+                f"--seed={seed}",
+                *settings,
+            ]
             seconds["ours"].append(timed_run(ROOT, words))
             loss, loaded = loss_of(out_dir, dataset, target.context)
             losses["ours"].append(loss)
@@ -168,12 +171,12 @@ def main() -> None:
     print(
         f"ours: {median:.2f} s (median), loss {mean:.4f} (mean of {arguments.seeds}, deviation {spread:.4f}){reached}"
     )
-    print(f"{loaded.progress.step} updates, {loaded.progress.tokens:,} tokens, {sum(parameters.values()):,} parameters")
+    print(f"{loaded.state.step} steps, {loaded.state.tokens:,} tokens, {sum(parameters.values()):,} parameters")
     print(json.dumps({
         "target": arguments.target, "speedup": theirs / median if theirs else None, "seconds_ours": median,
         "seconds_ours_all": seconds["ours"], "seconds_original": theirs, "loss_mean": mean, "losses": losses["ours"],
         "loss_original": losses["original"][0] if has_original else None, "loss_to_reach": goal,
-        "steps": loaded.progress.step, "tokens": loaded.progress.tokens, "tuning": arguments.tune,
+        "steps": loaded.state.step, "tokens": loaded.state.tokens, "tuning": arguments.tune,
     }))  # fmt: skip
 
 
