@@ -30,7 +30,7 @@ demo: $(RUNS)
 	$(PY) -m nanogpt plot out-pystdlib-fast
 	@echo
 	@echo "You have trained a GPT on the Python library of this machine: 0.7M parameters with rotary positions and"
-	@echo "normalised queries and keys, by Muon, in 500 updates of 4,096 bytes. Where things lie:"
+	@echo "normalised queries and keys, by Muon, in 500 steps of 4,096 bytes. Where things lie:"
 	@echo "  data/pystdlib/                 the text as token ids, and which files it came from"
 	@echo "  out-pystdlib-fast/best.pt      the model; metrics.jsonl and loss.png show how it learned"
 	@echo "  config/train_pystdlib_fast.py  its recipe; train_pystdlib.py has GPT-2's architecture and AdamW instead"

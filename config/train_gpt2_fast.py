@@ -1,5 +1,5 @@
-# The shape of GPT-2 (124M) with what has been learned since: rotary positions, normalised queries and keys, SwiGLU, Muon.
-# Tried for stability only (50 updates, docs/LOG.md); what it reaches on OpenWebText has not been measured.
+# The shape of GPT-2 (124M) with what has been learned since: rotary positions, normalised queries and keys, SwiGLU,
+# Muon. Tried for stability only (50 steps, docs/LOG.md); what it reaches on OpenWebText has not been measured.
 # $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_fast.py
 # On one GPU the same run: python train.py config/train_gpt2_fast.py, eight times as long.
 

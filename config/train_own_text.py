@@ -30,5 +30,5 @@ learning_rate = 3e-3  # small networks bear high rates
 max_iters = 2000
 lr_decay_iters = max_iters
 min_lr = learning_rate / 10
-beta2 = 0.99  # a slower average, since a batch holds few tokens
+beta2 = 0.99  # slower decay of the second moment, since a batch holds few tokens
 warmup_iters = 100

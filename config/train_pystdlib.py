@@ -22,5 +22,5 @@ learning_rate = 4e-3  # small networks bear high rates, and there is little time
 max_iters = 900  # 45 seconds on two cores
 lr_decay_iters = max_iters
 min_lr = learning_rate / 20
-beta2 = 0.99  # a slower average, since a batch holds few tokens
+beta2 = 0.99  # slower decay of the second moment, since a batch holds few tokens
 warmup_iters = 50

@@ -1,5 +1,5 @@
-# A byte-level model of Python code, trained on the standard library of this machine. In a minute on two cores it gets to
-# 1.11 nats per byte; GPT-2's architecture with AdamW gets to 1.07 in ten. Nothing to download.
+# A byte-level model of Python code, trained on the standard library of this machine. In a minute on two cores it gets
+# to 1.11 nats per byte; GPT-2's architecture with AdamW gets to 1.07 in ten. Nothing to download.
 # $ python train.py config/train_pystdlib_fast.py
 
 out_dir = "out-pystdlib-fast"

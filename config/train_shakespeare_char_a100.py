@@ -1,4 +1,4 @@
-# Shakespeare by characters on two cores, to the loss that train_shakespeare_char.py reaches on an A100, in five minutes.
+# Shakespeare by characters on two cores, to the loss that train_shakespeare_char.py reaches on an A100, in 5 minutes.
 # $ python data/shakespeare_char/prepare.py
 # $ python train.py config/train_shakespeare_char_a100.py
 

@@ -1,4 +1,4 @@
-# Shakespeare by characters in seconds on two cores: as good as the 2,000 updates of train_shakespeare_char.py on a CPU
+# Shakespeare by characters in seconds on two cores: as good as the 2,000 steps of train_shakespeare_char.py on a CPU
 # (README), at the same context of 64. How it was found: docs/LOG.md.
 # $ python data/shakespeare_char/prepare.py
 # $ python train.py config/train_shakespeare_char_fast.py
@@ -17,8 +17,8 @@ block_size = 64
 max_iters = 165
 eval_interval = max_iters
 
-# 0.23M parameters: in so few updates one wide block learns more than several
-architecture = "qwen3"  # rotary positions and normalised queries and keys: worth half of the updates
+# 0.23M parameters: in so few steps one wide block learns more than several
+architecture = "qwen3"  # rotary positions and normalised queries and keys: worth half of the steps
 n_layer = 1
 n_head = 4
 n_embd = 128

@@ -10,24 +10,23 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "nanogpt"
 ARCHITECTURE = Path(__file__).with_name("architecture.md")
 
-# rooms from the lowest to the highest, and the modules within one likewise: each imports only what stands before it
-ROOMS = {
-    "settings": "errors files settings shape config programs device",
-    "data": "pieces tokenizer tokenizer_json data download corpus documents workers prepare_plan build prepare",
-    "model": "loss cache model",
-    "training step": "spread optim distributed",
+# Groups from the lowest to the highest, and the modules within one likewise: each imports only what stands before it.
+GROUPS = {
+    "settings": "errors files config settings",
+    "data": "tokenizer data prepare",
+    "model": "device model distributed optim",
     "generation": "infer.sampling infer.engine infer.packed infer.text",
-    "interop": "interop.huggingface interop.gguf interop.flat",
-    "run on disk": "sharded checkpoint trained",
-    "report": "report.log report.progress report.metrics report.runs report.plots report.inside",
+    "interop": "interop.huggingface interop.gguf",
+    "run on disk": "checkpoint metrics",
+    "looking": "report.runs report.plots report.inside",
     "evaluation": "tasks evaluate",
     "sample, serve": "infer.sample infer.scheduler infer.protocol infer.guard infer.api infer.board infer.serve",
     "export": "export",
-    "training": "start saver guards health signals train",
+    "training": "train",
     "bench, plan": "bench plan",
     "command line": "cli __main__",
-}  # fmt: skip
-LAYERS = " ".join(ROOMS.values()).split()
+}
+LAYERS = " ".join(GROUPS.values()).split()
 
 
 def modules() -> dict[str, ast.Module]:
@@ -49,23 +48,23 @@ def imports(tree: ast.Module) -> set[str]:
 
 
 def picture() -> str:
-    """The rooms as a graph for Mermaid: an arrow for what a room imports, but where another way leads there, too."""
-    room_of = {module: room for room, names in ROOMS.items() for module in names.split()}
-    direct: dict[str, set[str]] = {room: set() for room in ROOMS}
+    """The groups as a graph for Mermaid: an arrow for what a group imports, but where another way leads there, too."""
+    group_of = {module: group for group, names in GROUPS.items() for module in names.split()}
+    direct: dict[str, set[str]] = {group: set() for group in GROUPS}
     for name, tree in modules().items():
-        direct[room_of[name]] |= {room_of[other] for other in imports(tree)} - {room_of[name]}
-    reached: dict[str, set[str]] = {}  # from each room, by any way
-    for room in ROOMS:
-        reached[room] = direct[room].union(*(reached[other] for other in direct[room]))
-    keys = {room: re.sub(r"\W+", "_", room) for room in ROOMS}
+        direct[group_of[name]] |= {group_of[other] for other in imports(tree)} - {group_of[name]}
+    reached: dict[str, set[str]] = {}  # from each group, by any way
+    for group in GROUPS:
+        reached[group] = direct[group].union(*(reached[other] for other in direct[group]))
+    keys = {group: re.sub(r"\W+", "_", group) for group in GROUPS}
     lines = ["```mermaid", "flowchart TD"]
-    for room in reversed(ROOMS):
-        names = [name.rpartition(".")[2] for name in ROOMS[room].split()]
+    for group in reversed(GROUPS):
+        names = [name.rpartition(".")[2] for name in GROUPS[group].split()]
         rows = [", ".join(names[n : n + 4]) for n in range(0, len(names), 4)]
-        lines.append(f'    {keys[room]}["<b>{room}</b><br>{",<br>".join(rows)}"]')
-    for room in reversed(ROOMS):
-        needless = set[str]().union(*(reached[other] for other in direct[room]))
-        lines += [f"    {keys[room]} --> {keys[other]}" for other in ROOMS if other in direct[room] - needless]
+        lines.append(f'    {keys[group]}["<b>{group}</b><br>{",<br>".join(rows)}"]')
+    for group in reversed(GROUPS):
+        needless = set[str]().union(*(reached[other] for other in direct[group]))
+        lines += [f"    {keys[group]} --> {keys[other]}" for other in GROUPS if other in direct[group] - needless]
     return "\n".join([*lines, "```"])
 
 

@@ -1,13 +1,10 @@
 """Make the pictures of the documentation from a real run: `make pictures`, or python docs/pictures.py RUN."""
 
-import html
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,25 +60,6 @@ def tokens(page: Page, run: str, folder: str) -> None:
     page.screenshot(path=DOCS / "tokens.png")
 
 
-def terminal(page: Page, folder: str) -> None:
-    """A terminal in which a run is under way."""
-    command = f"train config/train_pystdlib.py --eval_interval=100 --out_dir={folder}/run"
-    tmux = ["tmux", "-L", "nanogpt-pictures"]
-    shown = shlex.join([*NANOGPT, *command.split()])
-    subprocess.run([*tmux, "new-session", "-d", "-x", "118", "-y", "24", shown], cwd=DOCS.parent, check=True)
-    text = ""
-    try:
-        while text.count("val loss") < 2 or "evaluation in 4" not in text:
-            time.sleep(0.05)
-            found = subprocess.run([*tmux, "capture-pane", "-p"], stdout=subprocess.PIPE, text=True, check=True)
-            text = found.stdout.replace(f"{folder}/run", "out-pystdlib")
-    finally:
-        subprocess.run([*tmux, "kill-server"], check=False)
-    style = "margin: 0; padding: 14px; display: inline-block; background: #1c1e22; color: #e4e4e4; font: 13px monospace"
-    page.set_content(f'<body style="margin: 0"><pre style="{style}">{html.escape(text.rstrip())}</pre>')
-    page.locator("pre").screenshot(path=DOCS / "terminal.png")
-
-
 def main(run: str) -> None:
     """Make them all."""
     subprocess.run([*NANOGPT, "plot", run, f"--output={DOCS / 'curves.png'}"], check=True)
@@ -91,7 +69,6 @@ def main(run: str) -> None:
         playground(page, address)
         runs(page, address)
         tokens(page, run, folder)
-        terminal(page, folder)
         browser.close()
 
 
