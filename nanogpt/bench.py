@@ -42,14 +42,16 @@ def make_step(
 
     def step(n: int) -> Tensor:
         x, y = (device.put(ids) for ids in get_batch(dataset, n, config, rows))
+        loss = torch.zeros((), device=device.name)
         for k, (xb, yb) in enumerate(zip(x.tensor_split(n_micro), y.tensor_split(n_micro), strict=True), start=1):
             with gradient_sync(network, is_last=k == n_micro):
-                loss = compute_loss(run, network, xb, yb) * (len(xb) / len(x))
-                loss.backward()  # type: ignore[no-untyped-call]
+                micro_loss = compute_loss(run, network, xb, yb) * (len(xb) / len(x))
+                micro_loss.backward()  # type: ignore[no-untyped-call]
+            loss += micro_loss.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
         step_if_finite(optimizer, dist.all(torch.isfinite(full_tensor(grad_norm))))
         optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return loss
 
     return step, model, optimizer
 
