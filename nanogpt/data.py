@@ -9,7 +9,6 @@ A data set is a folder:
 """
 
 import functools
-import json
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from nanogpt.config import TrainConfig
 from nanogpt.errors import DataError
+from nanogpt.files import parse_json
 from nanogpt.tokenizer import GPT2Tokenizer, Tokenizer, from_description, read_meta
 
 log = logging.getLogger(__name__)
@@ -83,13 +83,13 @@ def open_dataset(folder: Path) -> Dataset:
     description: dict[str, Any] = {}
     if path.exists():
         try:
-            description = json.loads(path.read_bytes())
+            description = parse_json(path.read_bytes())
             if description.get("version", 1) != 1:
                 raise DataError("it was written by a newer version of nanoGPT")
             tokenizer = from_description(description["tokenizer"])
             dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[description["dtype"]])
             expected = {split: description["tokens"][split] for split in SPLITS}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, DataError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, DataError) as error:
             raise DataError(f"{path} cannot be read ({error}): prepare the data set again") from error
     else:
         tokenizer, dtype, expected = tokenizer_of_original(folder), np.dtype("<u2"), {}

@@ -65,7 +65,7 @@ def test_mismatches_are_refused(recipe: Callable[..., TrainConfig]) -> None:
     common = {"out_dir": config.out_dir, "data_dir": config.data_dir, "device": "cpu"}
     with pytest.raises(ConfigError, match="block_size=17 exceeds the model's 16"):
         evaluate(EvalConfig(**common, block_size=17))  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="nowhere holds no train.bin and val.bin"):
+    with pytest.raises(DataError, match=r"nowhere holds no train\.bin and val\.bin"):
         evaluate(EvalConfig(**common, dataset="nowhere"))  # type: ignore[arg-type]
 
 

@@ -309,8 +309,7 @@ def test_ctrl_c_saves_and_the_run_resumes(
         assert train.train(config) == train.STOPPED
     assert signal.getsignal(signal.SIGINT) is handler
     assert load_checkpoint(Path(config.out_dir, "ckpt.pt")).state.step == stopped_at
-    metrics = read_metrics(Path("stopped/metrics.jsonl"))
-    assert max((row["step"] for row in metrics), default=0) == stopped_at
+    assert max((row["step"] for row in read_metrics(Path("stopped/metrics.jsonl"))), default=0) == stopped_at
     assert "--init_from=resume" in capsys.readouterr().out
     assert train.train(dataclasses.replace(config, init_from="resume")) == 0
     assert same(weights(whole), weights(config))
