@@ -26,7 +26,6 @@ from nanogpt.model import GPT
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-BYTES_OF_STATE = 16  # per parameter: weight, gradient and AdamW's two moments, in float32
 
 
 @dataclass(frozen=True)
@@ -72,29 +71,29 @@ class Distributed:
 
     def broadcast_from_main(self, function: Callable[[], T]) -> T:
         """Return what `function` returns in the main process; its `UserError` is raised in all."""
+        if self.world_size == 1:
+            return function()
         outcome: list[Any] = [None]
-        if self.is_main:
-            try:
-                outcome = [function()]
-            except UserError as error:
-                outcome = [error]
-        if self.world_size > 1:
-            c10d.broadcast_object_list(outcome)
+        try:
+            outcome = [function() if self.is_main else None]
+        except UserError as error:
+            outcome = [error]
+        c10d.broadcast_object_list(outcome)
         if isinstance(outcome[0], UserError):
             raise outcome[0]
-        result: T = outcome[0]
-        return result
+        return outcome[0]  # type: ignore[no-any-return]
 
     def check_same(self, settings: dict[str, Any]) -> None:
         """Raise `ConfigError` in all processes if one was started with other settings than the main one."""
+        if self.world_size == 1:
+            return
         everyone = [settings] * self.world_size
-        if self.world_size > 1:
-            c10d.all_gather_object(everyone, settings)
+        c10d.all_gather_object(everyone, settings)
         differing = [
-            f"{name} is {value!r} in process {rank}, {everyone[0][name]!r} in process 0"
+            f"{name} is {theirs[name]!r} in process {rank}, {value!r} in process 0"
             for rank, theirs in enumerate(everyone)
-            for name, value in theirs.items()
-            if value != everyone[0][name]
+            for name, value in everyone[0].items()
+            if value != theirs[name]
         ]
         if differing:
             raise ConfigError(f"the processes do not agree: {'; '.join(differing)}; start all with the same command")
@@ -160,19 +159,24 @@ def store_of_this_attempt(dist: Distributed, minutes: float) -> Any:
 # The model, as several processes train it
 
 
+def choose_parallel(parallel: str, n_params: int, gpu_memory: float, dtype: torch.dtype) -> str:
+    """Resolve auto: ddp where weights, gradients and AdamW's moments, in float32, fill at most half a GPU's memory."""
+    if parallel == "auto":
+        return "ddp" if not gpu_memory or 16 * n_params <= gpu_memory / 2 or dtype == torch.float16 else "fsdp"
+    return parallel
+
+
 def parallelize(model: GPT, parallel: str, device: Device, dist: Distributed) -> Any:
     """Move `model` from the CPU to its device and return it as training must call it: itself, or wrapped in DDP.
 
     ddp: every process holds all of it. fsdp: each holds a shard of every parameter and all-gathers a block's others
-    while it computes that block; a model of meta tensors comes out with memory, but without values. auto: ddp if the
-    whole training state fits into half of a GPU's memory.
+    while it computes that block; a model of meta tensors comes out with memory, but without values.
     """
-    n_bytes = model.get_num_params() * BYTES_OF_STATE
-    if parallel == "auto":
-        fits = not device.total_memory() or n_bytes <= device.total_memory() / 2 or device.dtype == torch.float16
-        parallel = "ddp" if fits and not any(p.is_meta for p in model.parameters()) else "fsdp"
+    is_meta = any(parameter.is_meta for parameter in model.parameters())
+    parallel = choose_parallel(parallel, model.get_num_params(), device.total_memory(), device.dtype)
+    parallel = "fsdp" if is_meta else parallel
     if dist.world_size > 1:
-        log.info(f"{dist.world_size} processes, {parallel}; weights, gradients and moments: {n_bytes / 1e9:.1f} GB")
+        log.info(f"{dist.world_size} processes, {parallel}")
     if device.compile:
         # Block by block with fsdp, which all-gathers one block at a time, and on CPUs, where the rest gains nothing.
         for module in model.transformer.h if parallel == "fsdp" or device.type == "cpu" else [model]:
@@ -191,7 +195,7 @@ def parallelize(model: GPT, parallel: str, device: Device, dist: Distributed) ->
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if is_meta:
         model.to_empty(device=device.name)
         model.tie_weights()
     return model
@@ -199,10 +203,8 @@ def parallelize(model: GPT, parallel: str, device: Device, dist: Distributed) ->
 
 def gradient_sync(network: Any, is_last: bool) -> AbstractContextManager[None]:
     """Return a context in which DDP all-reduces gradients in the last micro-batch of a step only."""
-    if isinstance(network, DistributedDataParallel) and not is_last:
-        context: AbstractContextManager[None] = network.no_sync()
-        return context
-    return nullcontext()
+    skip_it = isinstance(network, DistributedDataParallel) and not is_last
+    return network.no_sync() if skip_it else nullcontext()
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -212,8 +214,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return a tensor that may be sharded as a full one; all processes must call this together."""
-    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-    return full
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def shard_like(parameter: Tensor, value: Tensor) -> Tensor:

@@ -37,18 +37,15 @@ class Embedding(nn.Embedding):
             super().reset_parameters()
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(nn.LayerNorm):
     """Layer normalisation with an optional bias."""
 
     def __init__(self, ndim: int, bias: bool, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(ndim))
-        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
+        super().__init__(ndim, eps, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)  # FSDP all-gathers both in bfloat16
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, self.eps)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -396,11 +393,21 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    # float16 needs the loss scale before sums over many rows, which chunks make without it.
-    if len(x) * len(weight) < 2**24 or dtype == torch.float16:
+    chunk = loss_chunk(len(x), len(weight), device, dtype)
+    if chunk == len(x):
         return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1)
-    loss: Tensor = ChunkedLoss.apply(x, weight, targets, dtype, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
-    return loss
+    needs_gradients = torch.is_grad_enabled()
+    return ChunkedLoss.apply(x, weight, targets, dtype, chunk, needs_gradients)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def loss_chunk(rows: int, vocab_size: int, device: str, dtype: torch.dtype) -> int:
+    """Return how many of `rows` have logits at the same time: all of them where that takes little memory.
+
+    So it is in float16, too, whose loss scale must come before sums over many rows, which chunks make without it.
+    """
+    if rows * vocab_size < 2**24 or dtype == torch.float16:
+        return rows
+    return min(rows, 512 if device == "cpu" else max(1024, 2**28 // vocab_size))
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -411,9 +418,8 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, needs_gradients: bool
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, chunk: int, needs_gradients: bool
     ) -> Tensor:
-        chunk = 512 if x.device.type == "cpu" else max(1024, 2**28 // len(weight))
         head, loss = weight.to(dtype), torch.zeros((), device=x.device)
         grad_x, grad_head = (torch.zeros_like(t) if needs_gradients else None for t in (x, weight))
         for n in range(0, len(x), chunk):
@@ -439,7 +445,7 @@ class ChunkedLoss(torch.autograd.Function):
         return loss / count
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_head, count = ctx.saved_tensors
         factor = grad / count
-        return grad_x * factor, grad_head.mul_(factor), None, None, None
+        return grad_x * factor, grad_head.mul_(factor), None, None, None, None

@@ -15,9 +15,9 @@ from nanogpt.checkpoint import load_latest, load_model
 from nanogpt.config import GPT2_NAMES, GPTConfig
 from nanogpt.data import is_prepared, open_dataset
 from nanogpt.device import PEAK_FLOPS, Device, choose_device
-from nanogpt.distributed import BYTES_OF_STATE, Distributed
+from nanogpt.distributed import Distributed, choose_parallel
 from nanogpt.errors import ConfigError
-from nanogpt.model import GPT
+from nanogpt.model import GPT, loss_chunk
 from nanogpt.settings import PlanConfig
 
 # GB of memory, from the vendors' data sheets
@@ -80,9 +80,8 @@ def memory(shape: GPTConfig, rows: int, *, bytes_of_dtype: int, parallel: str, p
     block_memory = d * (2 if shape.is_gpt2 else 5) * F + 12 * C + (per_layer if gradient_checkpointing else 0)
 
     # logits, their logprobs in float32 and their gradients, all of them or of a chunk, and what a chunk has computed
-    is_chunked = tokens * V >= 2**24 and not float16
-    chunk = min(tokens, 512 if on_cpu else max(1024, 2**28 // V)) if is_chunked else tokens
-    logits = (4 + d + d % 4) * chunk * V + ((4 + d) * V * C + 4 * tokens * C) * is_chunked
+    chunk = loss_chunk(tokens, V, "cpu" if on_cpu else "cuda", torch.float16 if float16 else torch.bfloat16)
+    logits = (4 + d + d % 4) * chunk * V + ((4 + d) * V * C + 4 * tokens * C) * (chunk < tokens)
 
     share = processes if parallel == "fsdp" else 1
     if parallel == "fsdp":  # two blocks at a time, one of them with its gradient, and always what is outside of blocks
@@ -113,9 +112,8 @@ def plan(config: PlanConfig) -> None:
     machine = _machine(config)
     share = len(Distributed(world_size=config.gpus).my_rows(config.batch_size, config.gradient_accumulation_steps))
     rows = min(config.batch_size, share)
-    parallel = "none" if config.gpus == 1 else config.parallel
-    if parallel == "auto":
-        parallel = "ddp" if parameters * BYTES_OF_STATE <= machine.memory / 2 else "fsdp"
+    dtype = torch.float16 if config.dtype == "float16" else torch.bfloat16
+    parallel = choose_parallel(config.parallel, parameters, machine.memory, dtype) if config.gpus > 1 else "none"
     how: dict[str, Any] = {"bytes_of_dtype": machine.bytes_of_dtype, "parallel": parallel, "processes": config.gpus,
            "accumulate": share > rows, "gradient_checkpointing": config.gradient_checkpointing,
            "on_cpu": machine.on_cpu, "muon": config.optimizer == "muon",
