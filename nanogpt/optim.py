@@ -30,11 +30,8 @@ def make_optimizer(model: GPT, config: TrainConfig, dtype: torch.dtype) -> torch
     if config.optimizer in ("adamw", "adam"):
         settings["fused"] = True  # one kernel for all tensors
     known = inspect.signature(kind).parameters
-    groups = decay_groups(model.parameters(), config.weight_decay)
-    optimizer: torch.optim.Optimizer = kind(
-        groups, **{name: value for name, value in settings.items() if name in known}
-    )
-    return optimizer
+    settings = {name: value for name, value in settings.items() if name in known}
+    return kind(decay_groups(model.parameters(), config.weight_decay), **settings)  # type: ignore[no-any-return]
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -82,13 +79,10 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Step all parameters that have a gradient; none if the attribute `found_inf` is 1."""
-        with torch.enable_grad():
-            loss = closure() if closure else None
         for group in self.param_groups:
             if "cuts" in group:
                 self.step_matrices(group)
-        super().step()  # AdamW skips parameters without a gradient
-        return loss
+        return super().step(closure)  # AdamW skips parameters without a gradient
 
     def step_matrices(self, group: dict[str, Any]) -> None:
         """Step the matrices of a group, which all have one shape, and drop their gradients."""
@@ -123,8 +117,13 @@ def hidden_matrices(model: GPT) -> dict[tuple[torch.Size, tuple[int, ...]], list
     config = model.config
     heads = [n * config.head_size for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
     # Checkpoints number the matrices in this order.
-    cuts = {"attn.c_attn": heads, "mlp.c_fc": [config.n_hidden] * (1 if config.is_gpt2 else 2)}
-    cuts |= {"attn.c_proj": [config.n_embd], "mlp.c_proj": [config.n_embd]}
+    gate_and_value = [config.n_hidden] * (1 if config.is_gpt2 else 2)
+    cuts = {
+        "attn.c_attn": heads,
+        "mlp.c_fc": gate_and_value,
+        "attn.c_proj": [config.n_embd],
+        "mlp.c_proj": [config.n_embd],
+    }
     stacks: dict[tuple[torch.Size, tuple[int, ...]], list[nn.Parameter]] = {}
     for block in model.transformer.h:
         for name, rows in cuts.items():
