@@ -116,14 +116,17 @@ def tokenizer_of_original(folder: Path) -> Tokenizer:
 # Batches
 
 
-def get_batch(dataset: Dataset, step: int, config: TrainConfig, rows: range) -> tuple[Tensor, Tensor]:
-    """Return `rows` of the training batch of `step`: inputs x and targets y, each (rows, T).
+def get_batch(
+    dataset: Dataset, step: int, config: TrainConfig, rows: range, put: Callable[[Tensor], Tensor] = lambda ids: ids
+) -> tuple[Tensor, Tensor]:
+    """Return `rows` of the training batch of `step`: inputs x and targets y, each (rows, T), where `put` puts them.
 
     What row n of the global batch holds depends on the data and on (seed, step, n), whichever process asks for it.
     """
     draw = epoch_window_starts if config.sampling == "epoch" else window_starts
     starts = draw(len(dataset.train), config.block_size, seed=config.seed, step=step, rows=config.rows)
-    return windows(dataset, "train", starts[rows.start : rows.stop], config.block_size)
+    x, y = windows(dataset, "train", starts[rows.start : rows.stop], config.block_size)
+    return put(x), put(y)
 
 
 def evaluation_batch(dataset: Dataset, split: str, k: int, block_size: int, batch_size: int) -> tuple[Tensor, Tensor]:
@@ -202,12 +205,7 @@ class Prefetcher:
         self.pending: dict[int, Future[tuple[Tensor, Tensor]]] = {}
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return the batch of `step` in pinned memory, and begin with those of the next steps."""
+        """Return the batch of `step`, and begin with those of the next steps."""
         wanted = range(step, step + 1 + self.depth)
-        self.pending = {n: self.pending.get(n) or self.thread.submit(self.make_pinned, n) for n in wanted}
+        self.pending = {n: self.pending.get(n) or self.thread.submit(self.make, n) for n in wanted}
         return self.pending.pop(step).result()
-
-    def make_pinned(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return the batch of `step` in memory that a GPU copies from without waiting."""
-        x, y = self.make(step)
-        return x.contiguous().pin_memory(), y.contiguous().pin_memory()

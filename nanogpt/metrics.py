@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -46,13 +47,19 @@ def show_log_lines(verbosity: str = "normal") -> None:
 
 
 class Metrics:
-    """The records of a run: one JSON object a line in metrics.jsonl, and the trackers that `config` asks for.
+    """The records of a run: the console, one JSON object a line in metrics.jsonl, and the trackers of `config`.
 
     A resumed run continues the same file, without the rows of steps that it will do again. Only the main process
-    writes.
+    writes. peak_speed: tokens/s of which MFU is the share; 0: unknown.
     """
 
-    def __init__(self, config: TrainConfig, resumed: "TrainState | None" = None, is_main: bool = True) -> None:
+    def __init__(
+        self, config: TrainConfig, resumed: "TrainState | None" = None, is_main: bool = True,
+        *, tokens_per_epoch: int = 1, peak_speed: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.config, self.tokens_per_epoch, self.peak_speed = config, tokens_per_epoch, peak_speed
+        # Steps and seconds at the last log line.
+        self.step, self.seconds = (resumed.step, resumed.seconds) if resumed else (0, 0.0)
         self.trackers: list[Any] = []
         self.path = Path(config.out_dir) / "metrics.jsonl" if is_main else None
         if self.path is None:
@@ -68,6 +75,32 @@ class Metrics:
                 log.warning(f"{kind.__name__} is not installed (pip install {kind.package}); training without it")
             except Exception as error:  # not logged in, no network: each package has its own exceptions
                 log.warning(f"{kind.__name__} could not start ({error}); training without it")
+
+    def log_step(self, state: "TrainState", loss: float, grad_norm: float, learning_rate: float) -> None:
+        """Print and record the step before `state.step`; its time is the mean since the last log line."""
+        seconds = (state.seconds - self.seconds) / (state.step - self.step)
+        self.step, self.seconds = state.step, state.seconds
+        speed = self.config.rows * self.config.block_size / seconds
+        values = {"train/loss": loss, "lr": learning_rate, "grad_norm": grad_norm, "tokens_per_second": speed}
+        values["epoch"] = state.tokens / self.tokens_per_epoch
+        utilization = ""
+        if self.peak_speed:
+            values["mfu"] = speed / self.peak_speed
+            utilization = f"mfu {values['mfu'] * 100:.2f}%, "
+        log.info(
+            f"iter {state.step - 1}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, {utilization}{speed:,.0f} tokens/s, "
+            f"{duration((self.config.max_iters - state.step) * seconds)} left"
+        )
+        self.log(state, values)
+
+    def log_evaluation(self, state: "TrainState", losses: dict[str, float], sample: str = "") -> None:
+        """Print and record an evaluation and, if there is one, a sample of text."""
+        log.info(f"step {state.step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        values: dict[str, Any] = {"train/eval_loss": losses["train"], "val/loss": losses["val"]}
+        if sample:
+            values["sample"] = sample
+            log.info(textwrap.indent(sample, "  | ", lambda line: True))
+        self.log(state, values)
 
     def log(self, state: "TrainState", values: dict[str, Any]) -> None:
         """Record `values` after `state.step` steps; a number that is not finite becomes null."""
@@ -171,13 +204,18 @@ class TensorBoard:
         self.writer.close()
 
 
-def with_progress(batches: Sequence[T]) -> Iterator[T]:
-    """Yield `batches`; every 10 seconds log how many of them are done and how long the others will take."""
+def with_progress(batches: Sequence[T], if_slow: str = "") -> Iterator[T]:
+    """Yield `batches`; every 10 seconds log how many of them are done and how long the others will take.
+
+    if_slow: a hint for where all of them take more than 10 minutes, logged once.
+    """
     began = told = time.monotonic()
     for done, batch in enumerate(batches):
         if done and (now := time.monotonic()) - told > 10:
-            left = duration((len(batches) - done) * (now - began) / done)
-            log.info(f"evaluating: {done} of {len(batches)} batches, {left} left")
+            left = (len(batches) - done) * (now - began) / done
+            log.info(f"evaluating: {done} of {len(batches)} batches, {duration(left)} left")
+            if if_slow and told == began and left > 600:
+                log.warning(f"this model is slow on this machine; {if_slow}")
             told = now
         yield batch
 

@@ -6,7 +6,6 @@ import math
 import os
 import shlex
 import signal
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,7 +34,7 @@ from nanogpt.distributed import (
 )
 from nanogpt.errors import ConfigError, DataError, DivergedError
 from nanogpt.infer.text import short_sample
-from nanogpt.metrics import Metrics, duration, show_log_lines, with_progress
+from nanogpt.metrics import Metrics, show_log_lines, with_progress
 from nanogpt.model import GPT
 from nanogpt.optim import learning_rate_at, make_optimizer, step_if_finite
 from nanogpt.report.plots import draw_if_possible
@@ -95,19 +94,16 @@ def train(config: TrainConfig) -> int:
 
         with (
             use_out_dir(config, dist, resumed.path if resumed else None),
-            Metrics(config, state if resumed else None, dist.is_main) as metrics,
+            metrics_of(run, state if resumed else None) as metrics,
             Checkpoints(config, dist, run.is_sharded, resumed.path if resumed else None) as checkpoints,
             stop_signals() as stop_requested,
         ):
-            batch_at = partial(data.get_batch, dataset, config=config, rows=rows)
-            next_batch = data.Prefetcher(batch_at) if device.type == "cuda" else batch_at
-            if device.type == "cpu" and not device.compile:
-                warn_if_slow(run)
             n_micro = math.ceil(len(rows) / config.batch_size)
+            batch_at = partial(data.get_batch, dataset, config=config, rows=rows, put=device.put)
+            get_batch = data.Prefetcher(batch_at) if device.type == "cuda" else batch_at
             model.train()
             if network is not model:  # DDP
-                settle_ddp_buckets(run, network, optimizer, *next_batch(state.step))
-            last_logged = dataclasses.replace(state)
+                settle_ddp_buckets(run, network, optimizer, *get_batch(state.step))
             to_save = (model, optimizer, scaler, state, dataset.tokenizer)
             saved_step = state.step if resumed else -1
             # Counted on the device, since `.item()` makes the CPU wait for a GPU.
@@ -124,7 +120,12 @@ def train(config: TrainConfig) -> int:
                         stopped = True  # by a signal, in the middle of the evaluation
                         break
                     state.evaluated = state.step
-                    log_evaluation(run, metrics, state, losses)
+                    metrics.log_evaluation(state, losses, sample_of_text(run, state))
+                    if not math.isfinite(losses["val"]):
+                        raise DivergedError(
+                            f"the validation loss is {losses['val']} after {state.step} steps; this model was not "
+                            f"saved. {advice_on_divergence(run)}"
+                        )
                     if state.step > 0 or last_step:  # an untrained model is not saved as the best one
                         is_best = losses["val"] < state.best_val_loss
                         state.best_val_loss = min(losses["val"], state.best_val_loss)
@@ -145,7 +146,7 @@ def train(config: TrainConfig) -> int:
                     torch.manual_seed(data.dropout_seed(config.seed, state.step, dist.rank))
 
                 # Forward and backward: this process's rows of the global batch, in micro-batches that fit into memory.
-                x, y = (device.put(ids) for ids in next_batch(state.step))
+                x, y = get_batch(state.step)
                 loss = torch.zeros((), device=device.name)
                 micro_batches = zip(x.tensor_split(n_micro), y.tensor_split(n_micro), strict=True)
                 for n, (xb, yb) in enumerate(micro_batches, start=1):
@@ -174,8 +175,7 @@ def train(config: TrainConfig) -> int:
                 state.seconds += time.perf_counter() - began
                 if log_is_due:
                     state.skipped = int(skipped)
-                    log_step(run, metrics, state, last_logged, loss, grad_norm, learning_rate)
-                    last_logged = dataclasses.replace(state)
+                    metrics.log_step(state, dist.all_reduce_mean(loss).item(), grad_norm.item(), learning_rate)
                 if (log_is_due or state.step % config.max_bad_steps == 0) and skipped_in_a_row >= config.max_bad_steps:
                     raise DivergedError(
                         f"loss or gradient was not finite in {int(skipped_in_a_row)} steps in a row, up to step "
@@ -185,7 +185,7 @@ def train(config: TrainConfig) -> int:
             # The last checkpoint, if a signal came between two of them, or the one before could not be written.
             state.skipped = int(skipped)
             if dist.any(checkpoints.has_failed or saved_step != state.step):
-                if last_logged.step != state.step:
+                if metrics.step != state.step:
                     metrics.log(state, {})  # so that the table of runs shows this step
                 metrics.sync()
                 checkpoints.save(*to_save)
@@ -212,11 +212,10 @@ def open_or_prepare(config: TrainConfig, dist: Distributed) -> data.Dataset:
         from nanogpt.prepare import DATASETS, NEEDS_NO_NETWORK, prepare  # needs packages that training does without
 
         if config.dataset not in NEEDS_NO_NETWORK:
-            command = f"python -m nanogpt prepare {config.dataset} --data_dir={config.data_dir}"
-            command += "" if config.dataset in DATASETS else " --input=PATH"
-            if Path("data", config.dataset, "prepare.py").exists() and config.data_dir == "data":
-                command = f"python data/{config.dataset}/prepare.py"
-            raise DataError(f"{folder} holds no train.bin and val.bin; prepare the data set with: {command}")
+            raise DataError(
+                f"{folder} holds no train.bin and val.bin; prepare the data set with: python -m nanogpt prepare "
+                f"{config.dataset} --data_dir={config.data_dir}{'' if config.dataset in DATASETS else ' --input=PATH'}"
+            )
         log.info(f"preparing the data set {config.dataset} in {folder}")
         dist.broadcast_from_main(lambda: prepare(PrepareConfig(name=config.dataset, data_dir=config.data_dir)))
     dataset = data.open_dataset(folder)
@@ -234,33 +233,29 @@ def build_or_resume(
     """
     torch.manual_seed(config.seed)
     resumed = None
-    resume = config.init_from == "resume"
-    if config.resume == "auto" and dist.broadcast_from_main(lambda: bool(checkpoints_of(config.out_dir))):
-        resume = True
-    if resume:
+    may_resume = config.resume == "auto" and dist.broadcast_from_main(lambda: bool(checkpoints_of(config.out_dir)))
+    if config.init_from == "resume" or may_resume:
         may_shard = dist.world_size > 1 and config.parallel != "ddp"
         resumed = load_latest(config.out_dir, config.data_dir, dist, sharded=may_shard)
-        block_size = resumed.model_config.block_size
-        if config.eval_only and not resumed.is_sharded:
-            block_size = min(block_size, config.block_size)
         dataset.check_tokenizer(resumed.tokenizer, str(resumed.path))
-        dataset.check_length(block_size)
+        dataset.check_length(resumed.model_config.block_size)
         model = resumed.build_model(dropout=config.dropout)
-        if block_size < model.config.block_size:
-            model.crop_block_size(block_size)
         log.info(f"resuming {resumed.path} after {resumed.state.step} steps")
-    elif config.init_from == "scratch":
-        dataset.check_length(config.block_size)
-        model = GPT(config.model_config(dataset.tokenizer.padded_vocab_size), config.zero_init)
     else:
         dataset.check_length(config.block_size)
-        model, tokenizer = load_model(config.init_from, dropout=config.dropout, data_dir=config.data_dir)
-        dataset.check_tokenizer(tokenizer, config.init_from)
-        model.crop_block_size(config.block_size)
+        if config.init_from == "scratch":
+            model = GPT(config.model_config(dataset.tokenizer.padded_vocab_size), config.zero_init)
+        else:
+            model, tokenizer = load_model(config.init_from, dropout=config.dropout, data_dir=config.data_dir)
+            dataset.check_tokenizer(tokenizer, config.init_from)
+            model.crop_block_size(config.block_size)
     model.transformer.gradient_checkpointing = config.gradient_checkpointing
 
     # A loaded model keeps its shape, whatever the settings say.
     shape = {name: value for name, value in vars(model.config).items() if hasattr(config, name)}
+    for name, value in shape.items():
+        if (asked := getattr(config, name)) not in (value, getattr(TrainConfig, name)):
+            log.warning(f"{name} = {asked!r} is ignored: the model that is loaded has {name} = {value!r}")
     config = dataclasses.replace(config, **shape).with_derived_rates()
     if resumed:
         for name, value in dataclasses.asdict(config).items():
@@ -303,8 +298,7 @@ def settle_ddp_buckets(run: Run, network: Any, optimizer: torch.optim.Optimizer,
     It chooses anew after its first backward pass: without this one, the first step of a resumed run would add up in
     another order than the same step of an undisturbed run, and differ from it in the last bit.
     """
-    x, y = (run.device.put(ids[: run.config.batch_size]) for ids in (x, y))
-    compute_loss(run, network, x, y).backward()  # type: ignore[no-untyped-call]
+    compute_loss(run, network, x[: run.config.batch_size], y[: run.config.batch_size]).backward()  # type: ignore[no-untyped-call]
     optimizer.zero_grad(set_to_none=True)
 
 
@@ -355,80 +349,39 @@ def estimate_loss(run: Run, stop_requested: Callable[[], bool] = lambda: False) 
     Empty if a signal asks to stop meanwhile: an evaluation that was broken off says nothing.
     """
     config, dist, model = run.config, run.dist, run.model
-    rounds = math.ceil(config.eval_iters / dist.world_size)  # the same number in every process
+    rounds = range(math.ceil(config.eval_iters / dist.world_size))  # the same number in every process
     losses = {split: torch.zeros((), device=run.device.name) for split in data.SPLITS}
     model.eval()
-    for split, n in with_progress([(split, n) for split in data.SPLITS for n in range(rounds)]):
+    if_slow = "for processors the README has smaller runs, such as config/train_shakespeare_char_fast.py"
+    batches = [(split, n) for split in data.SPLITS for n in rounds]
+    for split, n in with_progress(batches, if_slow if run.device.type == "cpu" else ""):
         if dist.any(stop_requested()):
             model.train()
             return {}
         k = n * dist.world_size + dist.rank
         x, y = data.evaluation_batch(run.dataset, split, k, config.block_size, config.batch_size)
         loss = compute_loss(run, model, run.device.put(x), run.device.put(y))
-        if k < config.eval_iters:
+        if k < config.eval_iters:  # FSDP needs all processes for the others, too
             losses[split] += loss
     model.train()
     scale = dist.world_size / config.eval_iters
     return {split: dist.all_reduce_mean(total).item() * scale for split, total in losses.items()}
 
 
-@torch.no_grad()
-def warn_if_slow(run: Run) -> None:
-    """Say so if the run will take many hours on this CPU, or if other programs keep it busy."""
-    config = run.config
-    began = time.perf_counter()
-    compute_loss(run, run.model, *data.evaluation_batch(run.dataset, "val", 0, config.block_size, config.batch_size))
-    # Training on a batch takes three times as long as evaluating it.
-    n_evaluations = 1 + config.max_iters // config.eval_interval
-    n_batches = 3 * config.max_iters * config.gradient_accumulation_steps + 2 * config.eval_iters * n_evaluations
-    if (seconds := n_batches * (time.perf_counter() - began) / run.dist.world_size) > 3 * 3600:
-        log.warning(
-            f"the whole run will take about {duration(seconds)} on this processor; the README has commands for CPUs, "
-            "for example: python train.py config/train_shakespeare_char_fast.py"
-        )
-    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
-    if load > cores and torch.get_num_threads() > 1:
-        log.warning(
-            f"other programs keep this machine busy (load {load:.1f} on {cores} cores), and torch's threads wait for "
-            "one another; OMP_NUM_THREADS=1 may be several times faster"
-        )
+def metrics_of(run: Run, resumed: TrainState | None) -> Metrics:
+    """Return the records of `run`, which know how fast the hardware could go, if that is known."""
+    peak = (run.device.peak_flops() or 0.0) * run.dist.world_size / run.model.flops_per_token()
+    n_tokens = len(run.dataset.train)
+    return Metrics(run.config, resumed, run.dist.is_main, tokens_per_epoch=n_tokens, peak_speed=peak)
 
 
-def log_step(
-    run: Run, metrics: Metrics, state: TrainState, logged: TrainState, loss: Tensor, grad_norm: Tensor, rate: float
-) -> None:
-    """Print and record a step; `logged` is the state at the log line before."""
-    config, dist = run.config, run.dist
-    seconds = (state.seconds - logged.seconds) / (state.step - logged.step)
-    speed = config.rows * config.block_size / seconds
-    values = {"train/loss": dist.all_reduce_mean(loss).item(), "lr": rate, "grad_norm": grad_norm.item()}
-    values |= {"tokens_per_second": speed, "epoch": state.tokens / len(run.dataset.train)}
-    utilization = ""
-    if peak := run.device.peak_flops():
-        values["mfu"] = run.model.flops_per_token() * speed / (peak * dist.world_size)
-        utilization = f"mfu {values['mfu'] * 100:.2f}%, "
-    log.info(
-        f"iter {state.step - 1}: loss {values['train/loss']:.4f}, time {seconds * 1000:.2f}ms, {utilization}"
-        f"{speed:,.0f} tokens/s, {duration((config.max_iters - state.step) * seconds)} left"
-    )
-    metrics.log(state, values)
-
-
-def log_evaluation(run: Run, metrics: Metrics, state: TrainState, losses: dict[str, float]) -> None:
-    """Print and record an evaluation and a sample of text. Raises `DivergedError` if the loss is not finite."""
-    config = run.config
-    log.info(f"step {state.step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-    values: dict[str, Any] = {"train/eval_loss": losses["train"], "val/loss": losses["val"]}
-    sample_is_due = config.sample_interval and state.step // config.eval_interval % config.sample_interval == 0
-    if sample_is_due and state.step > 0 and run.dist.is_main and not run.is_sharded:
-        values["sample"] = short_sample(run.model, run.dataset.tokenizer, tokens=100)
-        log.info(textwrap.indent(values["sample"], "  | ", lambda line: True))
-    metrics.log(state, values)
-    if not math.isfinite(losses["val"]):
-        raise DivergedError(
-            f"the validation loss is {losses['val']} after {state.step} steps; this model was not saved. "
-            f"{advice_on_divergence(run)}"
-        )
+def sample_of_text(run: Run, state: TrainState) -> str:
+    """Return what the model writes by now, if that is due; FSDP would need all processes for it."""
+    interval = run.config.sample_interval * run.config.eval_interval
+    is_due = interval and state.step > 0 and state.step // run.config.eval_interval % run.config.sample_interval == 0
+    if not is_due or not run.dist.is_main or run.is_sharded:
+        return ""
+    return short_sample(run.model, run.dataset.tokenizer, tokens=100)
 
 
 def advice_on_divergence(run: Run) -> str:
