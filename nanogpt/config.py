@@ -46,36 +46,30 @@ def steps_and_seconds(interval: str) -> tuple[int, float] | None:
     return (int(match[1] or 0), 60 * float(match[2] or 0)) if match else None
 
 
-def _exists(name: str) -> bool:
+def is_there(name: str) -> bool:
+    """Return whether `name` is a path that exists, or may be a name on the hub."""
     return bool(name) and (Path(name).exists() or is_hub_name(name))
 
 
 # What a setting of a certain name must be, in every program: a test, and words for the message. A default always is.
-_CHECKS: dict[str, tuple[Callable[[Any], object], str]] = {
+CHECKS: dict[str, tuple[Callable[[Any], object], str]] = {
     **dict.fromkeys("dropout beta1 beta2 muon_momentum".split(), (lambda v: 0 <= v < 1, "a value in [0, 1)")),
-    **dict.fromkeys("decay_share top_p min_p mfu".split(), (lambda v: 0 < v <= 1, "a value above 0, up to 1")),
     **dict.fromkeys(
         """block_size vocab_size n_layer n_head n_embd n_kv_head head_size n_hidden rope_theta batch_size eval_interval
-        eval_iters log_interval gradient_accumulation_steps keep_checkpoints max_bad_steps num_samples steps gpus nodes
-        rows queue timeout max_body""".split(),
+        eval_iters log_interval gradient_accumulation_steps keep_checkpoints max_bad_steps""".split(),
         (lambda v: v >= 1, "a value >= 1"),
     ),
     "activation": (lambda v: v in get_args(Activation), " or ".join(get_args(Activation))),
     "architecture": (lambda v: v in get_args(Architecture), " or ".join(get_args(Architecture))),
+    "decay_share": (lambda v: 0 < v <= 1, "a value above 0, up to 1"),
     "checkpoint_interval": (steps_and_seconds, "steps, such as 500, or minutes, such as 30m"),
     "device": (lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v), "auto, cpu, mps, cuda or cuda:N"),
     "init_from": (
-        lambda v: v in ("resume", *GPT2_NAMES) or _exists(v),
+        lambda v: v in ("resume", *GPT2_NAMES) or is_there(v),
         f"scratch (train only), resume, {', '.join(GPT2_NAMES)}, ORGANISATION/NAME, an existing folder or checkpoint",
     ),
     "model": (lambda v: v in PRESETS, f"one of {', '.join(PRESETS)}"),
     "optimizer": (lambda v: v.isidentifier() and v.islower(), "adamw, muon, or a class of torch.optim in lower case"),
-    "port": (lambda v: 0 <= v <= 65535, "0 to 65535"),
-    "tokenizer": (
-        lambda v: v in ("char", "byte", "gpt2") or (re.fullmatch(r"bpe:\d+", v) and int(v[4:]) > 256) or _exists(v),
-        "char, byte, gpt2, bpe:N (from 257), a tokenizer.json, a folder with one, or ORGANISATION/NAME",
-    ),
-    "val_fraction": (lambda v: v != "auto" and 0 < v < 1, "auto or a value between 0 and 1"),
 }
 _NOT_NEGATIVE = (lambda v: not isinstance(v, int | float) or v >= 0, "a value >= 0")
 
@@ -92,15 +86,9 @@ class Settings:
         """Yield a sentence for each value that cannot work."""
         for each in fields(self):
             value = getattr(self, each.name)
-            test, expected = _CHECKS.get(each.name, _NOT_NEGATIVE)
+            test, expected = CHECKS.get(each.name, _NOT_NEGATIVE)
             if value != each.default and not test(value):
                 yield f"{each.name}={value!r}: expected {expected}"
-
-
-def changed_settings(config: Settings) -> list[str]:
-    """Return "name = value" for each setting that differs from its default."""
-    defaults = vars(type(config)())
-    return [f"{name} = {value!r}" for name, value in vars(config).items() if value != defaults[name]]
 
 
 class Shape(Settings):
@@ -234,9 +222,8 @@ class TrainConfig(Shape, Machine):
     sampling: Literal["random", "epoch"] = "random"  # windows at random, or each window once per epoch
     mask_documents: bool = False  # attention and positions stay within a document; on CUDA fast if compiled, no dropout
     # --- optimizer ---
-    optimizer: str = "adamw"  # adamw; muon for the blocks' matrices and adamw for the rest, which sets learning_rate=0
-    # muon_momentum=0 beta1=0.8 weight_decay=0 min_lr=0 schedule=wsd decay_share=0.9 warmup_iters=0; or another class of
-    # torch.optim in lower case (adafactor, sgd, …)
+    optimizer: str = "adamw"  # adamw; muon for the blocks' matrices and adamw for the rest, which sets rates, schedule
+    # and decay that suit it, as --dry_run shows; or another class of torch.optim in lower case (adafactor, sgd, …)
     learning_rate: float = 6e-4  # peak; 0 with muon: derived from n_embd
     weight_decay: float = 1e-1  # of matrices only
     beta1: float = 0.9  # Adam's beta1: decay rate of the first moment

@@ -55,7 +55,7 @@ class Metrics:
 
     def __init__(
         self, config: TrainConfig, resumed: "TrainState | None" = None, is_main: bool = True,
-        *, tokens_per_epoch: int = 1, peak_speed: float = 0.0,
+        tokens_per_epoch: int = 1, peak_speed: float = 0.0,
     ) -> None:  # fmt: skip
         self.config, self.tokens_per_epoch, self.peak_speed = config, tokens_per_epoch, peak_speed
         # Steps and seconds at the last log line.

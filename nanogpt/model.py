@@ -22,6 +22,7 @@ from nanogpt.errors import ConfigError
 
 __all__ = ["GPT", "MLP", "Block", "CausalSelfAttention", "GPTConfig", "LayerNorm"]
 
+Rotary = tuple[Tensor, Tensor]  # cosines and sines
 # Takes a layer's new keys and values and returns all of its keys and values so far.
 Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -93,7 +94,7 @@ def rotary_frequencies(config: GPTConfig, device: torch.device | None = None) ->
     return frequencies
 
 
-def rotations(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
+def rotations(positions: Tensor, config: GPTConfig) -> Rotary:
     """Return the cosines and sines of rotary positions: (T,) or (B, T) to two of (1 or B, 1, T, D / 2)."""
     angles = positions[..., None].float() * rotary_frequencies(config, positions.device)
     angles = angles.view(-1, 1, positions.shape[-1], config.head_size // 2)
@@ -167,9 +168,7 @@ class CausalSelfAttention(nn.Module):
         self.q_norm = RMSNorm(D, eps=config.norm_eps) if has_qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, eps=config.norm_eps) if has_qk_norm else nn.Identity()
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, mask: Any = None, append: Append | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None, mask: Any, append: Append | None = None) -> Tensor:
         B, T, _ = x.shape
         qkv = self.c_attn(x).view(B, T, sum(self.heads), -1)
         q, k, v = qkv.transpose(1, 2).split(self.heads, dim=1)  # (B, H, T, D); keys and values (B, H_kv, T, D)
@@ -218,9 +217,7 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, mask: Any = None, append: Append | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None, mask: Any, append: Append | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), rotary, mask, append)
         return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
 
@@ -259,13 +256,11 @@ class Transformer(nn.Module):
             x = x + self.wpe(positions)
         x = self.drop(x)
         for n, block in enumerate(self.h):
-            if cache is not None:
-                x = block(x, rotary=rotary, mask=mask, append=partial(cache.append, n))
-            elif self.gradient_checkpointing and self.training:
+            if self.gradient_checkpointing and self.training:
                 has_dropout = self.drop.p > 0
                 x = checkpoint(block, x, rotary, mask, use_reentrant=False, preserve_rng_state=has_dropout)
             else:
-                x = block(x, rotary=rotary, mask=mask)
+                x = block(x, rotary, mask, None if cache is None else partial(cache.append, n))
         return self.ln_f(x)  # type: ignore[no-any-return]
 
 

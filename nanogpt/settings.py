@@ -5,8 +5,19 @@ from collections.abc import Iterator
 from dataclasses import field
 from typing import Literal
 
-from nanogpt.config import Machine, Settings, TrainConfig
+from nanogpt.config import CHECKS, Machine, Settings, TrainConfig, is_there
 from nanogpt.errors import ConfigError
+
+CHECKS |= {
+    **dict.fromkeys("top_p min_p mfu".split(), CHECKS["decay_share"]),
+    **dict.fromkeys("num_samples steps gpus nodes rows queue timeout max_body".split(), CHECKS["batch_size"]),
+    "port": (lambda v: 0 <= v <= 65535, "0 to 65535"),
+    "tokenizer": (
+        lambda v: v in ("char", "byte", "gpt2") or (re.fullmatch(r"bpe:\d+", v) and int(v[4:]) > 256) or is_there(v),
+        "char, byte, gpt2, bpe:N (from 257), a tokenizer.json, a folder with one, or ORGANISATION/NAME",
+    ),
+    "val_fraction": (lambda v: v != "auto" and 0 < v < 1, "auto or a value between 0 and 1"),
+}
 
 
 class PlanConfig(TrainConfig):

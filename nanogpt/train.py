@@ -19,19 +19,11 @@ import torch
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from nanogpt import data
+from nanogpt import data, distributed
 from nanogpt.checkpoint import Checkpoint, Checkpoints, TrainState, checkpoints_of, load_latest, load_model, use_out_dir
-from nanogpt.config import GPTConfig, TrainConfig, changed_settings
+from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.device import Device, choose_device
-from nanogpt.distributed import (
-    Distributed,
-    full_tensor,
-    gradient_sync,
-    init_distributed,
-    is_sharded,
-    parallelize,
-    this_process,
-)
+from nanogpt.distributed import Distributed, init_distributed
 from nanogpt.errors import ConfigError, DataError, DivergedError
 from nanogpt.infer.text import short_sample
 from nanogpt.metrics import Metrics, show_log_lines, with_progress
@@ -43,6 +35,7 @@ from nanogpt.settings import PrepareConfig
 log = logging.getLogger(__name__)
 
 STOPPED = 75  # exit code of a run that a signal has stopped and that can be resumed
+AGAINST_DIVERGENCE = "try a lower learning_rate (with muon, muon_lr), grad_clip=1 or dtype=float32"
 
 
 @dataclass(frozen=True)
@@ -54,17 +47,13 @@ class Run:
     dist: Distributed
     dataset: data.Dataset
     model: GPT
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether FSDP has given each process a shard of the model."""
-        return any(map(is_sharded, self.model.parameters()))
+    is_sharded: bool = False  # FSDP has given each process a shard of the model
 
 
 @record  # shows torchrun the traceback of the process that failed first
 def train(config: TrainConfig) -> int:
     """Train as `config` says. Returns the exit code: 0 done, 75 stopped by a signal and resumable."""
-    process = this_process()
+    process = distributed.this_process()
     show_log_lines(config.verbosity if process.is_main else "quiet")
     device = choose_device(config, process.local_rank if process.world_size > 1 else None)
     rows = process.my_rows(config.batch_size, config.gradient_accumulation_steps)  # of each global batch
@@ -72,14 +61,15 @@ def train(config: TrainConfig) -> int:
         return dry_run(config) if process.is_main else 0
     with init_distributed(config.backend, device, config.dist_timeout) as dist:
         dist.check_same(dataclasses.asdict(config))
-        for line in changed_settings(config.with_derived_rates()):
-            log.info(line)
+        for name, value in vars(config.with_derived_rates()).items():
+            if value != getattr(TrainConfig, name):
+                log.info(f"{name} = {value!r}")
 
         # What to train, on what, and how far an earlier run came.
         dataset = open_or_prepare(config, dist)
         config, model, resumed = build_or_resume(config, dataset, dist)
-        run = Run(config, device, dist, dataset, model)
-        network = parallelize(model, config.parallel, device, dist)  # compiles, too
+        network = distributed.parallelize(model, config.parallel, device, dist)  # compiles, too
+        run = Run(config, device, dist, dataset, model, any(map(distributed.is_sharded, model.parameters())))
         optimizer = make_optimizer(model, config, device.dtype)
         scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
         if resumed and (resumed.is_sharded or not config.eval_only):  # sharded weights are read only now
@@ -92,9 +82,10 @@ def train(config: TrainConfig) -> int:
                 print(f"step {state.step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
             return 0
 
+        peak_speed = (device.peak_flops() or 0.0) * dist.world_size / model.flops_per_token()
         with (
             use_out_dir(config, dist, resumed.path if resumed else None),
-            metrics_of(run, state if resumed else None) as metrics,
+            Metrics(config, state if resumed else None, dist.is_main, len(dataset.train), peak_speed) as metrics,
             Checkpoints(config, dist, run.is_sharded, resumed.path if resumed else None) as checkpoints,
             stop_signals() as stop_requested,
         ):
@@ -123,8 +114,8 @@ def train(config: TrainConfig) -> int:
                     metrics.log_evaluation(state, losses, sample_of_text(run, state))
                     if not math.isfinite(losses["val"]):
                         raise DivergedError(
-                            f"the validation loss is {losses['val']} after {state.step} steps; this model was not "
-                            f"saved. {advice_on_divergence(run)}"
+                            f"the validation loss is {losses['val']} after {state.step} steps, and this model is not "
+                            f"saved; {AGAINST_DIVERGENCE}"
                         )
                     if state.step > 0 or last_step:  # an untrained model is not saved as the best one
                         is_best = losses["val"] < state.best_val_loss
@@ -150,7 +141,7 @@ def train(config: TrainConfig) -> int:
                 loss = torch.zeros((), device=device.name)
                 micro_batches = zip(x.tensor_split(n_micro), y.tensor_split(n_micro), strict=True)
                 for n, (xb, yb) in enumerate(micro_batches, start=1):
-                    with gradient_sync(network, is_last=n == n_micro):
+                    with distributed.gradient_sync(network, is_last=n == n_micro):
                         micro_loss = compute_loss(run, network, xb, yb) * (len(xb) / len(x))
                         scaler.scale(micro_loss).backward()  # type: ignore[no-untyped-call]
                     loss += micro_loss.detach()
@@ -158,7 +149,7 @@ def train(config: TrainConfig) -> int:
                 # Clip the gradient and step, unless loss or gradient is not finite in any process.
                 scaler.unscale_(optimizer)
                 grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-                grad_norm = full_tensor(grad_norm)
+                grad_norm = distributed.full_tensor(grad_norm)
                 is_finite = dist.all(torch.isfinite(loss + grad_norm))
                 step_if_finite(optimizer, is_finite)
                 scaler.update()
@@ -179,7 +170,7 @@ def train(config: TrainConfig) -> int:
                 if (log_is_due or state.step % config.max_bad_steps == 0) and skipped_in_a_row >= config.max_bad_steps:
                     raise DivergedError(
                         f"loss or gradient was not finite in {int(skipped_in_a_row)} steps in a row, up to step "
-                        f"{state.step}; they were skipped. {advice_on_divergence(run)}"
+                        f"{state.step}; they were skipped; {AGAINST_DIVERGENCE}"
                     )
 
             # The last checkpoint, if a signal came between two of them, or the one before could not be written.
@@ -295,8 +286,7 @@ def dry_run(config: TrainConfig) -> int:
 def settle_ddp_buckets(run: Run, network: Any, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
     """Let DDP choose its buckets, and so the order in which it adds up gradients, before the first step.
 
-    It chooses anew after its first backward pass: without this one, the first step of a resumed run would add up in
-    another order than the same step of an undisturbed run, and differ from it in the last bit.
+    It does so after its first backward pass: without this one, a resumed run would differ in the last bit.
     """
     compute_loss(run, network, x[: run.config.batch_size], y[: run.config.batch_size]).backward()  # type: ignore[no-untyped-call]
     optimizer.zero_grad(set_to_none=True)
@@ -368,25 +358,9 @@ def estimate_loss(run: Run, stop_requested: Callable[[], bool] = lambda: False) 
     return {split: dist.all_reduce_mean(total).item() * scale for split, total in losses.items()}
 
 
-def metrics_of(run: Run, resumed: TrainState | None) -> Metrics:
-    """Return the records of `run`, which know how fast the hardware could go, if that is known."""
-    peak = (run.device.peak_flops() or 0.0) * run.dist.world_size / run.model.flops_per_token()
-    n_tokens = len(run.dataset.train)
-    return Metrics(run.config, resumed, run.dist.is_main, tokens_per_epoch=n_tokens, peak_speed=peak)
-
-
 def sample_of_text(run: Run, state: TrainState) -> str:
     """Return what the model writes by now, if that is due; FSDP would need all processes for it."""
-    interval = run.config.sample_interval * run.config.eval_interval
-    is_due = interval and state.step > 0 and state.step // run.config.eval_interval % run.config.sample_interval == 0
-    if not is_due or not run.dist.is_main or run.is_sharded:
+    evaluations, interval = state.step // run.config.eval_interval, run.config.sample_interval
+    if not (interval and evaluations and evaluations % interval == 0) or not run.dist.is_main or run.is_sharded:
         return ""
     return short_sample(run.model, run.dataset.tokenizer, tokens=100)
-
-
-def advice_on_divergence(run: Run) -> str:
-    """Return what to try against a loss that is not finite, as far as it is not in use."""
-    rate = f"muon_lr (now {run.config.muon_lr:g}) or " if run.config.optimizer == "muon" else ""
-    ways = [f"a lower {rate}learning_rate (now {run.config.learning_rate:g})"]
-    ways += ["grad_clip=1"] * (run.config.grad_clip != 1) + ["dtype=float32"] * (run.device.dtype != torch.float32)
-    return f"Try {', or '.join(ways)}"

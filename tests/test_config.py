@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nanogpt import cli, config
-from nanogpt.config import PRESETS, GPTConfig, TrainConfig, changed_settings, steps_and_seconds
+from nanogpt.config import PRESETS, GPTConfig, TrainConfig, steps_and_seconds
 from nanogpt.errors import ConfigError
 from nanogpt.model import GPT
 from nanogpt.settings import BenchConfig, unescape
@@ -213,11 +213,6 @@ def test_presets_have_the_parameters_of_their_models(name: str) -> None:
 def test_a_shape_that_cannot_be_built_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         GPT(GPTConfig(**{"n_layer": 1, "n_head": 4, "n_embd": 8, **settings}))
-
-
-def test_changed_settings_are_listed_one_a_line() -> None:
-    assert changed_settings(TrainConfig()) == []
-    assert changed_settings(TrainConfig(n_layer=3, out_dir="x")) == ["n_layer = 3", "out_dir = 'x'"]
 
 
 def test_a_checkpoint_interval_is_steps_or_minutes() -> None:

@@ -47,8 +47,8 @@ def as_transformers(model: GPT) -> Any:
 
 
 class PlainBlock(Block):
-    def forward(self, x: torch.Tensor, **context: Any) -> torch.Tensor:  # type: ignore[override]
-        return x + self.attn(self.ln_1(x), **context) + self.mlp(self.ln_2(x))
+    def forward(self, x: torch.Tensor, *context: Any) -> torch.Tensor:  # type: ignore[override]
+        return x + self.attn(self.ln_1(x), *context) + self.mlp(self.ln_2(x))
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])

@@ -212,6 +212,15 @@ def test_eval_only_writes_nothing(recipe: Recipe, capsys: pytest.CaptureFixture[
     assert f"step 6: train loss {rows(config, 'train/eval_loss')[6]:.4f}" in capsys.readouterr().out
 
 
+def test_a_run_begins_with_the_settings_that_are_no_defaults(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.train(recipe(max_iters=1))
+    lines = capsys.readouterr().out.splitlines()
+    assert "n_layer = 2" in lines
+    assert "weight_decay = 0.1" not in lines
+
+
 def test_a_slow_run_says_how_long_it_takes(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
