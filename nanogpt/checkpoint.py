@@ -163,12 +163,9 @@ class Checkpoints:
         self.group = torch.distributed.new_group(backend="gloo", timeout=timeout) if is_sharded else None
         kept = checkpoints_of(self.folder)
         if resumed_from in kept and dist.is_main:
-            # The next checkpoint would push damaged newer ones over the good one before them.
+            # Newer ones are damaged: the next checkpoint would push them over the good one before them.
             for path in kept[: kept.index(resumed_from)]:
-                try:
-                    verify_checksums(path)
-                except DamagedError:
-                    remove(path)
+                remove(path)
 
     def is_due(self, step: int) -> bool:
         """Return whether `checkpoint_interval` asks for a checkpoint after `step` steps."""
@@ -277,8 +274,8 @@ def write_file(path: Path, content: dict[str, Any], keep: int = 1) -> None:
     with atomic_write(path) as file:
         try:
             torch.save(content, file.name)
-        except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(str(error).splitlines()[0]) from error
+        except RuntimeError as error:  # torch does not say why
+            raise OSError(f"the disk is full or fails ({str(error).splitlines()[0]})") from error
         names = file_names(path.parent, keep)
         free = next((n for n, name in enumerate(names) if not name.exists()), keep - 1)
         for n in range(free, 0, -1):
@@ -390,7 +387,10 @@ def load_latest(out_dir: str | Path, data_dir: str = "data", dist: Any = None, *
                 break
             except DamagedError as error:
                 if older is None:
-                    raise
+                    hint = (
+                        f"--init_from={Path(out_dir, 'best.pt')} starts a new run from the best model, if that is left"
+                    )
+                    raise DamagedError(f"{error}, and there is no other to resume from; {hint}") from error
                 log.warning(f"{error}; resuming from {older.name}, the one before it")
         return path
 

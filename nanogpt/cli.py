@@ -105,6 +105,8 @@ def _read_words(cls: Class, arguments: Sequence[str], positional: str, problems:
             options[name] = text  # There is no such setting, as _assign reports.
         elif positional not in hints or (equals and name in hints):
             problems.append(f"{word}: expected config files (*.py) and --key=value only")
+        elif issubclass(cls, config.TrainConfig) and os.path.isfile(word):
+            options["text"] = word
         elif os.path.isfile(f"{word}.py") and not os.path.isdir(word):
             problems.append(f"{word}: did you mean the config file {word}.py?")
         elif get_origin(hints[positional]) is list:
@@ -141,8 +143,9 @@ def _run_config_file(path: str, values: Values, problems: list[str]) -> Values:
 def _assign(cls: Class, values: Values, found: Values, file: str, problems: list[str]) -> None:
     """Set values from a config file, or from the command line where `file` is empty; first what they imply."""
     hints = get_type_hints(cls)
-    for name in found.keys() & hints.keys():
-        values |= config.implied_settings(name, found[name], values[name])
+    for each in ("text", "model", "optimizer"):
+        if each in found and issubclass(cls, config.TrainConfig):
+            values |= settings.implied_settings(each, found[each], values[each])
     for name, value in found.items():
         where = f"{file}: {name} = {value!r}" if file else f"--{name}={value}"
         if name not in hints:

@@ -46,6 +46,14 @@ def steps_and_seconds(interval: str) -> tuple[int, float] | None:
     return (int(match[1] or 0), 60 * float(match[2] or 0)) if match else None
 
 
+def mixture(names: str) -> dict[str, float]:
+    """Return {"a": 0.7, "b": 0.3} for "a:0.7,b:0.3", {"a": 1.0} for "a"; nothing for a list without weights."""
+    if "," not in names:
+        return {names: 1.0}
+    pairs = [re.fullmatch(r"(.+):(\d*\.?\d+)", each) for each in names.split(",")]
+    return {pair[1]: float(pair[2]) for pair in pairs if pair} if all(pairs) else {}
+
+
 def is_there(name: str) -> bool:
     """Return whether `name` is a path that exists, or may be a name on the hub."""
     return bool(name) and (Path(name).exists() or is_hub_name(name))
@@ -69,6 +77,7 @@ CHECKS: dict[str, tuple[Callable[[Any], object], str]] = {
         f"scratch (train only), resume, {', '.join(GPT2_NAMES)}, ORGANISATION/NAME, an existing folder or checkpoint",
     ),
     "model": (lambda v: v in PRESETS, f"one of {', '.join(PRESETS)}"),
+    "dataset": (lambda v: any(mixture(v).values()), "a folder's name, or several with weights: a:0.7,b:0.3"),
     "optimizer": (lambda v: v.isidentifier() and v.islower(), "adamw, muon, or a class of torch.optim in lower case"),
 }
 _NOT_NEGATIVE = (lambda v: not isinstance(v, int | float) or v >= 0, "a value >= 0")
@@ -171,20 +180,6 @@ class Machine(Settings):
     verbosity: Literal["quiet", "normal", "debug"] = "normal"  # of log lines; quiet: only results and warnings
 
 
-# What optimizer=muon sets besides; 0 means: derive it from the width, or from the length of the run.
-_MUON = {"learning_rate": 0.0, "muon_momentum": 0.0, "beta1": 0.8, "weight_decay": 0.0, "min_lr": 0.0,
-         "schedule": "wsd", "decay_share": 0.9, "warmup_iters": 0}  # fmt: skip
-
-
-def implied_settings(name: str, value: object, before: object) -> dict[str, Any]:
-    """Return what setting `name` to `value` also sets: the shape of a named model, the rates that suit Muon."""
-    if name == "model":
-        return PRESETS.get(str(value), {})
-    if name == "optimizer" and value != before and "muon" in (value, before):
-        return _MUON if value == "muon" else {each: getattr(TrainConfig, each) for each in _MUON}
-    return {}
-
-
 class TrainConfig(Shape, Machine):
     """Train a GPT from scratch, resume a run, or finetune a model. The defaults train GPT-2 (124M) on OpenWebText."""
 
@@ -216,7 +211,8 @@ class TrainConfig(Shape, Machine):
     dist_timeout: float = 10.0  # minutes that a process waits for the others
     # --- data ---
     data_dir: str = "data"  # folder of the data sets
-    dataset: str = "openwebtext"  # folder in data_dir with train.bin and val.bin
+    dataset: str = "openwebtext"  # folder in data_dir with train.bin and val.bin; a:0.7,b:0.3 mixes two by weight
+    text: str = ""  # a text file for a small model of its own, also as a word: nanogpt train my.txt; see settings.py
     gradient_accumulation_steps: int = 5 * 8  # micro-batches per step, over all processes together
     batch_size: int = 12  # rows per micro-batch
     sampling: Literal["random", "epoch"] = "random"  # windows at random, or each window once per epoch
@@ -267,6 +263,10 @@ class TrainConfig(Shape, Machine):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         yield from self.model_config(vocab_size=1).problems()
+        if self.text and not Path(self.text).is_file():
+            yield f"text={self.text!r}: there is no such file"
+        if "," in self.dataset and self.sampling == "epoch":
+            yield "sampling=epoch: in a mixture the weights say how often a text is seen; use --sampling=random"
         rate = self.with_derived_rates().learning_rate if self.n_embd > 0 else 0.0
         if self.decay_lr and 0 < rate < self.min_lr:
             yield f"min_lr={self.min_lr:g} is above learning_rate={rate:g}: set --min_lr={rate / 10:g} or --decay_lr=0"

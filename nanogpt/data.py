@@ -22,7 +22,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
-from nanogpt.config import TrainConfig
+from nanogpt.config import TrainConfig, mixture
 from nanogpt.errors import DataError
 from nanogpt.files import parse_json
 from nanogpt.tokenizer import GPT2Tokenizer, Tokenizer, from_description, read_meta
@@ -30,20 +30,32 @@ from nanogpt.tokenizer import GPT2Tokenizer, Tokenizer, from_description, read_m
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
-TRAINING, EVALUATION, PERMUTATION, OFFSET, DROPOUT = range(5)  # streams of random numbers, independent of each other
+TRAINING, EVALUATION, PERMUTATION, OFFSET, DROPOUT, MIXTURE = range(
+    6
+)  # streams of random numbers, independent of each other
 Ids = npt.NDArray[Any]  # uint16 or uint32
 Starts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set, opened: the memory-mapped ids of its two splits, and what they mean."""
+    """A data set, opened: the memory-mapped ids of its two splits, and what they mean.
+
+    A mixture has none of its own: each row of a batch comes from one of its `parts`, drawn by `weights` (sum 1).
+    """
 
     folder: Path
     train: Ids
     val: Ids
     tokenizer: Tokenizer
     description: dict[str, Any]  # dataset.json; empty where there is none
+    parts: tuple["Dataset", ...] = ()
+    weights: tuple[float, ...] = ()
+
+    @property
+    def n_train(self) -> int:
+        """Tokens to train on."""
+        return len(self.train) + sum(part.n_train for part in self.parts)
 
     def split(self, name: str) -> Ids:
         """Return the ids of `train` or `val`."""
@@ -59,7 +71,9 @@ class Dataset:
 
     def check_length(self, block_size: int) -> None:
         """Raise `DataError` unless each split holds at least one window and the token behind it."""
-        for name in SPLITS:
+        for part in self.parts:
+            part.check_length(block_size)
+        for name in () if self.parts else SPLITS:
             if (n_tokens := len(self.split(name))) <= block_size:
                 raise DataError(
                     f"{self.folder}: the {name} split has {n_tokens:,} tokens, too few for block_size={block_size} and "
@@ -107,6 +121,26 @@ def open_dataset(folder: Path) -> Dataset:
     return Dataset(folder, splits["train"], splits["val"], tokenizer, description)
 
 
+def open_mixture(data_dir: str, weights: dict[str, float]) -> Dataset:
+    """Open the data sets that `weights` names; several make a mixture. Raises `DataError`."""
+    parts = [open_dataset(Path(data_dir, name)) for name in weights]
+    for part in parts[1:]:
+        part.check_tokenizer(parts[0].tokenizer, parts[0].folder.name)
+    if len(parts) == 1:
+        return parts[0]
+    names, total, none = Path(data_dir, ",".join(weights)), sum(weights.values()), np.empty(0, np.uint16)
+    shares = tuple(weight / total for weight in weights.values())
+    return Dataset(names, none, none, parts[0].tokenizer, {}, tuple(parts), shares)
+
+
+def open_if_prepared(config: TrainConfig) -> Dataset | None:
+    """Return the data set of a run, or None if it is not there yet."""
+    weights = mixture(config.dataset)
+    return (
+        open_mixture(config.data_dir, weights) if all(is_prepared(Path(config.data_dir, n)) for n in weights) else None
+    )
+
+
 def tokenizer_of_original(folder: Path) -> Tokenizer:
     """Return what the original's folders imply: the vocabulary in meta.pkl, or GPT-2's where there is none."""
     return read_meta(folder / "meta.pkl") if (folder / "meta.pkl").exists() else GPT2Tokenizer()
@@ -123,17 +157,33 @@ def get_batch(
 
     What row n of the global batch holds depends on the data and on (seed, step, n), whichever process asks for it.
     """
-    draw = epoch_window_starts if config.sampling == "epoch" else window_starts
-    starts = draw(len(dataset.train), config.block_size, seed=config.seed, step=step, rows=config.rows)
-    x, y = windows(dataset, "train", starts[rows.start : rows.stop], config.block_size)
+    if dataset.parts:
+        parts = [get_batch(part, step, config, rows) for part in dataset.parts]
+        x, y = mix(dataset, parts, config.seed, step, rows)
+    else:
+        draw = epoch_window_starts if config.sampling == "epoch" else window_starts
+        starts = draw(len(dataset.train), config.block_size, seed=config.seed, step=step, rows=config.rows)
+        x, y = windows(dataset, "train", starts[rows.start : rows.stop], config.block_size)
     return put(x), put(y)
 
 
 def evaluation_batch(dataset: Dataset, split: str, k: int, block_size: int, batch_size: int) -> tuple[Tensor, Tensor]:
     """Return batch `k` of an evaluation, x and y (B, T): the same at every evaluation of every run."""
+    if dataset.parts:
+        parts = [evaluation_batch(part, split, k, block_size, batch_size) for part in dataset.parts]
+        return mix(dataset, parts, 0, k, range(batch_size))
     n_tokens = len(dataset.split(split))
     starts = window_starts(n_tokens, block_size, seed=0, step=k, rows=batch_size, stream=EVALUATION)
     return windows(dataset, split, starts, block_size)
+
+
+def mix(
+    dataset: Dataset, batches: list[tuple[Tensor, Tensor]], seed: int, step: int, rows: range
+) -> tuple[Tensor, Tensor]:
+    """Return a batch x, y (rows, T) of a mixture: each row from the batch (rows, T) of the part that it draws."""
+    chosen = generator(seed, step, MIXTURE).choice(len(batches), size=rows.stop, p=dataset.weights)[rows.start :]
+    x, y = (torch.stack(tensors)[chosen, torch.arange(len(rows))] for tensors in zip(*batches, strict=True))
+    return x, y
 
 
 def windows(dataset: Dataset, split: str, starts: Starts, block_size: int) -> tuple[Tensor, Tensor]:

@@ -92,6 +92,8 @@ def split_measures(config: EvalConfig, trained: TrainedModel, device: Device) ->
     model, name = trained.model, config.dataset or str(trained.config.get("dataset", ""))
     if not name:
         raise ConfigError(f"on which data set? {trained.name} does not say; for example --dataset=shakespeare")
+    if "," in name:
+        raise ConfigError(f"the data set {name} is a mixture: name one of its parts with --dataset=NAME")
     folder = Path(config.data_dir or trained.config.get("data_dir", "data")) / name
     dataset = open_dataset(folder)
     dataset.check_tokenizer(trained.tokenizer, trained.name)

@@ -6,14 +6,13 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from nanogpt.checkpoint import load_latest, load_model
 from nanogpt.config import GPT2_NAMES, GPTConfig
-from nanogpt.data import is_prepared, open_dataset
+from nanogpt.data import open_if_prepared
 from nanogpt.device import PEAK_FLOPS, Device, choose_device
 from nanogpt.distributed import Distributed, choose_parallel
 from nanogpt.errors import ConfigError
@@ -218,8 +217,8 @@ def _shape_to_train(config: PlanConfig) -> GPTConfig:
         return GPTConfig.preset(config.init_from, block_size=config.block_size, vocab_size=50257)
     if config.init_from != "scratch":
         return replace(load_model(config.init_from)[0].config, block_size=config.block_size)
-    folder = Path(config.data_dir) / config.dataset
-    return config.model_config(open_dataset(folder).tokenizer.padded_vocab_size if is_prepared(folder) else 50304)
+    dataset = open_if_prepared(config)
+    return config.model_config(dataset.tokenizer.padded_vocab_size if dataset else GPTConfig.vocab_size)
 
 
 def _duration(seconds: float) -> str:

@@ -36,9 +36,10 @@ from typing import Any, TextIO, TypeVar
 
 import numpy as np
 
+from nanogpt.config import TrainConfig, mixture
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.files import atomic_write, locked, read_json, sync_folder, write_json
-from nanogpt.settings import PrepareConfig, unescape
+from nanogpt.settings import PrepareConfig, recipe_for_text, unescape
 from nanogpt.tokenizer import (
     TOKENIZER_FILES,
     CharTokenizer,
@@ -110,6 +111,25 @@ def prepare(config: PrepareConfig) -> None:
     for reason, count in about["skipped"].items():
         log.info(f"skipped: {count:,} ({reason})")
     print(f"wrote {folder}/train.bin, val.bin and dataset.json")
+
+
+def prepare_missing(config: TrainConfig) -> None:
+    """Prepare what a run trains on, if that is not there and needs no network. Raises `DataError` if it needs one."""
+    for name in mixture(config.dataset):
+        folder = Path(config.data_dir, name)
+        files = [folder / f"{split}.bin" for split in SPLITS]
+        changed = os.path.getmtime(config.text) if config.text else 0.0
+        if all(file.exists() and file.stat().st_mtime > changed for file in files):
+            continue
+        chosen = PrepareConfig(name=name, data_dir=config.data_dir)
+        if config.text:
+            chosen = replace(chosen, input=[config.text], tokenizer=recipe_for_text(config.text)[0])
+        elif name not in NEEDS_NO_NETWORK:
+            command = f"python -m nanogpt prepare {name} --data_dir={config.data_dir}"
+            command += "" if name in DATASETS else " --input=PATH"
+            raise DataError(f"{folder} holds no train.bin and val.bin; prepare the data set with: {command}")
+        log.info(f"preparing the data set {folder}")
+        prepare(chosen)
 
 
 def describe(folder: Path) -> None:

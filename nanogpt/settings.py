@@ -1,11 +1,12 @@
-"""The settings of the programs beside training; see config.py for how they become command line and --help."""
+"""The settings of the programs beside training, and what a setting implies; config.py says what follows from them."""
 
 import re
 from collections.abc import Iterator
 from dataclasses import field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from nanogpt.config import CHECKS, Machine, Settings, TrainConfig, is_there
+from nanogpt.config import CHECKS, PRESETS, Machine, Settings, TrainConfig, is_there
 from nanogpt.errors import ConfigError
 
 CHECKS |= {
@@ -182,3 +183,40 @@ def unescape(text: str) -> str:
         return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{text!r} can't be read: {error.reason}") from error
+
+
+# What optimizer=muon sets besides; 0 means: derive it from the width, or from the length of the run.
+_MUON = {"learning_rate": 0.0, "muon_momentum": 0.0, "beta1": 0.8, "weight_decay": 0.0, "min_lr": 0.0,
+         "schedule": "wsd", "decay_share": 0.9, "warmup_iters": 0}  # fmt: skip
+
+
+# For `nanogpt train FILE`: up to so many bytes of text, with this vocabulary, a model of this shape for so many steps.
+_BY_SIZE = [
+    (2e6, "bpe:1024", {"n_layer": 3, "n_head": 4, "n_embd": 128, "block_size": 128, "max_iters": 400}),
+    (3e7, "bpe:4096", {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "max_iters": 2000}),
+    (1e99, "bpe:16384", {"n_layer": 8, "n_head": 8, "n_embd": 512, "block_size": 512, "max_iters": 10_000}),
+]
+
+
+def recipe_for_text(path: str) -> tuple[str, dict[str, Any]]:
+    """Return the vocabulary and the settings with which a small model learns from a text file, as long as it is."""
+    n_bytes = Path(path).stat().st_size if Path(path).is_file() else 0
+    tokenizer, sizes = next((tokenizer, sizes) for most, tokenizer, sizes in _BY_SIZE if n_bytes <= most)
+    out_dir = f"out-{Path(path).name.partition('.')[0]}"
+    return tokenizer, {
+        **_MUON, **sizes, "optimizer": "muon", "lr_decay_iters": sizes["max_iters"], "architecture": "qwen3",
+        "zero_init": True, "out_dir": out_dir, "data_dir": out_dir, "dataset": "data", "sampling": "epoch",
+        "batch_size": 32, "gradient_accumulation_steps": 1, "log_interval": 20, "eval_iters": 10,
+        "eval_interval": sizes["max_iters"] // 4, "always_save_checkpoint": False,
+    }  # fmt: skip
+
+
+def implied_settings(name: str, value: object, before: object) -> dict[str, Any]:
+    """Return what `value` of text, model or optimizer also sets: a recipe, a shape, the rates that suit Muon."""
+    if name == "text" and value:
+        return recipe_for_text(str(value))[1]
+    if name == "model":
+        return PRESETS.get(str(value), {})
+    if name == "optimizer" and value != before and "muon" in (value, before):
+        return _MUON if value == "muon" else {each: getattr(TrainConfig, each) for each in _MUON}
+    return {}

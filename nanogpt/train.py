@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -21,16 +20,16 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from nanogpt import data, distributed
 from nanogpt.checkpoint import Checkpoint, Checkpoints, TrainState, checkpoints_of, load_latest, load_model, use_out_dir
-from nanogpt.config import GPTConfig, TrainConfig
+from nanogpt.config import GPTConfig, TrainConfig, mixture
 from nanogpt.device import Device, choose_device
 from nanogpt.distributed import Distributed, init_distributed
-from nanogpt.errors import ConfigError, DataError, DivergedError
+from nanogpt.errors import ConfigError, DivergedError
 from nanogpt.infer.text import short_sample
 from nanogpt.metrics import Metrics, show_log_lines, with_progress
 from nanogpt.model import GPT
 from nanogpt.optim import learning_rate_at, make_optimizer, step_if_finite
+from nanogpt.prepare import prepare_missing
 from nanogpt.report.plots import draw_if_possible
-from nanogpt.settings import PrepareConfig
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ def train(config: TrainConfig) -> int:
         if resumed and (resumed.is_sharded or not config.eval_only):  # sharded weights are read only now
             resumed.restore(model, optimizer, scaler)
         state = resumed.state if resumed else TrainState()
-        print_sizes(config, model, optimizer, len(dataset.train))
+        print_sizes(config, model, optimizer, dataset.n_train)
         if config.eval_only:
             losses = estimate_loss(run)
             if dist.is_main:
@@ -85,7 +84,7 @@ def train(config: TrainConfig) -> int:
         peak_speed = (device.peak_flops() or 0.0) * dist.world_size / model.flops_per_token()
         with (
             use_out_dir(config, dist, resumed.path if resumed else None),
-            Metrics(config, state if resumed else None, dist.is_main, len(dataset.train), peak_speed) as metrics,
+            Metrics(config, state if resumed else None, dist.is_main, dataset.n_train, peak_speed) as metrics,
             Checkpoints(config, dist, run.is_sharded, resumed.path if resumed else None) as checkpoints,
             stop_signals() as stop_requested,
         ):
@@ -198,20 +197,12 @@ def train(config: TrainConfig) -> int:
 
 def open_or_prepare(config: TrainConfig, dist: Distributed) -> data.Dataset:
     """Open the run's data set; one that needs no network is prepared if it is not there. Raises `DataError`."""
-    folder = Path(config.data_dir) / config.dataset
-    if not dist.broadcast_from_main(lambda: data.is_prepared(folder)):
-        from nanogpt.prepare import DATASETS, NEEDS_NO_NETWORK, prepare  # needs packages that training does without
-
-        if config.dataset not in NEEDS_NO_NETWORK:
-            raise DataError(
-                f"{folder} holds no train.bin and val.bin; prepare the data set with: python -m nanogpt prepare "
-                f"{config.dataset} --data_dir={config.data_dir}{'' if config.dataset in DATASETS else ' --input=PATH'}"
-            )
-        log.info(f"preparing the data set {config.dataset} in {folder}")
-        dist.broadcast_from_main(lambda: prepare(PrepareConfig(name=config.dataset, data_dir=config.data_dir)))
-    dataset = data.open_dataset(folder)
+    dist.broadcast_from_main(lambda: prepare_missing(config))
+    dataset = data.open_mixture(config.data_dir, mixture(config.dataset))
     if config.mask_documents and dataset.tokenizer.end_of_text is None:
-        raise ConfigError(f"mask_documents: the {dataset.tokenizer} of {folder} has no token that ends a document")
+        raise ConfigError(
+            f"mask_documents: the {dataset.tokenizer} of {config.dataset} has no token that ends a document"
+        )
     return dataset
 
 
@@ -275,11 +266,10 @@ def dry_run(config: TrainConfig) -> int:
     for name, value in dataclasses.asdict(config.with_derived_rates()).items():
         print(f"{name} = {value!r}")
     if config.init_from == "scratch":
-        folder = Path(config.data_dir) / config.dataset
-        dataset = data.open_dataset(folder) if data.is_prepared(folder) else None
+        dataset = data.open_if_prepared(config)
         shape = config.model_config(dataset.tokenizer.padded_vocab_size if dataset else GPTConfig.vocab_size)
         with torch.device("meta"):
-            print_sizes(config, GPT(shape), None, len(dataset.train) if dataset else 0)
+            print_sizes(config, GPT(shape), None, dataset.n_train if dataset else 0)
     return 0
 
 
@@ -360,7 +350,8 @@ def estimate_loss(run: Run, stop_requested: Callable[[], bool] = lambda: False) 
 
 def sample_of_text(run: Run, state: TrainState) -> str:
     """Return what the model writes by now, if that is due; FSDP would need all processes for it."""
-    evaluations, interval = state.step // run.config.eval_interval, run.config.sample_interval
-    if not (interval and evaluations and evaluations % interval == 0) or not run.dist.is_main or run.is_sharded:
+    interval = run.config.sample_interval
+    is_due = state.step and interval and state.step // run.config.eval_interval % interval == 0
+    if not is_due or not run.dist.is_main or run.is_sharded:
         return ""
     return short_sample(run.model, run.dataset.tokenizer, tokens=100)

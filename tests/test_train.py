@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from nanogpt.files import locked
 from nanogpt.metrics import read_metrics
 from nanogpt.prepare import prepare
 from nanogpt.settings import EvalConfig, PrepareConfig
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Program
 
 Recipe = Callable[..., TrainConfig]
 GOLDEN = Path(__file__).parent / "golden" / "tiny_loss.json"
@@ -246,6 +247,24 @@ def test_documents_apart_train_and_evaluate(recipe: Recipe, data_dir: Path) -> N
         assert train.train(config) == 0
         losses[masked] = evaluate(EvalConfig(out_dir=config.out_dir, device="cpu", dtype="float32"))["loss"]
     assert losses[True] != losses[False]
+
+
+def test_a_text_file_is_all_that_is_needed(program: Program, tmp_path: Path) -> None:
+    Path("my.text.txt").write_text("To be, or not to be: that is the question.\n" * 500)
+    words = ["my.text.txt", "--max_iters=2", "--block_size=16", "--device=cpu", "--eval_iters=1"]
+    result = program("train.py", *words)
+    assert result.returncode == 0, result.stderr
+    assert "preparing the data set out-my/data" in result.stdout
+    loaded = load_checkpoint(tmp_path / "out-my" / "best.pt")
+    assert (loaded.model_config.architecture, loaded.model_config.block_size) == ("qwen3", 16)
+    assert "preparing" not in program("train.py", *words, "--resume=auto").stdout
+    os.utime("my.text.txt")  # it has changed
+    assert "preparing" in program("train.py", *words).stdout
+
+
+def test_a_mixture_trains(recipe: Recipe, data_dir: Path) -> None:
+    shutil.copytree(data_dir / "tiny", data_dir / "other")
+    assert train.train(recipe(dataset="tiny:0.7,other:0.3", max_iters=2)) == 0
 
 
 def test_a_data_set_that_needs_no_network_prepares_itself(recipe: Recipe) -> None:

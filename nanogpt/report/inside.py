@@ -35,15 +35,16 @@ span { background: color-mix(in srgb, light-dark(#f08a24, #9c4a0b) var(--p), tra
 def inspect(config: InspectConfig) -> None:
     """Print the parameters of a model; of a text, write the loss of each token and draw where each head looks.
 
-    Raises `ConfigError` if the text is too short or too long.
+    Of a text longer than the model's context, that is its beginning. Raises `ConfigError` if it is too short.
     """
     trained = load_trained(config, Device("cpu", "cpu", torch.float32, compile=False))
     model, tokenizer = trained.model, trained.tokenizer
     ids = prompt_ids(read_prompt(config.text, "text"), tokenizer)
-    if not 2 <= len(ids) <= model.config.block_size:
-        raise ConfigError(
-            f"text has {len(ids):,} tokens; expected 2 to {model.config.block_size:,}, the model's context"
-        )
+    if len(ids) < 2:
+        raise ConfigError(f"text has {len(ids)} tokens, and the first one has no loss: expected at least 2")
+    if len(ids) > model.config.block_size:
+        print(f"of {len(ids):,} tokens the first {model.config.block_size:,}, the model's context")
+        ids = ids[: model.config.block_size]
     print(f"{trained.name}, {model.get_num_params() / 1e6:.2f}M parameters")
     parameters = [
         (name, " x ".join(map(str, p.shape)), str(p.dtype).removeprefix("torch."), f"{p.norm().item():.3f}")

@@ -59,7 +59,7 @@ class RunRecord:
         found = re.fullmatch(r"process (\d+) on (.+)", owner)
         if found and _is_alive(int(found[1]), found[2], self.age):
             return "running"
-        if self.step >= self.planned and self.curve("val/loss", since=self.step):
+        if not owner and self.step >= self.planned and self.curve("val/loss", since=self.step):
             return "done"
         losses = [row[name] for row in self.rows for name in ("train/loss", "val/loss") if name in row]
         if losses and losses[-1] is None:  # not finite

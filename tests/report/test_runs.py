@@ -62,6 +62,11 @@ def test_a_run_that_is_running_then_crashed(tmp_path: Path) -> None:
     assert open_run(folder).state == "running"  # heard of a moment ago
     os.utime(folder / "metrics.jsonl", (0, time.time() - 700))
     assert open_run(folder).state == "crashed"
+    write_run(folder, [4.0, 3.0])  # to the end
+    (folder / "lock").write_text("failed")
+    assert open_run(folder).state == "crashed"  # its last checkpoint could not be written
+    (folder / "lock").write_text("")
+    assert open_run(folder).state == "done"
 
 
 def test_a_run_that_diverged(recipe: Recipe) -> None:
