@@ -345,7 +345,7 @@ def test_what_cannot_be_written_is_a_warning_and_at_the_end_an_error(
         writer.save(2, is_best=True)
         assert writer.checkpoints.has_failed
         assert "No space left); training continues" in caplog.text
-        with pytest.raises(UserError, match=r"cannot write out/best\.pt: .*No space left$"):
+        with pytest.raises(UserError, match=r"cannot write out/best\.pt: .*No space left\)$"):
             writer.checkpoints.__exit__(None, None, None)
     assert os.listdir("out") == ["ckpt.pt"]  # nor is there half a file
     writer.save(3)

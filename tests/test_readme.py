@@ -29,6 +29,7 @@ SHRUNK = {
     "python train.py config/train_shakespeare_char.py": f"{SHORT} {SMALL}",
     "python train.py config/train_shakespeare_char.py --device=cpu": SHORT,
     "python train.py config/train_own_text.py": SHORT,
+    "nanogpt train": SHORT,
     "python train.py config/train_gpt2.py": "--dry_run",
     "torchrun --standalone --nproc_per_node=2": SHORT,
     "python data/openwebtext/prepare.py": "--input=data/shakespeare_char/input.txt --val_fraction=0.1",
