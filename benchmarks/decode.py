@@ -43,10 +43,10 @@ Generate = Callable[[list[int], int, int], float]  # prompt, new tokens, rows ->
 def ours(folder: Path, precision: str) -> Generate:
     from nanogpt.config import GPTConfig, Machine
     from nanogpt.device import choose_device
-    from nanogpt.infer.engine import Engine, Request
-    from nanogpt.infer.packed import pack
-    from nanogpt.infer.sampling import Sampling
+    from nanogpt.engine import Engine, Request
     from nanogpt.model import GPT
+    from nanogpt.packed import pack
+    from nanogpt.sampling import Sampling
 
     model = GPT.from_weights(GPTConfig(**SHAPE), torch.load(folder / "weights.pt")).eval()
     dtype = choose_device(Machine(device="cpu", dtype="float32" if precision == "float32" else "bfloat16")).dtype
@@ -168,8 +168,8 @@ def serve(arguments: argparse.Namespace) -> None:
 def make_models(folder: Path, with_llama_cpp: bool, with_transformers: bool) -> None:
     """Write the same model in the format of each side."""
     from nanogpt.config import GPTConfig
-    from nanogpt.interop.gguf import save_gguf
-    from nanogpt.interop.huggingface import save_pretrained
+    from nanogpt.gguf import save_gguf
+    from nanogpt.huggingface import save_pretrained
     from nanogpt.model import GPT
     from nanogpt.tokenizer import GPT2Tokenizer
 
@@ -188,7 +188,7 @@ def losses_of(run: Path) -> dict[str, float]:
     """Return the mean loss of a trained run over its validation set, in nats, by precision."""
     from nanogpt.checkpoint import find_checkpoint, load_checkpoint
     from nanogpt.data import open_dataset
-    from nanogpt.infer.packed import pack
+    from nanogpt.packed import pack
 
     loaded = load_checkpoint(find_checkpoint(run, "auto"))
     ids = open_dataset(ROOT / "data" / loaded.config["dataset"]).val[:400_000].astype("int64")

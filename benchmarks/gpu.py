@@ -28,7 +28,7 @@ from throughput import SHAPES, worker
 
 from nanogpt.config import GPTConfig
 from nanogpt.device import Device
-from nanogpt.infer.engine import stream
+from nanogpt.engine import stream
 from nanogpt.metrics import read_metrics
 from nanogpt.model import GPT
 from nanogpt.plan import largest_batch, memory

@@ -38,7 +38,7 @@ from nanogpt.device import Device
 from nanogpt.distributed import full_tensor, shard_like
 from nanogpt.errors import CheckpointError, ConfigError, DamagedError, UserError
 from nanogpt.files import atomic_write, locked, read_json, sync_folder, write_json
-from nanogpt.interop.huggingface import load_pretrained
+from nanogpt.huggingface import load_pretrained
 from nanogpt.model import GPT
 from nanogpt.settings import SourceConfig
 from nanogpt.tokenizer import Tokenizer, from_description

@@ -35,15 +35,15 @@ log = logging.getLogger(__name__)
 VERBS: dict[str, tuple[Class, str, str]] = {
     "prepare": (settings.PrepareConfig, "nanogpt.prepare:prepare", "name"),
     "train": (config.TrainConfig, "nanogpt.train:train", "out_dir"),
-    "sample": (settings.SampleConfig, "nanogpt.infer.sample:sample", "out_dir"),
-    "serve": (settings.ServeConfig, "nanogpt.infer.serve:serve", "out_dir"),
+    "sample": (settings.SampleConfig, "nanogpt.sample:sample", "out_dir"),
+    "serve": (settings.ServeConfig, "nanogpt.serve:serve", "out_dir"),
     "eval": (settings.EvalConfig, "nanogpt.evaluate:evaluate", "out_dir"),
     "export": (settings.ExportConfig, "nanogpt.export:export", "out_dir"),
     "bench": (settings.BenchConfig, "nanogpt.bench:bench", ""),
     "plan": (settings.PlanConfig, "nanogpt.plan:plan", "out_dir"),
-    "plot": (settings.PlotConfig, "nanogpt.report.plots:plot", "out_dir"),
-    "runs": (settings.RunsConfig, "nanogpt.report.runs:list_runs", "folder"),
-    "inspect": (settings.InspectConfig, "nanogpt.report.inside:inspect", "out_dir"),
+    "plot": (settings.PlotConfig, "nanogpt.plot:plot", "out_dir"),
+    "runs": (settings.RunsConfig, "nanogpt.runs:list_runs", "folder"),
+    "inspect": (settings.InspectConfig, "nanogpt.inspect:inspect", "out_dir"),
 }
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 

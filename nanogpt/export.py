@@ -14,8 +14,8 @@ from nanogpt.checkpoint import TrainedModel, load_trained, original_arguments, w
 from nanogpt.device import Device
 from nanogpt.errors import ConfigError, UserError
 from nanogpt.files import atomic_write, sync_folder
-from nanogpt.interop.gguf import MARK, save_gguf
-from nanogpt.interop.huggingface import FOLDER, save_pretrained
+from nanogpt.gguf import MARK, save_gguf
+from nanogpt.huggingface import FOLDER, save_pretrained
 from nanogpt.model import GPT
 from nanogpt.settings import ExportConfig
 from nanogpt.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer

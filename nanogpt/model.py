@@ -358,16 +358,16 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict[str, float] | None = None) -> "GPT":
-        """Load GPT-2's released weights, or others, on the CPU: see `nanogpt.interop.huggingface`."""
-        from nanogpt.interop.huggingface import load_pretrained
+        """Load GPT-2's released weights, or others, on the CPU: see `nanogpt.huggingface`."""
+        from nanogpt.huggingface import load_pretrained
 
         if others := set(override_args or {}) - {"dropout"}:
             raise ConfigError(f"override_args: {', '.join(sorted(others))} can't be overridden; dropout can")
         return load_pretrained(model_type, dropout=(override_args or {}).get("dropout", 0.0)).model
 
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
-        """Append `max_new_tokens` sampled tokens to each row of idx (B, T): see `nanogpt.infer.engine`."""
-        from nanogpt.infer.engine import stream
+        """Append `max_new_tokens` sampled tokens to each row of idx (B, T): see `nanogpt.engine`."""
+        from nanogpt.engine import stream
 
         return torch.cat([idx, *stream(self, idx, max_new_tokens, temperature=temperature, top_k=top_k)], dim=1)
 

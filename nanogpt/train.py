@@ -24,12 +24,12 @@ from nanogpt.config import GPTConfig, TrainConfig, mixture
 from nanogpt.device import Device, choose_device
 from nanogpt.distributed import Distributed, init_distributed
 from nanogpt.errors import ConfigError, DivergedError
-from nanogpt.infer.text import short_sample
 from nanogpt.metrics import Metrics, show_log_lines, with_progress
 from nanogpt.model import GPT
 from nanogpt.optim import learning_rate_at, make_optimizer, step_if_finite
+from nanogpt.plot import draw_if_possible
 from nanogpt.prepare import prepare_missing
-from nanogpt.report.plots import draw_if_possible
+from nanogpt.text import short_sample
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.distributed import Distributed
 from nanogpt.errors import CheckpointError, ConfigError, DamagedError, UserError
 from nanogpt.export import export
-from nanogpt.infer.sample import sample
 from nanogpt.model import GPT
+from nanogpt.sample import sample
 from nanogpt.settings import ExportConfig, SampleConfig
 from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, write_meta
 from tests.conftest import random_ids

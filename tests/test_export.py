@@ -18,14 +18,14 @@ from nanogpt.cli import parse
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data import open_dataset
 from nanogpt.device import Device
+from nanogpt.engine import stream
 from nanogpt.errors import ConfigError, UserError
 from nanogpt.export import export, new_folder
-from nanogpt.infer.engine import stream
-from nanogpt.interop.huggingface import load_pretrained, tensors_of
+from nanogpt.huggingface import load_pretrained, tensors_of
 from nanogpt.model import GPT
 from nanogpt.settings import ExportConfig
 from tests.conftest import random_ids, write_dataset
-from tests.interop.test_shapes import TOKENIZER, write_model
+from tests.test_shapes import TOKENIZER, write_model
 
 Recipe = Callable[..., TrainConfig]
 CPU = Device("cpu", "cpu", torch.float32, False)

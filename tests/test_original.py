@@ -12,8 +12,8 @@ import pytest
 from nanogpt import train
 from nanogpt.config import TrainConfig
 from nanogpt.evaluate import evaluate
-from nanogpt.infer.sample import sample
 from nanogpt.prepare import prepare
+from nanogpt.sample import sample
 from nanogpt.settings import EvalConfig, PrepareConfig, SampleConfig
 
 Recipe = Callable[..., TrainConfig]

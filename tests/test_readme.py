@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.interop.test_huggingface import write_gpt2
+from tests.test_huggingface import write_gpt2
 
 PAGES = ["README.md", "docs/guide.md"]
 BLOCKS = [

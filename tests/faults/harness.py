@@ -27,8 +27,8 @@ import torch
 
 from nanogpt import checkpoint, train
 from nanogpt.config import TrainConfig
+from nanogpt.engine import stream
 from nanogpt.errors import UserError
-from nanogpt.infer.engine import stream
 from nanogpt.metrics import read_metrics
 from nanogpt.tokenizer import CharTokenizer
 from tests.conftest import write_dataset

@@ -18,11 +18,11 @@ from nanogpt.checkpoint import load_checkpoint
 from nanogpt.config import TrainConfig
 from nanogpt.data import evaluation_batch, open_dataset
 from nanogpt.errors import CheckpointError, DamagedError, UserError
-from nanogpt.infer.sample import sample
-from nanogpt.interop.huggingface import load_pretrained
+from nanogpt.huggingface import load_pretrained
+from nanogpt.sample import sample
 from nanogpt.settings import SampleConfig
 from tests.conftest import random_ids
-from tests.interop.test_shapes import write_model
+from tests.test_shapes import write_model
 
 Recipe = Callable[..., TrainConfig]
 TRIES = 60

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from nanogpt.config import GPTConfig
-from nanogpt.infer.engine import Engine, Request, Row, stream
-from nanogpt.infer.packed import pack
-from nanogpt.infer.sampling import Sampling
+from nanogpt.engine import Engine, Request, Row, stream
 from nanogpt.model import GPT
+from nanogpt.packed import pack
+from nanogpt.sampling import Sampling
 from tests.conftest import random_ids
 
 SHAPES = {
@@ -146,7 +146,7 @@ def test_scores_need_few_logits_at_a_time(model: GPT, monkeypatch: pytest.Monkey
     tokens = random_ids(1, 16)[0].tolist()
     with torch.no_grad():
         log_p = model(torch.tensor([tokens]), targets=torch.tensor([tokens]))[0][0].log_softmax(dim=-1)
-    monkeypatch.setattr("nanogpt.infer.engine._CHUNK", 5)
+    monkeypatch.setattr("nanogpt.engine._CHUNK", 5)
     heights: list[int] = []
     model.lm_head.register_forward_hook(lambda _module, _inputs, logits: heights.append(logits.shape[-2]))
     scores = Engine(model, 1).score(tokens, 1)
@@ -156,7 +156,7 @@ def test_scores_need_few_logits_at_a_time(model: GPT, monkeypatch: pytest.Monkey
 
 def test_int8_in_float32_and_many_rows_is_the_same_product() -> None:
     linear, x = torch.nn.Linear(64, 48), torch.randn(20, 64)
-    from nanogpt.infer.packed import Int8Linear
+    from nanogpt.packed import Int8Linear
 
     packed = Int8Linear(linear, torch.float32)
     rows = packed.weight.float() * packed.scale[:, None]

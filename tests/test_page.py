@@ -13,8 +13,8 @@ import pytest
 
 from nanogpt.files import locked
 from nanogpt.metrics import read_metrics
-from tests.infer.test_serve import Server, make_model, serving
-from tests.report.test_runs import write_run
+from tests.test_runs import write_run
+from tests.test_serve import Server, make_model, serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nanogpt.files import atomic_write
 from nanogpt.metrics import duration
-from nanogpt.report.runs import RunRecord, differences, open_run, print_table
+from nanogpt.runs import RunRecord, differences, open_run, print_table
 from nanogpt.settings import PlotConfig
 
 log = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ from nanogpt.checkpoint import load_checkpoint
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.errors import CheckpointError, ConfigError, DataError
 from nanogpt.evaluate import evaluate
-from nanogpt.infer.sample import sample
-from nanogpt.interop.huggingface import load_pretrained
+from nanogpt.huggingface import load_pretrained
 from nanogpt.model import GPT
+from nanogpt.sample import sample
 from nanogpt.settings import EvalConfig, SampleConfig
 from nanogpt.tokenizer import GPT2Tokenizer
 from tests.conftest import ROOT, random_ids, write_dataset
@@ -193,7 +193,7 @@ def test_mismatches_are_refused(finetuning: Callable[..., TrainConfig], folder: 
 def test_transformers_is_not_needed(folder: Path, tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['transformers'] = None\n"
-        f"from nanogpt.interop.huggingface import load_pretrained; load_pretrained({str(folder)!r})"
+        f"from nanogpt.huggingface import load_pretrained; load_pretrained({str(folder)!r})"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 from nanogpt.checkpoint import load_trained
 from nanogpt.device import choose_device
+from nanogpt.engine import Engine, Request, Row
 from nanogpt.errors import ConfigError, DataError
-from nanogpt.infer.engine import Engine, Request, Row
-from nanogpt.infer.packed import pack
-from nanogpt.infer.sampling import Sampling
-from nanogpt.infer.text import TextStream, follow, prompt_ids, read_prompt
+from nanogpt.packed import pack
+from nanogpt.sampling import Sampling
 from nanogpt.settings import SampleConfig, unescape
+from nanogpt.text import TextStream, follow, prompt_ids, read_prompt
 from nanogpt.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

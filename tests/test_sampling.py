@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanogpt.infer.sampling import Sampling, draw
+from nanogpt.sampling import Sampling, draw
 
 LOGITS = torch.tensor([0.0, 1.0, 2.0, -1.0, 1.5])
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from nanogpt import __version__
 from nanogpt.config import GPTConfig
 from nanogpt.errors import ConfigError, DataError
-from nanogpt.interop.huggingface import tensors_of
+from nanogpt.huggingface import tensors_of
 from nanogpt.model import GPT, rotary_frequencies
 from nanogpt.tokenizer import END_OF_TEXT, Tokenizer, definition_of
 

@@ -5,17 +5,17 @@ from typing import Any
 import pytest
 import torch
 
+from nanogpt import sample as module
 from nanogpt import train
 from nanogpt.checkpoint import TrainedModel
 from nanogpt.cli import parse
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.errors import ConfigError, DataError
-from nanogpt.infer import sample as module
-from nanogpt.infer.sample import SEPARATOR, sample
-from nanogpt.infer.text import prompt_ids
-from nanogpt.interop.huggingface import save_pretrained
+from nanogpt.huggingface import save_pretrained
 from nanogpt.model import GPT
+from nanogpt.sample import SEPARATOR, sample
 from nanogpt.settings import SampleConfig
+from nanogpt.text import prompt_ids
 from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
 
 

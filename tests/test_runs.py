@@ -14,7 +14,7 @@ from nanogpt import train
 from nanogpt.config import TrainConfig
 from nanogpt.errors import CheckpointError, DivergedError
 from nanogpt.files import locked
-from nanogpt.report.runs import list_runs, open_run
+from nanogpt.runs import list_runs, open_run
 from nanogpt.settings import RunsConfig
 
 Recipe = Callable[..., TrainConfig]

@@ -15,10 +15,10 @@ from nanogpt.checkpoint import load_trained
 from nanogpt.device import Device
 from nanogpt.errors import ConfigError
 from nanogpt.files import atomic_write
-from nanogpt.infer.text import prompt_ids, read_prompt
 from nanogpt.model import GPT
-from nanogpt.report.runs import print_table
+from nanogpt.runs import print_table
 from nanogpt.settings import InspectConfig
+from nanogpt.text import prompt_ids, read_prompt
 from nanogpt.tokenizer import Tokenizer
 
 _FULL = 6.0  # nats at which the colour is full

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from nanogpt.config import GPTConfig
-from nanogpt.infer.sampling import Sampling, draw
 from nanogpt.model import GPT
+from nanogpt.sampling import Sampling, draw
 
 _CHUNK = 512  # tokens of a text whose logits are there together: of 8,000 they would take gigabytes
 # beyond block_size: forget the older half and read the newer one again, or read the whole window again for every token

@@ -18,11 +18,10 @@ from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from nanogpt import __version__
+from nanogpt import __version__, engine
+from nanogpt.engine import Likelihood
 from nanogpt.errors import UserError
-from nanogpt.infer import engine
-from nanogpt.infer.engine import Likelihood
-from nanogpt.infer.protocol import (
+from nanogpt.protocol import (
     Completion,
     CompletionRequest,
     ErrorReply,
@@ -31,9 +30,9 @@ from nanogpt.infer.protocol import (
     mistakes,
     pieces_of,
 )
-from nanogpt.infer.sampling import Sampling
-from nanogpt.infer.scheduler import Job, OverloadedError, Piece, Scheduler
-from nanogpt.infer.text import prompt_ids
+from nanogpt.sampling import Sampling
+from nanogpt.scheduler import Job, OverloadedError, Piece, Scheduler
+from nanogpt.text import prompt_ids
 from nanogpt.tokenizer import Tokenizer
 
 _MOST = 2**19  # values in one answer, which is put together in memory

@@ -9,8 +9,8 @@ from nanogpt import train
 from nanogpt.checkpoint import find_checkpoint, load_checkpoint
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.errors import ConfigError
+from nanogpt.inspect import coloured, inspect, look
 from nanogpt.model import GPT
-from nanogpt.report.inside import coloured, inspect, look
 from nanogpt.settings import InspectConfig
 from nanogpt.tokenizer import ByteTokenizer
 

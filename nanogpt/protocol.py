@@ -7,7 +7,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, WrapValidator
 from starlette.responses import JSONResponse
 
-from nanogpt.infer.engine import Likelihood
+from nanogpt.engine import Likelihood
 from nanogpt.tokenizer import Tokenizer, well_formed
 
 _Text = Annotated[str, Field(min_length=1)]

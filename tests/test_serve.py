@@ -17,24 +17,23 @@ import openai
 import pytest
 import torch
 
-from nanogpt import cli, train
+from nanogpt import cli, serve, train
+from nanogpt.api import Service, create_app
+from nanogpt.board import add_board
 from nanogpt.config import GPTConfig, TrainConfig
+from nanogpt.engine import Engine, Request
 from nanogpt.errors import CheckpointError, ConfigError
-from nanogpt.infer import serve
-from nanogpt.infer.api import Service, create_app
-from nanogpt.infer.board import add_board
-from nanogpt.infer.engine import Engine, Request
-from nanogpt.infer.guard import Guard
-from nanogpt.infer.sampling import Sampling
-from nanogpt.infer.scheduler import Scheduler
+from nanogpt.guard import Guard
 from nanogpt.model import GPT
+from nanogpt.sampling import Sampling
+from nanogpt.scheduler import Scheduler
 from nanogpt.settings import ServeConfig
 from nanogpt.tokenizer import ByteTokenizer
 from tests.conftest import ROOT
-from tests.report.test_runs import write_run
+from tests.test_runs import write_run
 
 TOKENIZER = ByteTokenizer()
-PAGE = (ROOT / "nanogpt" / "infer" / "page.html").read_text(encoding="utf-8")
+PAGE = (ROOT / "nanogpt" / "page.html").read_text(encoding="utf-8")
 GET = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n"
 
 
@@ -490,7 +489,7 @@ def hang_up(server: Server, stream: bool) -> None:
 
 
 def test_idle_connections_refuse_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanogpt.infer.guard._SECONDS_TO_ASK", 3)
+    monkeypatch.setattr("nanogpt.guard._SECONDS_TO_ASK", 3)
     with serving(make_model(), rows=1, queue=2) as server:
         idle = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(50)]
         idle[0].sendall(b"GET / HTTP/1.1\r\nhost: local")  # a part of a request is none
@@ -507,7 +506,7 @@ def post(headers: str, body: bytes = b"") -> bytes:
 @pytest.mark.parametrize("opening", [GET + b"GET / HTTP/1.1\r\nx: ", post("content-length: 19000")])
 def test_who_asks_in_drops_is_cut_off(opening: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the header of a second request, and in a body that is not wanted."""
-    monkeypatch.setattr("nanogpt.infer.guard._SECONDS_TO_ASK", 1)
+    monkeypatch.setattr("nanogpt.guard._SECONDS_TO_ASK", 1)
     with (
         serving(make_model(), key="s3cret") as server,
         socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection,
@@ -532,7 +531,7 @@ STREAM = b'{"model": "m", "prompt": "a", "max_tokens": 3000, "logprobs": 20, "st
     "asked", [GET * 20, post(f"content-type: application/json\r\ncontent-length: {len(STREAM)}", STREAM)]
 )
 def test_who_does_not_read_is_cut_off(asked: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanogpt.infer.guard._SECONDS_TO_READ", 1)
+    monkeypatch.setattr("nanogpt.guard._SECONDS_TO_READ", 1)
     with serving(make_model(), buffer=4096) as server, slow(server), socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", server.port))
@@ -721,7 +720,7 @@ def test_a_host_that_is_not_here_is_one_message(host: str) -> None:
 def test_what_serving_needs_is_named(
     package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in [name for name in sys.modules if name.startswith("nanogpt.infer.")]:
+    for name in [name for name in sys.modules if name.startswith("nanogpt.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit, match="2"):

@@ -14,15 +14,15 @@ from pathlib import Path
 import uvicorn
 from prometheus_client import CollectorRegistry
 
+from nanogpt.api import Service, create_app
+from nanogpt.board import add_board
 from nanogpt.checkpoint import checkpoints_of, load_trained
 from nanogpt.device import choose_device
+from nanogpt.engine import Engine
 from nanogpt.errors import ConfigError
-from nanogpt.infer.api import Service, create_app
-from nanogpt.infer.board import add_board
-from nanogpt.infer.engine import Engine
-from nanogpt.infer.guard import Connection, Guard
-from nanogpt.infer.packed import pack
-from nanogpt.infer.scheduler import Scheduler
+from nanogpt.guard import Connection, Guard
+from nanogpt.packed import pack
+from nanogpt.scheduler import Scheduler
 from nanogpt.settings import ServeConfig, SourceConfig
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def load(config: ServeConfig) -> tuple[Guard, Scheduler | None]:
         log.info(f"{runs[0]} has no checkpoint yet: its curves are shown, nothing can be generated")
     else:
         service = _service(config)
-    app = create_app(service, resources.files("nanogpt.infer").joinpath("page.html").read_text(encoding="utf-8"))
+    app = create_app(service, resources.files("nanogpt").joinpath("page.html").read_text(encoding="utf-8"))
     add_board(app, runs)
     scheduler = service.scheduler if service else None
     registry = scheduler.registry if scheduler else CollectorRegistry()

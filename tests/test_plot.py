@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 from nanogpt import cli, train
+from nanogpt import plot as plots
 from nanogpt.cli import parse
 from nanogpt.config import TrainConfig
 from nanogpt.errors import CheckpointError, ConfigError, UserError
-from nanogpt.report import plots
-from nanogpt.report.plots import plot
-from nanogpt.report.runs import open_run
+from nanogpt.plot import plot
+from nanogpt.runs import open_run
 from nanogpt.settings import PlotConfig
-from tests.report.test_runs import write_run
+from tests.test_runs import write_run
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])

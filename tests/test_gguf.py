@@ -10,7 +10,7 @@ import torch
 
 from nanogpt.config import GPTConfig
 from nanogpt.errors import ConfigError, DataError
-from nanogpt.interop.gguf import _CUTS, _cut_of, save_gguf
+from nanogpt.gguf import _CUTS, _cut_of, save_gguf
 from nanogpt.model import GPT
 from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, train_bpe
 

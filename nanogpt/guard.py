@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from nanogpt.infer.protocol import RefusedError
+from nanogpt.protocol import RefusedError
 
 _SECONDS_TO_ASK = 30
 _SECONDS_TO_READ, _LEAST = 60, 2**16  # for a caller to take in what is sent: so many bytes at least

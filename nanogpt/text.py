@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from nanogpt.engine import Engine, Request, Row
 from nanogpt.errors import ConfigError, DataError
-from nanogpt.infer.engine import Engine, Request, Row
-from nanogpt.infer.sampling import Sampling
 from nanogpt.model import GPT
+from nanogpt.sampling import Sampling
 from nanogpt.tokenizer import Tokenizer
 
 

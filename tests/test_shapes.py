@@ -17,10 +17,10 @@ from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data import document_ids_of, open_dataset
 from nanogpt.errors import CheckpointError
 from nanogpt.evaluate import evaluate
-from nanogpt.infer.sample import sample
-from nanogpt.interop.huggingface import load_pretrained
+from nanogpt.huggingface import load_pretrained
 from nanogpt.model import GPT
 from nanogpt.prepare import prepare
+from nanogpt.sample import sample
 from nanogpt.settings import EvalConfig, PrepareConfig, SampleConfig
 from nanogpt.tokenizer import train_bpe
 from tests.conftest import ROOT, random_ids, write_dataset
@@ -166,7 +166,7 @@ def test_weights_are_copied_once(tmp_path: Path) -> None:
     write_model(tmp_path / "m", "llama", **large)
     code = (
         "import re, sys\nfrom pathlib import Path\n"
-        "from nanogpt.interop.huggingface import load_pretrained\nimport safetensors.torch\n"
+        "from nanogpt.huggingface import load_pretrained\nimport safetensors.torch\n"
         "def peak(): return int(re.findall(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[0]) * 1024\n"
         "load_pretrained(sys.argv[2])\n"  # what is imported on the way does not count
         "before = peak()\nmodel = load_pretrained(sys.argv[1]).model\n"
