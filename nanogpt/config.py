@@ -4,6 +4,7 @@ Command line, config files, --help, checks and a run's config.json follow from t
 --help has to answer at once.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -47,11 +48,12 @@ def steps_and_seconds(interval: str) -> tuple[int, float] | None:
 
 
 def mixture(names: str) -> dict[str, float]:
-    """Return {"a": 0.7, "b": 0.3} for "a:0.7,b:0.3", {"a": 1.0} for "a"; nothing for a list without weights."""
-    if "," not in names:
+    """Return {"a": 0.7, "b": 0.3} for "a:0.7,b:0.3", {"a": 1.0} for "a"; nothing if a weight is missing."""
+    pairs = [re.fullmatch(r"\s*(.+):(\d*\.?\d+)\s*", each) for each in names.split(",")]
+    weights = {pair[1]: float(pair[2]) for pair in pairs if pair}
+    if len(pairs) == 1 and not weights:
         return {names: 1.0}
-    pairs = [re.fullmatch(r"(.+):(\d*\.?\d+)", each) for each in names.split(",")]
-    return {pair[1]: float(pair[2]) for pair in pairs if pair} if all(pairs) else {}
+    return weights if len(weights) == len(pairs) else {}  # or a name comes twice
 
 
 def is_there(name: str) -> bool:
@@ -59,7 +61,7 @@ def is_there(name: str) -> bool:
     return bool(name) and (Path(name).exists() or is_hub_name(name))
 
 
-# What a setting of a certain name must be, in every program: a test, and words for the message. A default always is.
+# What a setting must be, by its name, in every program: a test, and words for the message. A default always passes.
 CHECKS: dict[str, tuple[Callable[[Any], object], str]] = {
     **dict.fromkeys("dropout beta1 beta2 muon_momentum".split(), (lambda v: 0 <= v < 1, "a value in [0, 1)")),
     **dict.fromkeys(
@@ -77,7 +79,7 @@ CHECKS: dict[str, tuple[Callable[[Any], object], str]] = {
         f"scratch (train only), resume, {', '.join(GPT2_NAMES)}, ORGANISATION/NAME, an existing folder or checkpoint",
     ),
     "model": (lambda v: v in PRESETS, f"one of {', '.join(PRESETS)}"),
-    "dataset": (lambda v: any(mixture(v).values()), "a folder's name, or several with weights: a:0.7,b:0.3"),
+    "dataset": (lambda v: sum(mixture(v).values()) > 0, "a folder's name, or several with weights: a:0.7,b:0.3"),
     "optimizer": (lambda v: v.isidentifier() and v.islower(), "adamw, muon, or a class of torch.optim in lower case"),
 }
 _NOT_NEGATIVE = (lambda v: not isinstance(v, int | float) or v >= 0, "a value >= 0")
@@ -131,8 +133,8 @@ class GPTConfig(Shape):
         """Derive the fields that are 0 or auto."""
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_size = self.head_size or self.n_embd // max(self.n_head, 1)
-        rounded = -(-8 * self.n_embd // (3 * 64)) * 64
-        self.n_hidden = self.n_hidden or (4 * self.n_embd if self.is_gpt2 else rounded)
+        of_swiglu = 64 * math.ceil(8 * self.n_embd / (3 * 64))  # 8/3 n_embd, rounded up to a multiple of 64
+        self.n_hidden = self.n_hidden or (4 * self.n_embd if self.is_gpt2 else of_swiglu)
         if self.mlp_bias == "auto":
             self.mlp_bias = self.bias and self.architecture != "qwen3"
 
@@ -196,7 +198,7 @@ class TrainConfig(Shape, Machine):
     always_save_checkpoint: bool = True  # save at every evaluation; False: when the loss improved, and at the end
     checkpoint_interval: str = "30m"  # save also every so many steps (500) or minutes (30m); 0: only at evaluations
     keep_checkpoints: int = 2  # how many: ckpt.pt, ckpt.prev.pt, …; an older one is used if the newest is damaged
-    max_bad_steps: int = 20  # stop after so many steps in a row whose loss or gradient is not finite
+    max_bad_steps: int = 20  # stop after this to twice this many steps in a row whose loss or gradient is not finite
     sample_interval: int = 1  # print a short sample at every so many-th evaluation; 0: never
     plot: bool = True  # draw loss.png at the end, if matplotlib is installed
     dry_run: bool = False  # print the resolved settings and what follows from them, then exit
@@ -211,16 +213,16 @@ class TrainConfig(Shape, Machine):
     dist_timeout: float = 10.0  # minutes that a process waits for the others
     # --- data ---
     data_dir: str = "data"  # folder of the data sets
-    dataset: str = "openwebtext"  # folder in data_dir with train.bin and val.bin; a:0.7,b:0.3 mixes two by weight
-    text: str = ""  # a text file for a small model of its own, also as a word: nanogpt train my.txt; see settings.py
+    dataset: str = "openwebtext"  # folder in data_dir with train.bin and val.bin; a:0.7,b:0.3 mixes several
+    text: str = ""  # train a small model on this text file, with settings that suit it; in short: nanogpt train FILE
     gradient_accumulation_steps: int = 5 * 8  # micro-batches per step, over all processes together
     batch_size: int = 12  # rows per micro-batch
     sampling: Literal["random", "epoch"] = "random"  # windows at random, or each window once per epoch
     mask_documents: bool = False  # attention and positions stay within a document; on CUDA fast if compiled, no dropout
     # --- optimizer ---
-    optimizer: str = "adamw"  # adamw; muon for the blocks' matrices and adamw for the rest, which sets rates, schedule
-    # and decay that suit it, as --dry_run shows; or another class of torch.optim in lower case (adafactor, sgd, …)
-    learning_rate: float = 6e-4  # peak; 0 with muon: derived from n_embd
+    optimizer: str = "adamw"  # adamw, or another class of torch.optim in lower case (adafactor, sgd, …); muon: Muon for
+    # the blocks' matrices, AdamW for the rest, with its own rates, schedule and decay, which --dry_run shows
+    learning_rate: float = 6e-4  # peak; 0 (muon only): derived from n_embd
     weight_decay: float = 1e-1  # of matrices only
     beta1: float = 0.9  # Adam's beta1: decay rate of the first moment
     beta2: float = 0.95  # Adam's beta2: decay rate of the second moment; 0.99 for batches of few tokens

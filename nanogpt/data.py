@@ -30,9 +30,8 @@ from nanogpt.tokenizer import GPT2Tokenizer, Tokenizer, from_description, read_m
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
-TRAINING, EVALUATION, PERMUTATION, OFFSET, DROPOUT, MIXTURE = range(
-    6
-)  # streams of random numbers, independent of each other
+# Independent streams of random numbers.
+TRAINING, EVALUATION, PERMUTATION, OFFSET, DROPOUT, MIXTURE = range(6)
 Ids = npt.NDArray[Any]  # uint16 or uint32
 Starts = npt.NDArray[np.int64]
 
@@ -41,7 +40,7 @@ Starts = npt.NDArray[np.int64]
 class Dataset:
     """A data set, opened: the memory-mapped ids of its two splits, and what they mean.
 
-    A mixture has none of its own: each row of a batch comes from one of its `parts`, drawn by `weights` (sum 1).
+    A mixture has no ids of its own: each row of a batch comes from one of its `parts`, chosen by `weights` (sum 1).
     """
 
     folder: Path
@@ -61,12 +60,12 @@ class Dataset:
         """Return the ids of `train` or `val`."""
         return self.train if name == "train" else self.val
 
-    def check_tokenizer(self, tokenizer: Tokenizer, model: str) -> None:
-        """Raise `DataError` unless the ids mean to `model` what they meant when it was trained with `tokenizer`."""
+    def check_tokenizer(self, tokenizer: Tokenizer, owner: str) -> None:
+        """Raise `DataError` unless this data set's ids are those of `tokenizer`, which `owner` uses."""
         if self.tokenizer.describe() != tokenizer.describe():
             raise DataError(
-                f"data set {self.folder.name} holds ids of the {self.tokenizer}, but {model} was trained with the "
-                f"{tokenizer}; prepare the data set again with --tokenizer=PATH of the model or of its data set"
+                f"data set {self.folder.name} holds ids of the {self.tokenizer}, but {owner} uses the {tokenizer}; "
+                "prepare the data set again with --tokenizer=PATH of the model or of its data set"
             )
 
     def check_length(self, block_size: int) -> None:
@@ -111,11 +110,12 @@ def open_dataset(folder: Path) -> Dataset:
     splits = {}
     for split in SPLITS:
         file = folder / f"{split}.bin"
-        size = file.stat().st_size
-        if not size or size != expected.get(split, size // dtype.itemsize) * dtype.itemsize:
+        size, n_ids = file.stat().st_size, expected.get(split)
+        is_whole = size % dtype.itemsize == 0 if n_ids is None else size == n_ids * dtype.itemsize
+        if not size or not is_whole:
             raise DataError(
-                f"{file} has {size:,} bytes, not {expected.get(split, 'a whole number of')} ids of {dtype.itemsize} "
-                "bytes: prepare the data set again"
+                f"{file} has {size:,} bytes, not {n_ids or 'a positive number of'} ids of {dtype.itemsize} bytes each: "
+                "prepare the data set again"
             )
         splits[split] = np.asarray(np.memmap(file, dtype, "r"))  # slices of the class memmap itself are slow
     return Dataset(folder, splits["train"], splits["val"], tokenizer, description)
@@ -128,17 +128,17 @@ def open_mixture(data_dir: str, weights: dict[str, float]) -> Dataset:
         part.check_tokenizer(parts[0].tokenizer, parts[0].folder.name)
     if len(parts) == 1:
         return parts[0]
-    names, total, none = Path(data_dir, ",".join(weights)), sum(weights.values()), np.empty(0, np.uint16)
+    no_ids, total = np.empty(0, np.uint16), sum(weights.values())
     shares = tuple(weight / total for weight in weights.values())
-    return Dataset(names, none, none, parts[0].tokenizer, {}, tuple(parts), shares)
+    return Dataset(Path(data_dir, ",".join(weights)), no_ids, no_ids, parts[0].tokenizer, {}, tuple(parts), shares)
 
 
 def open_if_prepared(config: TrainConfig) -> Dataset | None:
     """Return the data set of a run, or None if it is not there yet."""
     weights = mixture(config.dataset)
-    return (
-        open_mixture(config.data_dir, weights) if all(is_prepared(Path(config.data_dir, n)) for n in weights) else None
-    )
+    if not all(is_prepared(Path(config.data_dir, name)) for name in weights):
+        return None
+    return open_mixture(config.data_dir, weights)
 
 
 def tokenizer_of_original(folder: Path) -> Tokenizer:
@@ -155,7 +155,7 @@ def get_batch(
 ) -> tuple[Tensor, Tensor]:
     """Return `rows` of the training batch of `step`: inputs x and targets y, each (rows, T), where `put` puts them.
 
-    What row n of the global batch holds depends on the data and on (seed, step, n), whichever process asks for it.
+    Row n of the global batch depends on the data, the settings and (seed, step, n), not on the process that asks.
     """
     if dataset.parts:
         parts = [get_batch(part, step, config, rows) for part in dataset.parts]
@@ -181,6 +181,7 @@ def mix(
     dataset: Dataset, batches: list[tuple[Tensor, Tensor]], seed: int, step: int, rows: range
 ) -> tuple[Tensor, Tensor]:
     """Return a batch x, y (rows, T) of a mixture: each row from the batch (rows, T) of the part that it draws."""
+    # The draws come in the order of rows, so that those up to rows.stop are enough.
     chosen = generator(seed, step, MIXTURE).choice(len(batches), size=rows.stop, p=dataset.weights)[rows.start :]
     x, y = (torch.stack(tensors)[chosen, torch.arange(len(rows))] for tensors in zip(*batches, strict=True))
     return x, y
@@ -213,7 +214,7 @@ def window_starts(n_tokens: int, block_size: int, *, seed: int, step: int, rows:
 
 
 def epoch_window_starts(n_tokens: int, block_size: int, *, seed: int, step: int, rows: int) -> Starts:
-    """Return where they begin if windows tile the text: each comes once per epoch, in a new order, shape (rows,).
+    """Return where the windows begin if they tile the text: each is seen once per epoch, in a new order; (rows,).
 
     The tiling begins at another offset in each epoch, so that what it leaves over at the ends differs.
     """
@@ -241,7 +242,7 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
 def document_ids_of(ids: Tensor, end_of_text: int) -> Tensor:
     """Return which document of its row each token belongs to, counted from 0; ids and result (B, T).
 
-    The token that ends a document belongs to the next one, as it opens a prompt: what follows is predicted from it.
+    An end-of-text token counts as the first token of the next document, as it does in a prompt.
     """
     return (ids == end_of_text).cumsum(dim=1)
 

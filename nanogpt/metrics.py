@@ -207,7 +207,7 @@ class TensorBoard:
 def with_progress(batches: Sequence[T], if_slow: str = "") -> Iterator[T]:
     """Yield `batches`; every 10 seconds log how many of them are done and how long the others will take.
 
-    if_slow: a hint for where all of them take more than 10 minutes, logged once.
+    if_slow: what to try where all of them take more than 10 minutes, logged once.
     """
     began = told = time.monotonic()
     for done, batch in enumerate(batches):

@@ -1,6 +1,6 @@
 """The network, whole: a GPT in one file, with its loss.
 
-Knows nothing of files, processes, tokenizers or logging. Shapes: B batch, T time, C channels (n_embd), H heads,
+It knows nothing of files, processes, tokenizers or logging. Shapes: B batch, T time, C channels (n_embd), H heads,
 D head size, V vocabulary.
 
 Sources: GPT-2 (Radford et al. 2019) and its release, https://github.com/openai/gpt-2/blob/master/src/model.py
@@ -26,7 +26,7 @@ Rotary = tuple[Tensor, Tensor]  # cosines and sines
 # Takes a layer's new keys and values and returns all of its keys and values so far.
 Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-# Of GPT-2's MLP: exact, or the tanh form that OpenAI's weights expect. Llama and Qwen3 have SwiGLU instead.
+# Of GPT-2's MLP: exact GELU, or the tanh form that OpenAI's weights expect. Llama and Qwen3 have SwiGLU instead.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
@@ -45,7 +45,7 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(ndim, eps, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)  # FSDP all-gathers both in bfloat16
+        bias = None if self.bias is None else self.bias.to(x.dtype)  # under FSDP, x may be in bfloat16
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
 
 
@@ -135,7 +135,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float) -> Tensor
         return flex_attention(q, k, v, block_mask=mask)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 512 and q.requires_grad:
         return attend_in_bfloat16(q, k, v, mask, dropout)
-    is_causal = mask is None and q.shape[2] == k.shape[2]  # else a single new token, which sees all others
+    # Without a mask it is a whole row, which is causal, or one new token with a cache, which sees all before it.
+    is_causal = mask is None and q.shape[2] == k.shape[2]
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=k.shape[1] < q.shape[1])
 
 
@@ -158,7 +159,7 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        D, self.heads = config.head_size, [config.n_head, config.n_kv_head, config.n_kv_head]
+        D, self.heads = config.head_size, [config.n_head, config.n_kv_head, config.n_kv_head]  # of q, k, v
         self.drop = Dropout(config)
         self.dropout = config.dropout if config.is_gpt2 else 0.0  # of attention probabilities
         # Queries, keys and values of all heads in one matmul: a large one is faster than three small ones.
@@ -178,7 +179,7 @@ class CausalSelfAttention(nn.Module):
         if append:
             k, v = append(k, v)  # with those of the tokens before
         elif k.shape[1] < q.shape[1] and not (q.is_cuda and mask is None and q.dtype != torch.float32):
-            # Grouped queries: flash attention on CUDA reads shared heads where they are, other kernels need copies.
+            # In training, other kernels than CUDA's flash attention are faster with copies of the shared heads.
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, -1)
@@ -186,13 +187,13 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two matrices with a nonlinearity between them, for each token alone; in SwiGLU a third one gates it."""
+    """The feed-forward part, for each token alone: GELU in GPT-2, else SwiGLU, whose c_fc holds gate and value."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         bias = bool(config.mlp_bias)
         self.is_gated = not config.is_gpt2
-        self.c_fc = nn.Linear(config.n_embd, config.n_hidden * (1 + self.is_gated), bias=bias)
+        self.c_fc = nn.Linear(config.n_embd, config.n_hidden * (2 if self.is_gated else 1), bias=bias)
         self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=bias)
         self.activation = ACTIVATIONS[config.activation]
         self.drop = Dropout(config)
@@ -246,26 +247,27 @@ class Transformer(nn.Module):
             positions, mask = cache.positions, cache.mask
         elif document_ids is not None:
             positions = positions_in(document_ids)
-            # FlexAttention is fast where it is compiled, on CUDA; it knows neither dropout nor heads below 16 channels.
+            # FlexAttention is fast only when compiled for CUDA, and supports neither dropout nor head sizes below 16.
             has_dropout = self.training and self.drop.p > 0 and self.config.is_gpt2
             use_flex = idx.is_cuda and torch.compiler.is_compiling() and self.config.head_size >= 16 and not has_dropout
             mask = document_mask(document_ids, dense=not use_flex)
         x: Tensor = self.wte(idx)  # (B, T, C)
-        rotary = None if self.config.is_gpt2 else rotations(positions, self.config)
+        rotary = None
         if self.config.is_gpt2:
             x = x + self.wpe(positions)
+        else:
+            rotary = rotations(positions, self.config)
         x = self.drop(x)
         for n, block in enumerate(self.h):
             if self.gradient_checkpointing and self.training:
-                has_dropout = self.drop.p > 0
-                x = checkpoint(block, x, rotary, mask, use_reentrant=False, preserve_rng_state=has_dropout)
+                x = checkpoint(block, x, rotary, mask, use_reentrant=False, preserve_rng_state=self.drop.p > 0)
             else:
                 x = block(x, rotary, mask, None if cache is None else partial(cache.append, n))
         return self.ln_f(x)  # type: ignore[no-any-return]
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer. Its parameters have the names of the original nanoGPT, so checkpoints of that load.
+    """A decoder-only transformer. Parameters are named as in the original nanoGPT, so that its checkpoints load.
 
     zero_init: start with blocks that add nothing. Raises `ConfigError` for an inconsistent `config`.
     """
@@ -289,7 +291,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self, zero_init: bool = False) -> None:
         """Draw all weights anew as GPT-2 does; with `zero_init`, c_proj is zero."""
-        # The residual stream is a sum of 2 n_layer branches; smaller ones keep its variance.
+        # 2 * n_layer branches add up in the residual stream: smaller ones keep the variance of the sum.
         residual_std = 0.0 if zero_init else 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
@@ -351,7 +353,7 @@ class GPT(nn.Module):
         return 6 * (self.get_num_params() - embedding) + attention
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float, peak_flops: float = 312e12) -> float:
-        """Return the share of `peak_flops` (default: an A100 in bfloat16) that so many rows in `dt` seconds use."""
+        """Return the share of `peak_flops` that is reached when `fwdbwd_per_iter` rows take `dt` seconds."""
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
 
     # People call these from notebooks and old scripts; each hands over to the module that does it.
@@ -374,7 +376,7 @@ class GPT(nn.Module):
     def configure_optimizers(
         self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
     ) -> torch.optim.Optimizer:
-        """Return AdamW over this model's parameters: see `nanogpt.optim`."""
+        """Return AdamW over this model's parameters, see `nanogpt.optim`; `device_type` is for old scripts."""
         from nanogpt.optim import decay_groups
 
         groups = decay_groups(self.parameters(), weight_decay)
@@ -391,22 +393,22 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     chunk = loss_chunk(len(x), len(weight), device, dtype)
     if chunk == len(x):
         return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1)
-    needs_gradients = torch.is_grad_enabled()
+    needs_gradients = torch.is_grad_enabled()  # within forward() it never is
     return ChunkedLoss.apply(x, weight, targets, dtype, chunk, needs_gradients)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def loss_chunk(rows: int, vocab_size: int, device: str, dtype: torch.dtype) -> int:
-    """Return how many of `rows` have logits at the same time: all of them where that takes little memory.
+def loss_chunk(n_positions: int, vocab_size: int, device: str, dtype: torch.dtype) -> int:
+    """Return for how many positions logits are computed at a time: for all of them where that takes little memory.
 
-    So it is in float16, too, whose loss scale must come before sums over many rows, which chunks make without it.
+    Never in float16: chunks compute gradients before the loss scale is applied, so that small ones would underflow.
     """
-    if rows * vocab_size < 2**24 or dtype == torch.float16:
-        return rows
-    return min(rows, 512 if device == "cpu" else max(1024, 2**28 // vocab_size))
+    if n_positions * vocab_size < 2**24 or dtype == torch.float16:
+        return n_positions
+    return min(n_positions, 512 if device == "cpu" else max(1024, 2**28 // vocab_size))
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """The same in chunks of rows, whose gradients are computed while their logits exist, so that none are kept.
+    """The same loss in chunks of positions. Gradients are computed while a chunk's logits exist, so none are kept.
 
     At GPT-2's vocabulary the logits of a batch need more memory than all blocks: 4,096 rows 2.2 GB, in chunks 0.5.
     """
@@ -418,29 +420,29 @@ class ChunkedLoss(torch.autograd.Function):
         head, loss = weight.to(dtype), torch.zeros((), device=x.device)
         grad_x, grad_head = (torch.zeros_like(t) if needs_gradients else None for t in (x, weight))
         for n in range(0, len(x), chunk):
-            rows, y = x[n : n + chunk].to(dtype), targets[n : n + chunk, None]
-            counts, y = y >= 0, y.clamp(min=0)
+            x_chunk, y = x[n : n + chunk].to(dtype), targets[n : n + chunk, None]
+            is_target, y = y >= 0, y.clamp(min=0)  # -1 does not count
             # In float32 whatever the matmuls compute in: a sum over V terms needs the digits.
-            logprobs = F.log_softmax(rows @ head.T, dim=1, dtype=torch.float32)
-            loss -= (logprobs.gather(1, y) * counts).sum()
+            logprobs = F.log_softmax(x_chunk @ head.T, dim=1, dtype=torch.float32)
+            loss -= (logprobs.gather(1, y) * is_target).sum()
             if grad_x is None or grad_head is None:
                 continue
             if torch.compiler.is_compiling():  # Inductor fuses a comparison, but no scatter: 16 % less memory traffic
-                grad = (logprobs.exp() - (torch.arange(len(weight), device=x.device) == y).float()) * counts
+                grad = (logprobs.exp() - (torch.arange(len(weight), device=x.device) == y).float()) * is_target
             else:
-                grad = logprobs.exp_().scatter_add_(1, y, -torch.ones_like(y, dtype=torch.float32)).mul_(counts)
+                grad = logprobs.exp_().scatter_add_(1, y, -torch.ones_like(y, dtype=torch.float32)).mul_(is_target)
             grad = grad.to(dtype)
             grad_x[n : n + chunk] = grad @ head
             if dtype == weight.dtype:
-                grad_head.addmm_(grad.T, rows)
+                grad_head.addmm_(grad.T, x_chunk)
             else:
-                grad_head += grad.T @ rows
-        count = (targets >= 0).sum()
-        ctx.save_for_backward(grad_x, grad_head, count)
-        return loss / count
+                grad_head += grad.T @ x_chunk
+        n_targets = (targets >= 0).sum()
+        ctx.save_for_backward(grad_x, grad_head, n_targets)
+        return loss / n_targets
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_head, count = ctx.saved_tensors
-        factor = grad / count
+        grad_x, grad_head, n_targets = ctx.saved_tensors
+        factor = grad / n_targets
         return grad_x * factor, grad_head.mul_(factor), None, None, None, None

@@ -55,7 +55,8 @@ def train(config: TrainConfig) -> int:
     process = distributed.this_process()
     show_log_lines(config.verbosity if process.is_main else "quiet")
     device = choose_device(config, process.local_rank if process.world_size > 1 else None)
-    rows = process.my_rows(config.batch_size, config.gradient_accumulation_steps)  # of each global batch
+    # Which rows of each global batch are this process's.
+    rows = process.my_rows(config.batch_size, config.gradient_accumulation_steps)
     if config.dry_run:
         return dry_run(config) if process.is_main else 0
     with init_distributed(config.backend, device, config.dist_timeout) as dist:
@@ -71,13 +72,14 @@ def train(config: TrainConfig) -> int:
         run = Run(config, device, dist, dataset, model, any(map(distributed.is_sharded, model.parameters())))
         optimizer = make_optimizer(model, config, device.dtype)
         scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
-        if resumed and (resumed.is_sharded or not config.eval_only):  # sharded weights are read only now
+        # The weights are there already, unless they are sharded; the optimizer is nothing that an evaluation needs.
+        if resumed and (resumed.is_sharded or not config.eval_only):
             resumed.restore(model, optimizer, scaler)
         state = resumed.state if resumed else TrainState()
         print_sizes(config, model, optimizer, dataset.n_train)
         if config.eval_only:
             losses = estimate_loss(run)
-            if dist.is_main:
+            if dist.is_main and losses:
                 print(f"step {state.step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
             return 0
 
@@ -94,20 +96,21 @@ def train(config: TrainConfig) -> int:
             model.train()
             if network is not model:  # DDP
                 settle_ddp_buckets(run, network, optimizer, *get_batch(state.step))
-            to_save = (model, optimizer, scaler, state, dataset.tokenizer)
-            saved_step = state.step if resumed else -1
+            save = partial(checkpoints.save, model, optimizer, scaler, state, dataset.tokenizer)
+            saved_step = state.step if resumed else -1  # of the newest checkpoint
             # Counted on the device, since `.item()` makes the CPU wait for a GPU.
             skipped = torch.tensor(state.skipped, device=device.name)
             skipped_in_a_row = torch.zeros_like(skipped)
 
             while True:
                 # Evaluate where that is due, and save the newest and perhaps the best model.
-                last_step, stopped, is_best = state.step >= config.max_iters, False, False
-                save_is_due = state.step > max(saved_step, 0) and checkpoints.is_due(state.step)
-                if (state.step % config.eval_interval == 0 or last_step) and state.evaluated != state.step:
+                is_done = state.step >= config.max_iters
+                stopped = is_best = False
+                save_is_due = state.step not in (0, saved_step) and checkpoints.is_due(state.step)
+                if (state.step % config.eval_interval == 0 or is_done) and state.evaluated != state.step:
                     losses = estimate_loss(run, stop_requested)
-                    if not losses:
-                        stopped = True  # by a signal, in the middle of the evaluation
+                    if losses is None:  # a signal came
+                        stopped = True
                         break
                     state.evaluated = state.step
                     metrics.log_evaluation(state, losses, sample_of_text(run, state))
@@ -116,23 +119,26 @@ def train(config: TrainConfig) -> int:
                             f"the validation loss is {losses['val']} after {state.step} steps, and this model is not "
                             f"saved; {AGAINST_DIVERGENCE}"
                         )
-                    if state.step > 0 or last_step:  # an untrained model is not saved as the best one
+                    # Step 0 does not compete: best.pt is a model that this run has trained, also when it finetunes.
+                    if state.step > 0 or is_done:
                         is_best = losses["val"] < state.best_val_loss
                         state.best_val_loss = min(losses["val"], state.best_val_loss)
-                        save_is_due |= is_best or last_step or config.always_save_checkpoint
+                        save_is_due |= is_best or is_done or config.always_save_checkpoint
                 if save_is_due:
                     state.skipped, saved_step = int(skipped), state.step
-                    metrics.sync()
-                    checkpoints.save(*to_save, is_best=is_best)
-                stopped = not last_step and dist.any(stop_requested())
-                if last_step or stopped:
+                    metrics.sync()  # metrics.jsonl must not lag behind a checkpoint
+                    save(is_best=is_best)
+                if is_done:
+                    break
+                if dist.any(stop_requested()):
+                    stopped = True
                     break
 
                 began = time.perf_counter()
                 learning_rate = learning_rate_at(state.step, config)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate * group.get("lr_scale", 1.0)
-                if config.dropout:  # what is dropped is a function of (seed, step), too
+                if config.dropout:  # a function of (seed, step, rank), so that a resumed run repeats it
                     torch.manual_seed(data.dropout_seed(config.seed, state.step, dist.rank))
 
                 # Forward and backward: this process's rows of the global batch, in micro-batches that fit into memory.
@@ -145,7 +151,7 @@ def train(config: TrainConfig) -> int:
                         scaler.scale(micro_loss).backward()  # type: ignore[no-untyped-call]
                     loss += micro_loss.detach()
 
-                # Clip the gradient and step, unless loss or gradient is not finite in any process.
+                # Clip and step. If loss or gradient of any one process is not finite, all processes skip the step.
                 scaler.unscale_(optimizer)
                 grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
                 grad_norm = distributed.full_tensor(grad_norm)
@@ -166,19 +172,21 @@ def train(config: TrainConfig) -> int:
                 if log_is_due:
                     state.skipped = int(skipped)
                     metrics.log_step(state, dist.all_reduce_mean(loss).item(), grad_norm.item(), learning_rate)
-                if (log_is_due or state.step % config.max_bad_steps == 0) and skipped_in_a_row >= config.max_bad_steps:
+                # Reading the counter waits for the GPU: with a log line, else once in max_bad_steps steps.
+                count_is_due = log_is_due or state.step % config.max_bad_steps == 0
+                if count_is_due and (n_bad := int(skipped_in_a_row)) >= config.max_bad_steps:
                     raise DivergedError(
-                        f"loss or gradient was not finite in {int(skipped_in_a_row)} steps in a row, up to step "
-                        f"{state.step}; they were skipped; {AGAINST_DIVERGENCE}"
+                        f"loss or gradient was not finite in {n_bad} steps in a row, up to step {state.step}; they "
+                        f"were skipped; {AGAINST_DIVERGENCE}"
                     )
 
-            # The last checkpoint, if a signal came between two of them, or the one before could not be written.
+            # Save once more if this step is not saved yet, since a signal came, or if the last save failed.
             state.skipped = int(skipped)
             if dist.any(checkpoints.has_failed or saved_step != state.step):
                 if metrics.step != state.step:
                     metrics.log(state, {})  # so that the table of runs shows this step
                 metrics.sync()
-                checkpoints.save(*to_save)
+                save()
     if stopped:
         log.info(f"stopped after {state.step} steps and saved; to resume, repeat the command with --init_from=resume")
         return STOPPED
@@ -196,7 +204,7 @@ def train(config: TrainConfig) -> int:
 
 
 def open_or_prepare(config: TrainConfig, dist: Distributed) -> data.Dataset:
-    """Open the run's data set; one that needs no network is prepared if it is not there. Raises `DataError`."""
+    """Open the run's data set; one that needs no download is first prepared if it is missing. Raises `DataError`."""
     dist.broadcast_from_main(lambda: prepare_missing(config))
     dataset = data.open_mixture(config.data_dir, mixture(config.dataset))
     if config.mask_documents and dataset.tokenizer.end_of_text is None:
@@ -209,7 +217,7 @@ def open_or_prepare(config: TrainConfig, dist: Distributed) -> data.Dataset:
 def build_or_resume(
     config: TrainConfig, dataset: data.Dataset, dist: Distributed
 ) -> tuple[TrainConfig, GPT, Checkpoint | None]:
-    """Return the config with what follows from the model, the model on the CPU, and the checkpoint if one is resumed.
+    """Return the config with the model's shape in it, the model on the CPU, and the checkpoint if a run is resumed.
 
     What only the data can tell (its vocabulary, a context longer than the text) is checked before a model is built.
     """
@@ -236,13 +244,15 @@ def build_or_resume(
     # A loaded model keeps its shape, whatever the settings say.
     shape = {name: value for name, value in vars(model.config).items() if hasattr(config, name)}
     for name, value in shape.items():
-        if (asked := getattr(config, name)) not in (value, getattr(TrainConfig, name)):
+        asked, default = getattr(config, name), getattr(TrainConfig, name)
+        if asked != value and asked != default:
             log.warning(f"{name} = {asked!r} is ignored: the model that is loaded has {name} = {value!r}")
     config = dataclasses.replace(config, **shape).with_derived_rates()
     if resumed:
         for name, value in dataclasses.asdict(config).items():
             if resumed.config.get(name, value) != value and name not in ("init_from", "resume", "out_dir"):
                 log.info(f"changed since the checkpoint: {name} = {value!r}, was {resumed.config[name]!r}")
+        # What is recorded is where the weights first came from.
         config = dataclasses.replace(config, init_from=resumed.config.get("init_from", "scratch"))
     return config, model, resumed
 
@@ -284,22 +294,22 @@ def settle_ddp_buckets(run: Run, network: Any, optimizer: torch.optim.Optimizer,
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP only ask to stop within the block; a second Ctrl-C interrupts at once.
+    """Let the first Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP within the block only ask to stop; Ctrl-C after it interrupts.
 
-    Yields a function that returns whether one has come. Clusters announce the end of a job with SIGUSR1.
+    Yields a function that returns whether that was asked. Clusters announce the end of a job with SIGUSR1.
     """
     received: list[int] = []
     names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
     before = {number: signal.getsignal(number) for name in names if (number := getattr(signal, name, None))}
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
         received.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.write(2, b"\nstopping as soon as possible (Ctrl-C once more: at once)\n")  # print is not safe in a handler
 
     for number, handler in before.items():
         if number == signal.SIGINT or handler != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, note)
+            signal.signal(number, on_signal)
     try:
         yield lambda: bool(received)
     finally:
@@ -323,25 +333,25 @@ def compute_loss(run: Run, network: Any, x: Tensor, y: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def estimate_loss(run: Run, stop_requested: Callable[[], bool] = lambda: False) -> dict[str, float]:
+def estimate_loss(run: Run, stop_requested: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
     """Return the mean loss of `eval_iters` batches of each split: the same batches at every evaluation of every run.
 
-    Empty if a signal asks to stop meanwhile: an evaluation that was broken off says nothing.
+    None if a signal asks to stop meanwhile: half an evaluation is no estimate.
     """
     config, dist, model = run.config, run.dist, run.model
     rounds = range(math.ceil(config.eval_iters / dist.world_size))  # the same number in every process
     losses = {split: torch.zeros((), device=run.device.name) for split in data.SPLITS}
     model.eval()
-    if_slow = "for processors the README has smaller runs, such as config/train_shakespeare_char_fast.py"
+    hint = "the README has smaller runs for CPUs, such as config/train_shakespeare_char_fast.py"
     batches = [(split, n) for split in data.SPLITS for n in rounds]
-    for split, n in with_progress(batches, if_slow if run.device.type == "cpu" else ""):
+    for split, n in with_progress(batches, hint if run.device.type == "cpu" else ""):
         if dist.any(stop_requested()):
             model.train()
-            return {}
+            return None
         k = n * dist.world_size + dist.rank
         x, y = data.evaluation_batch(run.dataset, split, k, config.block_size, config.batch_size)
         loss = compute_loss(run, model, run.device.put(x), run.device.put(y))
-        if k < config.eval_iters:  # FSDP needs all processes for the others, too
+        if k < config.eval_iters:  # batches beyond are computed only since FSDP needs every process in each of them
             losses[split] += loss
     model.train()
     scale = dist.world_size / config.eval_iters

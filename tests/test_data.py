@@ -123,7 +123,7 @@ def test_another_data_set_leaves_nothing_of_the_one_before(folder: Path) -> None
 def test_a_model_and_its_data_must_fit(folder: Path) -> None:
     dataset = open_dataset(folder)
     dataset.check_tokenizer(CharTokenizer("abc"), "the model")
-    with pytest.raises(DataError, match=r"ids of the char tokenizer \(3 entries\), but the model was trained with the"):
+    with pytest.raises(DataError, match=r"ids of the char tokenizer \(3 entries\), but the model uses the"):
         dataset.check_tokenizer(ByteTokenizer(), "the model")
     dataset.check_length(1)
     with pytest.raises(DataError, match=r"the val split has 2 tokens, too few for block_size=2.*--block_size=1"):

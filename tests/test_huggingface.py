@@ -180,9 +180,7 @@ def test_what_cannot_be_overridden_is_named(folder: Path) -> None:
 
 
 def test_mismatches_are_refused(finetuning: Callable[..., TrainConfig], folder: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"tiny holds ids of the char tokenizer \(28 .* was trained with the gpt2 tokenizer"
-    ):
+    with pytest.raises(DataError, match=r"tiny holds ids of the char tokenizer \(28 .* uses the gpt2 tokenizer"):
         train.train(TrainConfig(**{**vars(finetuning()), "dataset": "tiny"}))
     with pytest.raises(ConfigError, match="block_size=64 exceeds the model's 32"):
         train.train(finetuning(block_size=64))

@@ -390,7 +390,7 @@ def test_resuming_with_another_vocabulary_is_refused(recipe: Recipe, data_dir: P
     train.train(recipe())
     Path("abc.txt").write_text("abc" * 500)
     prepare(PrepareConfig(name="other", data_dir=str(data_dir), input=["abc.txt"], tokenizer="char"))
-    with pytest.raises(DataError, match=r"ids of the char tokenizer \(3 entries\), but .* was trained with the char"):
+    with pytest.raises(DataError, match=r"ids of the char tokenizer \(3 entries\), but .* uses the char"):
         train.train(recipe(init_from="resume", dataset="other"))
 
 
