@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
 import random
@@ -40,7 +41,7 @@ from nanogpt.settings import PrepareConfig, unescape
 from nanogpt.tokenizer import Tokenizer, from_description, make_tokenizer, mirrored, well_formed, write_meta
 
 log = logging.getLogger(__name__)
-Piece = tuple[str, bool]  # text, and whether the document ends with it
+Piece = tuple[str, bool]  # text, and whether the document ends with it: a long one comes in pieces
 Unit = list[tuple[str, str, bool]]  # split, text, and whether the document ends with it
 Encoded = tuple[dict[str, bytes], dict[str, dict[str, int]]]  # ids by split, counts by kind and split
 Start = dict[str, Any] | None  # what is read up to the end of a source, where a unit ends with one
@@ -87,9 +88,8 @@ def prepare(config: PrepareConfig) -> None:
                 (folder / ".lock").unlink()
                 folder.rmdir()
     for split in SPLITS:
-        count = about["documents"][split]  # counted where they end
-        what = f"{count:,} document{'s' * (count != 1)}" if count else "a part of a document"
-        log.info(f"{split} has {about['tokens'][split]:,} tokens in {what}")
+        count = f"{about['documents'][split]:,} documents" if about["documents"][split] else "a part of a document"
+        log.info(f"{split} has {about['tokens'][split]:,} tokens in {count}")
     for reason, count in about["skipped"].items():
         log.info(f"skipped {count:,} {reason if count == 1 else reason.replace(': ', 's: ', 1)}")
     print(f"wrote {folder}/train.bin, val.bin and dataset.json")
@@ -107,10 +107,6 @@ def describe(folder: Path) -> None:
         print(f"{key}: {str(value)[:300]}")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Published files
-
-
 @contextmanager
 def downloading(what: str, instead: str) -> Iterator[None]:
     """Turn any failure in the block into a `DataError` that says what to do instead."""
@@ -122,10 +118,7 @@ def downloading(what: str, instead: str) -> Iterator[None]:
 
 
 def download(path: Path, name: str, url: str, sha256: str, option: str = "input") -> Path:
-    """Return `path` with a published file: there already, from `$NANOGPT_DOWNLOADS/name`, or from the network.
-
-    option: the setting that takes such a file. Raises `DataError`, with what to do instead, if it can't be had.
-    """
+    """Return `path` with a published file: there already, from `$NANOGPT_DOWNLOADS/name`, or from the network."""
     instead = f"get {url} by other means and name it, --{option}=FILE, or put it as {name} into $NANOGPT_DOWNLOADS"
     source = next((file.resolve().as_uri() for file in (path, mirrored(name)) if file.is_file()), url)
     with downloading(source, instead):
@@ -139,10 +132,7 @@ def download(path: Path, name: str, url: str, sha256: str, option: str = "input"
 
 
 def hub_folder(repository: str, patterns: list[str], option: str = "init_from") -> Path:
-    """Return a folder with a model's files: `$NANOGPT_DOWNLOADS/ORGANISATION/NAME`, or from the Hugging Face hub.
-
-    option: the setting that takes such a folder. Raises `DataError` with what to do instead.
-    """
+    """Return a folder with a model's files: `$NANOGPT_DOWNLOADS/ORGANISATION/NAME`, or from the Hugging Face hub."""
     from huggingface_hub import snapshot_download
 
     if mirrored(repository).is_dir():
@@ -152,14 +142,10 @@ def hub_folder(repository: str, patterns: list[str], option: str = "init_from") 
         return Path(snapshot_download(repository, allow_patterns=patterns))
 
 
-# ---------------------------------------------------------------------------------------------------
-# Where text comes from: paths of files, or hf://ORGANISATION/NAME/PATH, each with its size in bytes
-
-
 def find_sources(inputs: Iterable[str]) -> dict[str, int]:
-    """Return the files behind paths, folders (but hidden files), patterns and names of data sets, in order.
+    """Return the files behind paths, folders (but hidden files), patterns and names of data sets, with their sizes.
 
-    Raises `DataError` for what leads to no file.
+    A file of the hub is hf://ORGANISATION/NAME/PATH. Raises `DataError` for what leads to no file.
     """
     sources: dict[str, int] = {}
     for name in inputs:
@@ -226,10 +212,6 @@ def local_path(source: str, work: Path) -> Path:
     return folder / path
 
 
-# ---------------------------------------------------------------------------------------------------
-# From files to documents. A long document comes in pieces, of which only the last one ends it.
-
-
 def documents(source: str, config: PrepareConfig, work: Path, skipped: Counter[str]) -> Iterator[Piece]:
     """Yield the documents of a file, but blank ones; `skipped` counts by reason what is left out.
 
@@ -253,7 +235,7 @@ def documents(source: str, config: PrepareConfig, work: Path, skipped: Counter[s
 
 def read_pieces(path: Path, config: PrepareConfig, skipped: Counter[str]) -> Iterator[Piece]:
     """Yield the documents of a file, of the kind that its name says."""
-    name, packing = path.name.lower(), path.suffix.lower()
+    packing = path.suffix.lower()
     if packing == ".parquet":
         for row in parquet_rows(path, config.field, skipped):
             yield from in_pieces([row])
@@ -265,7 +247,7 @@ def read_pieces(path: Path, config: PrepareConfig, skipped: Counter[str]) -> Ite
         file = io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
     # Without a byte-order mark, and with all kinds of newlines as \n, as in Python's text mode.
     with io.TextIOWrapper(file, encoding="utf-8-sig") as reader:
-        if re.search(r"\.(jsonl|ndjson)(\.gz|\.zst)?$", name):
+        if re.search(r"\.(jsonl|ndjson)(\.gz|\.zst)?$", path.name.lower()):
             for row in json_rows(reader, config.field, skipped):
                 yield from in_pieces([row])
         else:
@@ -331,10 +313,6 @@ def json_rows(reader: TextIO, field: str, skipped: Counter[str]) -> Iterator[str
             line = reader.readline(BLOCK)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Building
-
-
 def build(folder: Path, config: PrepareConfig, sources: dict[str, int]) -> dict[str, Any]:
     """Build the data set in `folder`, or resume it, and return its description. Raises `DataError`.
 
@@ -361,16 +339,10 @@ def build(folder: Path, config: PrepareConfig, sources: dict[str, int]) -> dict[
     (work / "plan.json").unlink()
     if min(plan["counts"]["tokens"].values()) < 2:
         shutil.rmtree(work)
-        raise DataError(
-            f"the text is too small to split: {plan['counts']['tokens']} tokens; try another --val_fraction"
-        )
-    listed = [{"path": path, "bytes": size} for path, size in sources.items()]
-    about = {
-        **plan["counts"],
-        "skipped": plan["start"]["skipped"],
-        "source_files": len(listed),
-        "sources": listed[:1000],
-    }
+        raise DataError(f"{plan['counts']['tokens']} tokens are too few: more text, or another --val_fraction")
+    listed = [{"path": path, "bytes": size} for path, size in itertools.islice(sources.items(), 1000)]
+    skipped = plan["start"]["skipped"]
+    about = {**plan["counts"], "skipped": skipped, "source_files": len(sources), "sources": listed}
     write_description(work, tokenizer, about)  # This also makes it durable that the journal is gone.
     # Old ids go first, then comes the description, then the new ids: each is only ever read with its own tokenizer.
     names = ["dataset.json", "meta.pkl", "train.bin", "val.bin"]
@@ -387,8 +359,12 @@ def build(folder: Path, config: PrepareConfig, sources: dict[str, int]) -> dict[
 def make_plan(work: Path, config: PrepareConfig, sources: dict[str, int]) -> dict[str, Any]:
     """Write the tokenizer to `work`, and return a plan: with where validation begins, and with nothing done."""
 
-    def texts(paths: Iterable[str], skipped: Counter[str]) -> Iterator[Piece]:
-        return itertools.chain.from_iterable(documents(path, config, work, skipped) for path in paths)
+    def texts(paths: Iterable[str], skipped: Counter[str], rest: float = math.inf) -> Iterator[Piece]:
+        for text, ends in itertools.chain.from_iterable(documents(path, config, work, skipped) for path in paths):
+            rest -= len(text)
+            if rest < 0:
+                return
+            yield text, ends
 
     enough = ENOUGH / float(config.val_fraction)
     count, size, characters, skipped = 0, 0, set[str](), Counter[str]()
@@ -401,19 +377,13 @@ def make_plan(work: Path, config: PrepareConfig, sources: dict[str, int]) -> dic
     if not size:
         raise DataError(f"there is no text to read; skipped: {dict(skipped) or 'nothing'}; see --field and --input")
 
-    def sample() -> Iterator[str]:
-        # Files of one language or subject often lie side by side: a vocabulary is learned from files in any order.
-        rest = BPE_TEXT
-        for text, _ in texts(random.Random(0).sample(list(sources), len(sources)), Counter()):
-            rest -= len(text)
-            if rest < 0:
-                return
-            yield text
-
-    setting = config.tokenizer
-    if "/" in setting and not Path(setting).exists():
-        setting = str(hub_folder(setting, ["tokenizer.json", "tokenizer_config.json"], option="tokenizer"))
-    tokenizer = make_tokenizer(setting, characters, sample())
+    # Files of one language or subject often lie side by side: a vocabulary is learned from files in any order.
+    shuffled = random.Random(0).sample(list(sources), len(sources))
+    sample = (text for text, _ in texts(shuffled, Counter(), BPE_TEXT))
+    path = Path(config.tokenizer)
+    if "/" in config.tokenizer and not path.exists():
+        path = hub_folder(config.tokenizer, ["tokenizer.json", "tokenizer_config.json"], option="tokenizer")
+    tokenizer = make_tokenizer(str(path), characters, sample)
     log.info(f"{tokenizer}")
     write_json(work / "tokenizer.json", tokenizer.describe())
     cut = None if count >= enough else int(size * (1 - float(config.val_fraction)))
@@ -507,14 +477,12 @@ def in_order(
 def start_worker() -> None:
     """Make a process a worker that leaves Ctrl-C to its parent, and ends with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
-
-def end_with_parent() -> None:
-    """Wait for the end of the parent process, then end this one."""
-    if parent := multiprocessing.parent_process():
+    def leave_with_parent(parent: Any) -> None:
         parent.join()
-    os._exit(1)
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, args=[multiprocessing.parent_process()], daemon=True).start()
 
 
 @functools.lru_cache(maxsize=1)

