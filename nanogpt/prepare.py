@@ -25,7 +25,7 @@ import threading
 import urllib.request
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -290,7 +290,8 @@ def parquet_rows(path: Path, field: str, skipped: Counter[str]) -> Iterator[str]
         names = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
         raise DataError(f"{path}: no column {field!r} of text; choose one with --field=NAME (columns: {names})")
     for batch in file.iter_batches(100, columns=[field]):
-        skipped[f"row: the field {field!r} is null"] += batch.column(0).null_count
+        if nulls := batch.column(0).null_count:
+            skipped[f"row: the field {field!r} is null"] += nulls
         yield from (text for text in batch.column(0).to_pylist() if text is not None)
 
 
@@ -354,6 +355,14 @@ def build(folder: Path, config: PrepareConfig, sources: dict[str, int]) -> dict[
     sync_folder(folder)
     shutil.rmtree(work)
     return about
+
+
+def write_description(folder: Path, tokenizer: Tokenizer, about: dict[str, Any]) -> None:
+    """Write dataset.json, and for characters the original's meta.pkl."""
+    about = {"version": 1, "dtype": tokenizer.dtype.name, **about, "tokenizer": tokenizer.describe()}
+    write_json(folder / "dataset.json", about)
+    if tokenizer.kind == "char":
+        write_meta(folder / "meta.pkl", tokenizer)
 
 
 def make_plan(work: Path, config: PrepareConfig, sources: dict[str, int]) -> dict[str, Any]:
@@ -428,13 +437,25 @@ def encode(
     work: Path, config: PrepareConfig, plan: dict[str, Any], sources: dict[str, int], tokenizer: Tokenizer
 ) -> None:
     """Encode the units that are not done, and append their ids in order; `plan` and plan.json say how far that is."""
-    names = list(sources)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_proc = config.num_proc or cores
+    pool: Executor = ThreadPoolExecutor(1)
+    if num_proc > 1 and sum(sources.values()) > UNIT:  # for less, processes start longer than they work
+        # Not fork: the libraries that encode have threads of their own.
+        pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), start_worker)
     # Shakespeare is one text without end, as in the original.
     end_of_text = None if config.name.startswith("shakespeare") else tokenizer.end_of_text
-    encode = functools.partial(encode_unit, json.dumps(tokenizer.describe()), end_of_text)
+    setting = json.dumps(tokenizer.describe()), end_of_text
+    names, pending = list(sources), deque[tuple[Future[Encoded], Start]]()
     units = itertools.islice(read_units(work, config, plan, names), plan["units"], None)
-    with tqdm(unit="B", unit_scale=True, disable=None, desc="encoding") as bar:
-        for (ids, counts), start in in_order(encode, units, config.num_proc, sum(sources.values())):
+    with pool, tqdm(unit="B", unit_scale=True, disable=None, desc="encoding") as bar:
+        while True:
+            for unit, start in itertools.islice(units, 2 * num_proc + 1 - len(pending)):  # read only so far ahead
+                pending.append((pool.submit(encode_unit, unit, *setting), start))
+            if not pending:
+                return
+            future, start = pending.popleft()
+            ids, counts = future.result()
             for split in SPLITS:
                 with open(work / f"{split}.bin", "ab") as file:
                     file.truncate(plan["counts"]["tokens"][split] * tokenizer.dtype.itemsize)
@@ -450,28 +471,6 @@ def encode(
             if start and (source := names[start["sources"] - 1]).startswith("hf://"):
                 local_path(source, work).unlink()
             bar.update(sum(counts["bytes"].values()))
-
-
-def in_order(
-    encode: Callable[[Unit], Encoded], units: Iterable[tuple[Unit, Start]], num_proc: int, size: int
-) -> Iterator[tuple[Encoded, Start]]:
-    """Yield what `encode` makes of the units, in their order, by a pool of processes, which reads little ahead."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_proc = num_proc or cores
-    pool: Executor = ThreadPoolExecutor(1)
-    if num_proc > 1 and size > UNIT:  # for less, processes start longer than they work
-        # Not fork: the libraries that encode have threads of their own.
-        pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), start_worker)
-    pending = deque[tuple[Future[Encoded], Start]]()
-    try:
-        for unit, start in units:
-            pending.append((pool.submit(encode, unit), start))
-            if len(pending) > 2 * num_proc:
-                future, start = pending.popleft()
-                yield future.result(), start
-        yield from ((future.result(), start) for future, start in pending)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def start_worker() -> None:
@@ -491,24 +490,15 @@ def tokenizer_of(description: str) -> Tokenizer:
     return from_description(json.loads(description))
 
 
-def encode_unit(description: str, end_of_text: int | None, unit: Unit) -> Encoded:
+def encode_unit(unit: Unit, description: str, end_of_text: int | None) -> Encoded:
     """Return the ids of each split, and how much that is."""
     tokenizer = tokenizer_of(description)
     closing = b"" if end_of_text is None else end_of_text.to_bytes(tokenizer.dtype.itemsize, "little")
-    parts: dict[str, list[bytes]] = {split: [] for split in SPLITS}
+    ids: dict[str, list[bytes]] = {split: [] for split in SPLITS}
     counts = {key: dict.fromkeys(SPLITS, 0) for key in COUNTED}
     for split, text, ends in unit:
-        ids = tokenizer.encode(text).astype(tokenizer.dtype, copy=False).tobytes() + closing * ends
-        parts[split].append(ids)
-        counts["tokens"][split] += len(ids) // tokenizer.dtype.itemsize
+        ids[split].append(tokenizer.encode(text).astype(tokenizer.dtype, copy=False).tobytes() + closing * ends)
+        counts["tokens"][split] += len(ids[split][-1]) // tokenizer.dtype.itemsize
         counts["documents"][split] += ends
         counts["bytes"][split] += len(text.encode())
-    return {split: b"".join(ids) for split, ids in parts.items()}, counts
-
-
-def write_description(folder: Path, tokenizer: Tokenizer, about: dict[str, Any]) -> None:
-    """Write dataset.json, and for characters the original's meta.pkl."""
-    described = {"version": 1, "dtype": tokenizer.dtype.name, **about, "tokenizer": tokenizer.describe()}
-    write_json(folder / "dataset.json", described)
-    if tokenizer.kind == "char":
-        write_meta(folder / "meta.pkl", tokenizer)
+    return {split: b"".join(ids[split]) for split in SPLITS}, counts

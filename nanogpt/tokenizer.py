@@ -63,10 +63,7 @@ class Tokenizer(ABC):
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a prompt, in which `<|endoftext|>` stands for the special token."""
-        parts = [text] if self.end_of_text is None else text.split(END_OF_TEXT)
-        ids: list[int] = self.encode(parts[0]).tolist()
-        for part in parts[1:]:
-            ids += [self.end_of_text or 0, *self.encode(part).tolist()]
+        ids: list[int] = self.encode(text).tolist()
         return ids
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
@@ -83,16 +80,6 @@ class Tokenizer(ABC):
         for token in ids:
             yield decoder.decode(self.token_bytes[token])
         yield decoder.decode(b"", final=True)
-
-
-class ByteTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8, and one more id that ends a document."""
-
-    kind, vocab_size, end_of_text = "byte", 257, 256
-    token_bytes = [*(bytes([byte]) for byte in range(256)), END_OF_TEXT.encode()]  # noqa: RUF012
-
-    def encode(self, text: str) -> Ids:
-        return np.frombuffer(well_formed(text).encode(), np.uint8)
 
 
 class CharTokenizer(Tokenizer):
@@ -213,14 +200,31 @@ class GPT2Tokenizer(BPETokenizer):
 
     @functools.cached_property
     def engine(self) -> Any:  # type: ignore[override]
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        return byte_level_engine(list(byte_characters().values()), gpt2_merges())
 
-        merges = gpt2_merges()
-        tokens = [*byte_characters().values(), *("".join(pair) for pair in merges), END_OF_TEXT]
-        engine = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-        engine.pre_tokenizer, engine.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        engine.add_special_tokens([END_OF_TEXT])
-        return engine
+
+class ByteTokenizer(BPETokenizer):
+    """The 256 bytes of UTF-8, and one more id that ends a document."""
+
+    kind, vocab_size, end_of_text = "byte", 257, 256
+    describe, __str__ = Tokenizer.describe, Tokenizer.__str__
+
+    def __init__(self) -> None:
+        self.engine = byte_level_engine([character for _, character in sorted(byte_characters().items())], [])
+
+    def encode(self, text: str) -> Ids:
+        return np.frombuffer(well_formed(text).encode(), np.uint8)
+
+
+def byte_level_engine(alphabet: list[str], merges: list[tuple[str, str]]) -> Any:
+    """Return the library's tokenizer for byte-level BPE with `<|endoftext|>`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    tokens = [*alphabet, *("".join(pair) for pair in merges), END_OF_TEXT]
+    engine = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    engine.pre_tokenizer, engine.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    engine.add_special_tokens([END_OF_TEXT])
+    return engine
 
 
 def gpt2_merges() -> list[tuple[str, str]]:
@@ -302,19 +306,15 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 def definition_of(tokenizer: Tokenizer) -> str:
     """Return a tokenizer.json that does what `tokenizer` does. Raises `DataError` where there can't be one."""
-    from tokenizers import ByteLevelBPETokenizer, Regex, decoders, models, pre_tokenizers
+    from tokenizers import Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Engine
 
     if isinstance(tokenizer, BPETokenizer):
         return tokenizer.definition
-    if isinstance(tokenizer, CharTokenizer) and tokenizer.kind == "char":
-        engine = Engine(models.WordLevel({character: n for n, character in enumerate(tokenizer.tokens)}))
-        engine.pre_tokenizer, engine.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
-    elif tokenizer.kind == "byte":
-        engine = ByteLevelBPETokenizer({character: byte for byte, character in sorted(byte_characters().items())}, [])
-        engine.add_special_tokens([END_OF_TEXT])
-    else:
+    if not isinstance(tokenizer, CharTokenizer) or tokenizer.kind == "vocabulary":
         raise DataError(f"how the {tokenizer} cuts text into tokens is known to its maker only; try --to=flat")
+    engine = Engine(models.WordLevel({character: i for i, character in enumerate(tokenizer.tokens)}))
+    engine.pre_tokenizer, engine.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
     return str(engine.to_str())
 
 
