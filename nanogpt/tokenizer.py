@@ -13,7 +13,6 @@ import json
 import os
 import pickle
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,17 +31,22 @@ GPT2_SHA256 = "7db3ecccc3244b0f6caf9087f7d9c8224cbb8bdc6d01888e547329c0e064260f"
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 
-class Tokenizer(ABC):
-    """What all tokenizers have in common."""
+class Tokenizer:
+    """Text to ids and back, by an engine of the `tokenizers` library where a subclass knows no shorter way."""
 
     kind: str  # names the tokenizer in descriptions
     vocab_size: int
     end_of_text: int | None = None  # id of the token that ends a document, where there is one
-    token_bytes: Sequence[bytes]  # UTF-8 of each id; of a part of a character, its part of the bytes
 
-    @abstractmethod
-    def encode(self, text: str) -> Ids:
-        """Return the ids of a text, shape (tokens,); a special token that is spelled out is text like any other."""
+    @functools.cached_property
+    def engine(self) -> Any:
+        """Return the library's tokenizer."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def definition(self) -> str:
+        """Return a tokenizer.json that does what this tokenizer does."""
+        return str(self.engine.to_str())
 
     def describe(self) -> dict[str, Any]:
         """Return all that `from_description` needs to build this tokenizer again, as JSON."""
@@ -61,10 +65,53 @@ class Tokenizer(ABC):
     def __str__(self) -> str:
         return f"{self.kind} tokenizer ({self.vocab_size} entries)"
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Return the ids of a prompt, in which `<|endoftext|>` stands for the special token."""
-        ids: list[int] = self.encode(text).tolist()
+    def encode(self, text: str) -> Ids:
+        """Return the ids of a text, shape (tokens,); a special token that is spelled out is text like any other."""
+        text = well_formed(text)
+        if self._encoding is None:
+            return np.array(self._encode(text, special=False), np.uint32)
+        ids: Ids = self._encoding.encode_to_numpy(text, disallowed_special=())
         return ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of a prompt, in which the names of special tokens stand for them."""
+        return self._encode(well_formed(text), special=True)
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        self.engine.encode_special_tokens = not special  # the library's words for: they are plain text
+        return list(self.engine.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+
+    @functools.cached_property
+    def _encoding(self) -> Any:
+        """The engine in tiktoken, which takes a third of the time, for what cuts text as GPT-2 does; else None."""
+        import tiktoken
+        from tiktoken_ext.openai_public import r50k_pat_str
+
+        parts = json.loads(self.definition)
+        cut = {**(parts["pre_tokenizer"] or {}), "trim_offsets": True}
+        as_gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        special = {token["content"]: token["id"] for token in parts["added_tokens"] if token["special"]}
+        ranks = {token: i for i, token in enumerate(self.token_bytes) if i not in special.values()}
+        # tiktoken merges what has the lowest id, so ids must follow the order of the merges, as they usually do.
+        merged = [parts["model"]["vocab"]["".join(pair)] for pair in parts["model"].get("merges", [])]
+        is_whole = len(ranks) + len(special) == self.vocab_size and len(special) == len(parts["added_tokens"])
+        if cut != as_gpt2 or parts["normalizer"] or merged != sorted(merged) or not is_whole:
+            return None
+        return tiktoken.Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+
+    @functools.cached_property
+    def token_bytes(self) -> list[bytes]:
+        """Return the bytes of each id: byte-level tokens spell them in characters, SentencePiece's in its own way."""
+        byte_of = {c: byte for byte, c in byte_characters().items()} if "ByteLevel" in str(self.engine.decoder) else {}
+        added, content = self.engine.get_added_tokens_decoder(), list[bytes]()
+        for token in (self.engine.id_to_token(i) or "" for i in range(self.vocab_size)):
+            if byte_of.keys() >= set(token) and len(content) not in added:
+                content.append(bytes(byte_of[character] for character in token))
+            elif re.fullmatch("<0x[0-9A-F]{2}>", token):
+                content.append(bytes.fromhex(token[3:5]))
+            else:
+                content.append(token.replace("▁", " ").encode())
+        return content
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """Return the bytes of `ids`, in UTF-8 where they are whole characters."""
@@ -88,22 +135,30 @@ class CharTokenizer(Tokenizer):
     def __init__(self, tokens: Sequence[str]) -> None:
         self.tokens, self.vocab_size = list(tokens), len(tokens)
         self.token_bytes = [token.encode("utf-8", "surrogatepass") for token in tokens]
-        is_sorted = all(len(token) == 1 for token in tokens) and self.tokens == sorted(set(tokens))
-        self.kind = "char" if is_sorted else "vocabulary"
+        self.kind = "char" if self.tokens == sorted(set("".join(tokens))) else "vocabulary"
         # The id of each code point of Unicode. Ids end at vocab_size - 1, so that vocab_size can mean: unknown.
         self._id_of = np.full(0x110000, self.vocab_size, np.uint32)
         for i, token in enumerate(tokens):
             if len(token) == 1:
                 self._id_of[ord(token)] = i
 
+    @functools.cached_property
+    def engine(self) -> Any:
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+        if self.kind == "vocabulary":
+            raise DataError(f"how the {self} cuts text into tokens is known to its maker only; try --to=flat")
+        engine = Tokenizer(models.WordLevel({token: i for i, token in enumerate(self.tokens)}))
+        engine.pre_tokenizer, engine.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
+        return engine
+
     @property
     def padded_vocab_size(self) -> int:
         return self.vocab_size  # as in the original, whose checkpoints have as many rows as characters
 
     def describe(self) -> dict[str, Any]:
-        if self.kind == "char":
-            return {"kind": self.kind, "characters": "".join(self.tokens)}
-        return {"kind": self.kind, "tokens": self.tokens}
+        is_char = self.kind == "char"
+        return {"kind": self.kind, **({"characters": "".join(self.tokens)} if is_char else {"tokens": self.tokens})}
 
     def encode(self, text: str) -> Ids:
         ids: Ids = self._id_of[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")]
@@ -111,6 +166,32 @@ class CharTokenizer(Tokenizer):
             missing = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in sorted(set(text) - set(self.tokens))[:5])
             raise DataError(f"the vocabulary of {self.vocab_size} characters lacks {missing}; use those in the data")
         return ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return list(map(int, self.encode(text)))
+
+
+class ByteTokenizer(Tokenizer):
+    """The 256 bytes of UTF-8, and one more id that ends a document."""
+
+    kind, vocab_size, end_of_text = "byte", 257, 256
+
+    @functools.cached_property
+    def engine(self) -> Any:
+        return byte_level_engine([character for _, character in sorted(byte_characters().items())], [])
+
+    def encode(self, text: str) -> Ids:
+        return np.frombuffer(well_formed(text).encode(), np.uint8)
+
+
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's byte-pair encoding. Its vocabulary is loaded when first needed: ready-made ids can do without."""
+
+    kind, vocab_size, end_of_text = "gpt2", 50257, 50256
+
+    @functools.cached_property
+    def engine(self) -> Any:
+        return byte_level_engine(list(byte_characters().values()), gpt2_merges())
 
 
 class BPETokenizer(Tokenizer):
@@ -130,90 +211,11 @@ class BPETokenizer(Tokenizer):
         self.vocab_size = max(self.engine.get_vocab().values(), default=0) + 1
         self.end_of_text = end_of_text
 
-    @functools.cached_property
-    def definition(self) -> str:
-        return str(self.engine.to_str())
-
     def describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "end_of_text": self.end_of_text, "definition": self.definition}
 
     def __str__(self) -> str:
         return f"BPE {hashlib.sha256(self.definition.encode()).hexdigest()[:8]} tokenizer ({self.vocab_size} entries)"
-
-    @functools.cached_property
-    def token_bytes(self) -> list[bytes]:  # type: ignore[override]
-        """Return the bytes of each id: byte-level tokens spell them in characters, SentencePiece's in its own way."""
-        byte_of = {c: byte for byte, c in byte_characters().items()} if "ByteLevel" in str(self.engine.decoder) else {}
-        added, content = self.engine.get_added_tokens_decoder(), list[bytes]()
-        for token in (self.engine.id_to_token(i) or "" for i in range(self.vocab_size)):
-            if byte_of.keys() >= set(token) and len(content) not in added:
-                content.append(bytes(byte_of[character] for character in token))
-            elif re.fullmatch("<0x[0-9A-F]{2}>", token):
-                content.append(bytes.fromhex(token[3:5]))
-            else:
-                content.append(token.replace("▁", " ").encode())
-        return content
-
-    @functools.cached_property
-    def _encoding(self) -> Any:
-        """The same in tiktoken, which takes a third of the time, for what cuts text as GPT-2 does; else None."""
-        import tiktoken
-        from tiktoken_ext.openai_public import r50k_pat_str
-
-        parts = json.loads(self.definition)
-        cut = {**(parts["pre_tokenizer"] or {}), "trim_offsets": True}
-        as_gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        special = {token["content"]: token["id"] for token in parts["added_tokens"]}
-        ranks = {token: i for i, token in enumerate(self.token_bytes) if i not in special.values()}
-        # tiktoken merges what has the lowest id, so ids must follow the order of the merges, as they usually do.
-        merged = [parts["model"]["vocab"]["".join(pair)] for pair in parts["model"].get("merges", [])]
-        is_whole = len(ranks) + len(special) == self.vocab_size and all(
-            token["special"] for token in parts["added_tokens"]
-        )
-        if cut != as_gpt2 or parts["normalizer"] or merged != sorted(merged) or not is_whole:
-            return None
-        return tiktoken.Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
-
-    def encode(self, text: str) -> Ids:
-        text = well_formed(text)
-        if self._encoding is None:
-            return np.array(self._encode(text, special=False), np.uint32)
-        ids: Ids = self._encoding.encode_to_numpy(text, disallowed_special=())
-        return ids
-
-    def encode_prompt(self, text: str) -> list[int]:
-        return self._encode(well_formed(text), special=True)
-
-    def _encode(self, text: str, special: bool) -> list[int]:
-        self.engine.encode_special_tokens = not special  # the library's words for: they are plain text
-        return list(self.engine.encode_batch_fast([text], add_special_tokens=False)[0].ids)
-
-
-class GPT2Tokenizer(BPETokenizer):
-    """GPT-2's byte-pair encoding. Its vocabulary is loaded when first needed: ready-made ids can do without."""
-
-    kind, vocab_size, end_of_text = "gpt2", 50257, 50256
-    describe, __str__ = Tokenizer.describe, Tokenizer.__str__
-
-    def __init__(self) -> None:
-        pass
-
-    @functools.cached_property
-    def engine(self) -> Any:  # type: ignore[override]
-        return byte_level_engine(list(byte_characters().values()), gpt2_merges())
-
-
-class ByteTokenizer(BPETokenizer):
-    """The 256 bytes of UTF-8, and one more id that ends a document."""
-
-    kind, vocab_size, end_of_text = "byte", 257, 256
-    describe, __str__ = Tokenizer.describe, Tokenizer.__str__
-
-    def __init__(self) -> None:
-        self.engine = byte_level_engine([character for _, character in sorted(byte_characters().items())], [])
-
-    def encode(self, text: str) -> Ids:
-        return np.frombuffer(well_formed(text).encode(), np.uint8)
 
 
 def byte_level_engine(alphabet: list[str], merges: list[tuple[str, str]]) -> Any:
@@ -294,28 +296,14 @@ def read_tokenizer(path: Path) -> Tokenizer:
     named = read_json(file.with_name("tokenizer_config.json")).get("eos_token")
     named = named.get("content") if isinstance(named, dict) else named
     candidates = [END_OF_TEXT, "<|end_of_text|>", str(named), "</s>", "<eos>"]
-    ids = [i for i in map(tokenizer.engine.token_to_id, candidates) if i is not None]
-    tokenizer.end_of_text = ids[0] if ids else None
+    ids = map(tokenizer.engine.token_to_id, candidates)
+    tokenizer.end_of_text = next((i for i in ids if i is not None), None)
     # Where it is one of ours, as after an export, return that: data sets and models compare what tokenizers describe.
     for ours in (ByteTokenizer(), CharTokenizer(sorted(tokenizer.engine.get_vocab()))):
-        if ours.kind != "vocabulary" and BPETokenizer(definition_of(ours)).definition == tokenizer.definition:
+        if ours.kind != "vocabulary" and ours.definition == tokenizer.definition:
             return ours
     is_gpt2s = hashlib.sha256(b"\n".join(tokenizer.token_bytes)).hexdigest() == GPT2_SHA256
     return GPT2Tokenizer() if is_gpt2s and tokenizer._encoding else tokenizer
-
-
-def definition_of(tokenizer: Tokenizer) -> str:
-    """Return a tokenizer.json that does what `tokenizer` does. Raises `DataError` where there can't be one."""
-    from tokenizers import Regex, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Engine
-
-    if isinstance(tokenizer, BPETokenizer):
-        return tokenizer.definition
-    if not isinstance(tokenizer, CharTokenizer) or tokenizer.kind == "vocabulary":
-        raise DataError(f"how the {tokenizer} cuts text into tokens is known to its maker only; try --to=flat")
-    engine = Engine(models.WordLevel({character: i for i, character in enumerate(tokenizer.tokens)}))
-    engine.pre_tokenizer, engine.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
-    return str(engine.to_str())
 
 
 def make_tokenizer(setting: str, characters: Iterable[str], texts: Iterable[str]) -> Tokenizer:
@@ -330,9 +318,9 @@ def make_tokenizer(setting: str, characters: Iterable[str], texts: Iterable[str]
 def from_description(description: Any) -> Tokenizer:
     """Return the tokenizer that `describe` described. Raises `DataError` for a description that is not one."""
     match description:
-        case {"kind": "char", "characters": str(tokens)} if tokens:
-            return CharTokenizer(tokens)
-        case {"kind": "vocabulary", "tokens": [_, *_] as tokens} if all(isinstance(token, str) for token in tokens):
+        case {"characters": str(tokens)} | {"tokens": list(tokens)} if tokens and all(
+            isinstance(t, str) for t in tokens
+        ):
             return CharTokenizer(tokens)
         case {"kind": "byte"}:
             return ByteTokenizer()

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiktoken
 import tokenizers
@@ -24,7 +23,6 @@ from nanogpt.tokenizer import (
     CharTokenizer,
     GPT2Tokenizer,
     Tokenizer,
-    definition_of,
     from_description,
     read_meta,
     read_tokenizer,
@@ -100,7 +98,6 @@ def test_any_text_survives_and_half_a_surrogate_pair_is_replaced(tokenizer: Toke
 def test_gpt2s_ids_are_the_known_ones() -> None:
     tokenizer = GPT2Tokenizer()
     assert tokenizer.encode("hello world").tolist() == [31373, 995]  # as in OpenAI's documentation
-    assert tokenizer.encode("<|endoftext|>").tolist() == [27, 91, 437, 1659, 5239, 91, 29]
     assert tokenizer.encode_prompt("<|endoftext|>hello") == [50256, 31373]
     assert (tokenizer.vocab_size, tokenizer.padded_vocab_size, tokenizer.end_of_text) == (50257, 50304, 50256)
 
@@ -205,7 +202,7 @@ def test_documents_end_with_what_the_folder_names(
 
 @each_tokenizer
 def test_every_tokenizer_has_a_tokenizer_json_that_comes_back_as_itself(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text(definition_of(tokenizer), encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(tokenizer.definition, encoding="utf-8")
     text = ODD.replace("<|endoftext|>", "")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     ids = tokenizer.encode(text).tolist()
@@ -241,7 +238,7 @@ def test_a_vocabulary_of_ones_own_is_looked_up_by_character() -> None:
     with pytest.raises(DataError, match=r"lacks '4' .*, 'e'"):
         tokenizer.encode("e4")
     with pytest.raises(DataError, match="try --to=flat"):
-        definition_of(tokenizer)
+        _ = tokenizer.definition
 
 
 @pytest.mark.parametrize(
@@ -263,13 +260,9 @@ def test_meta_files_are_the_originals_byte_for_byte(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("meta", "tokens"),
-    [
-        ({"vocab_size": 3, "itos": {0: "the", 1: " ", 2: "fox"}}, ["the", " ", "fox"]),
-        ({"vocab_size": 2, "itos": ["b", "a"]}, ["b", "a"]),
-        ({"vocab_size": 2, "itos": {0: 60}}, ["60", "<1>"]),
-        ({"vocab_size": 2}, ["<0>", "<1>"]),
-    ],
-)
+    [({"vocab_size": 3, "itos": {0: "the", 1: " ", 2: "fox"}}, ["the", " ", "fox"]), ({"vocab_size": 1}, ["<0>"]),
+     ({"vocab_size": 2, "itos": ["b", "a"]}, ["b", "a"]), ({"vocab_size": 2, "itos": {0: 60}}, ["60", "<1>"])],
+)  # fmt: skip
 def test_vocabularies_of_other_peoples_programs_are_read(tmp_path: Path, meta: Any, tokens: list[str]) -> None:
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
     assert read_meta(tmp_path / "meta.pkl").describe() == {"kind": "vocabulary", "tokens": tokens}
@@ -283,8 +276,7 @@ class Attack:
 @pytest.mark.parametrize(
     "content",
     [pickle.dumps(Attack()), pickle.dumps({"itos": Attack(), "vocab_size": 1}), b"", b"\x80\x04.", pickle.dumps([1]),
-     pickle.dumps({"vocab_size": 10**9, "itos": {}}), pickle.dumps({"vocab_size": 1, "itos": 5}),
-     pickle.dumps({"itos": {0: "a"}}), pickle.dumps({"vocab_size": np.array([1])})],
+     pickle.dumps({"vocab_size": 10**9, "itos": {}}), pickle.dumps({"vocab_size": 1, "itos": 5})],
 )  # fmt: skip
 def test_a_hostile_or_broken_meta_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "meta.pkl").write_bytes(content)
