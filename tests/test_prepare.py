@@ -338,28 +338,26 @@ def test_a_folder_is_read_without_what_is_hidden_or_no_text() -> None:
     assert [Path(name).name for name in find_sources(["in/*.txt", "in/sub"])] == ["b.txt", "c.jsonl", "empty.txt"]
 
 
-@pytest.mark.parametrize("name", ["nothing.txt", "*.none", "empty", "~/nothing"])
-def test_what_leads_nowhere_is_named(name: str) -> None:
-    Path("empty").mkdir()
-    with pytest.raises(DataError, match=r"--input=.*: there is no such file, and no folder with files"):
-        build(name)
-    assert not SET.exists()
-
-
 GZIP = gzip.compress(b"some text" * 1000, mtime=0)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
-    [("x.txt", b" \n", r"there is no text to read; skipped: \{'document: it is empty': 1\}"),
+    [("nothing.txt", None, r"--input=nothing.txt: there is no such file"), ("*.x", None, "there is no such file"),
+     ("~/nothing", None, "there is no such file"), ("empty", None, "no folder with files of text"),
+     ("x.txt", b" \n", r"there is no text to read; skipped: \{'document: it is empty': 1\}"),
      ("x.txt", b"a", "tokens are too few"), ("x.txt", b"abc\xff\xfe", r"x\.txt is not UTF-8 text: .* byte 0xff"),
      ("x.txt", b"abc\0", r"x\.txt is not UTF-8 text: it holds a zero byte"),
      ("x.txt.gz", GZIP[:-20], r"x\.txt\.gz cannot be read"), ("x.txt.gz", b"text", r"x\.txt\.gz cannot be read"),
      ("x.txt.zst", b"text", r"x\.txt\.zst cannot be read"), ("x.parquet", b"text", r"x\.parquet cannot be read")],
 )  # fmt: skip
 @pytest.mark.parametrize("tokenizer", ["byte", "char"])
-def test_what_cannot_become_a_data_set_is_one_message(name: str, content: bytes, message: str, tokenizer: str) -> None:
-    Path(name).write_bytes(content)
+def test_what_cannot_become_a_data_set_is_one_message(
+    name: str, content: bytes | None, message: str, tokenizer: str
+) -> None:
+    Path("empty").mkdir()
+    if content is not None:
+        Path(name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         build(name, tokenizer=tokenizer)
     assert not SET.exists()
@@ -453,14 +451,11 @@ def test_a_failure_keeps_the_data_set_and_what_is_finished(
 def test_another_request_or_a_changed_file_starts_afresh(
     change: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
     write_jsonl("x.jsonl", texts(300))
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "encode_unit", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            build("x.jsonl")
+    monkeypatch.delattr(module, "encode_unit")
+    with pytest.raises(NameError):
+        build("x.jsonl")
+    monkeypatch.undo()
     if not change:
         write_jsonl("x.jsonl", texts(310))
     build("x.jsonl", **change)
@@ -468,20 +463,25 @@ def test_another_request_or_a_changed_file_starts_afresh(
 
 
 DRIVER = """
+import json
+import resource
 import sys
 from nanogpt import prepare
 from nanogpt.settings import PrepareConfig
 
 if __name__ == "__main__":
-    prepare.UNIT = 10_000  # many small units
-    setting = {"data_dir": ".", "input": ["x.jsonl"], "val_fraction": 0.1, "num_proc": int(sys.argv[2])}
-    prepare.prepare(PrepareConfig(name=sys.argv[1], **setting))
+    prepare.UNIT, memory, settings = json.loads(sys.argv[1])
+    resource.setrlimit(resource.RLIMIT_DATA, (memory << 20, memory << 20))
+    prepare.prepare(PrepareConfig(**settings))
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1 << 20  # kilobytes, with the pages of the file
 """
 
 
-def start(folder: str, num_proc: int) -> "subprocess.Popen[bytes]":
+def start(unit: int = 10_000, memory: int = 8000, **settings: Any) -> "subprocess.Popen[bytes]":
+    """Prepare in another process, in small units, with so many megabytes of memory."""
+    Path("driver.py").write_text(DRIVER)
+    command = [sys.executable, "driver.py", json.dumps([unit, memory, settings])]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "driver.py", folder, str(num_proc)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
@@ -493,16 +493,15 @@ def is_alive(session: int) -> bool:
 
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_killed_at_random_moments_it_ends_with_the_same_files(num_proc: int) -> None:
-    write_jsonl("x.jsonl", texts(8_000))
-    Path("driver.py").write_text(DRIVER)
+    settings = {"data_dir": ".", "input": [write_jsonl("x.jsonl", texts(8_000))], "num_proc": num_proc}
     began = time.monotonic()
-    assert start("whole", num_proc).wait(120) == 0
+    assert start(name="whole", **settings).wait(120) == 0
     duration = time.monotonic() - began
     expected = {path.name: path.read_bytes() for path in Path("whole").iterdir()}
     moments, done = random.Random(num_proc), list[int]()
     journal = Path("killed/.preparing/plan.json")
     for attempt in range(60):
-        process = start("killed", num_proc)
+        process = start(name="killed", **settings)
         while attempt < 4 and process.poll() is None and not journal.exists():
             time.sleep(0.01)  # until there is something to lose
         try:
@@ -528,44 +527,27 @@ def test_killed_at_random_moments_it_ends_with_the_same_files(num_proc: int) -> 
     assert {path.name: path.read_bytes() for path in Path("killed").iterdir()} == expected
 
 
-@pytest.mark.parametrize("replaced", range(4))
-def test_interrupted_while_files_take_their_names_it_starts_afresh(
-    replaced: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("moved", range(4))
+def test_interrupted_while_files_take_their_names_it_starts_afresh(moved: int, monkeypatch: pytest.MonkeyPatch) -> None:
     build(write_jsonl("y.jsonl", texts(310)), tokenizer="char")
     after = files()
     build(write_jsonl("x.jsonl", texts(300)), tokenizer="gpt2")
-    count, real = 0, os.replace
+    targets, real = [], os.replace
 
     def replace(source: Path, target: Path) -> None:
-        nonlocal count
-        if SET / target.name == target:
-            count += 1
-            if count > replaced:
-                raise KeyboardInterrupt
+        targets.extend([target] if SET / target.name == target else [])
+        if len(targets) > moved:
+            raise KeyboardInterrupt
         real(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(KeyboardInterrupt):
         build("y.jsonl", tokenizer="char")
-    monkeypatch.setattr(os, "replace", real)
+    monkeypatch.undo()
     assert {name: after[name] for name in files()} == files()  # no ids with a tokenizer that is not theirs
-    assert "val.bin" not in files()
+    assert len(files()) == moved
     build("y.jsonl", tokenizer="char")
     assert files() == after
-
-
-MEMORY = """
-import resource
-import sys
-from nanogpt.prepare import prepare
-from nanogpt.settings import PrepareConfig
-
-if __name__ == "__main__":
-    resource.setrlimit(resource.RLIMIT_DATA, (600 << 20, 600 << 20))
-    prepare(PrepareConfig(name="set", input=[sys.argv[1]], tokenizer=sys.argv[2], num_proc=2))
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1 << 20  # kilobytes, with the pages of the file
-"""
 
 
 @pytest.mark.slow
@@ -577,9 +559,8 @@ def test_a_line_of_a_gigabyte_needs_600_mb_at_most(name: str, tokenizer: str) ->
     with opened as file:
         for _ in range(1 + (1 << 30) // len(line)):
             file.write(line)
-    Path("memory.py").write_text(MEMORY)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "memory.py", name, tokenizer], env=environment, check=True)
+    settings = {"name": "set", "input": [name], "tokenizer": tokenizer, "num_proc": 2}
+    assert start(module.UNIT, 600, **settings).wait() == 0
     assert sum(open_dataset(SET).description["bytes"].values()) > 1 << 30
 
 

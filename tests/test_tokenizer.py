@@ -86,13 +86,10 @@ def test_odd_characters_survive_whole_and_streamed(tokenizer: Tokenizer) -> None
     again = from_description(json.loads(json.dumps(tokenizer.describe())))
     assert again.encode(ODD).tolist() == ids.tolist()
     assert again.describe() == tokenizer.describe()
-
-
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), GPT2Tokenizer(), BPE], ids=str)
-def test_any_text_survives_and_half_a_surrogate_pair_is_replaced(tokenizer: Tokenizer) -> None:
-    for text in fuzz(200):
-        assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
-    assert tokenizer.decode(tokenizer.encode("a\ud800b").tolist()) == "a\ufffdb"
+    if tokenizer.kind != "char":
+        for text in fuzz(200):
+            assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
+        assert tokenizer.decode(tokenizer.encode("a\ud800b").tolist()) == "a\ufffdb"
 
 
 def test_gpt2s_ids_are_the_known_ones() -> None:
