@@ -222,8 +222,8 @@ def byte_level_engine(alphabet: list[str], merges: list[tuple[str, str]]) -> Any
     """Return the library's tokenizer for byte-level BPE with `<|endoftext|>`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    tokens = [*alphabet, *("".join(pair) for pair in merges), END_OF_TEXT]
-    engine = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    ids = {token: i for i, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
+    engine = Tokenizer(models.BPE(ids, merges, continuing_subword_prefix="", end_of_word_suffix=""))
     engine.pre_tokenizer, engine.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     engine.add_special_tokens([END_OF_TEXT])
     return engine
@@ -318,9 +318,7 @@ def make_tokenizer(setting: str, characters: Iterable[str], texts: Iterable[str]
 def from_description(description: Any) -> Tokenizer:
     """Return the tokenizer that `describe` described. Raises `DataError` for a description that is not one."""
     match description:
-        case {"characters": str(tokens)} | {"tokens": list(tokens)} if tokens and all(
-            isinstance(t, str) for t in tokens
-        ):
+        case {"characters": str(tokens)} | {"tokens": list(tokens)} if set(map(type, tokens)) == {str}:
             return CharTokenizer(tokens)
         case {"kind": "byte"}:
             return ByteTokenizer()
