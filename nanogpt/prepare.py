@@ -391,7 +391,7 @@ def make_plan(work: Path, config: PrepareConfig, sources: dict[str, int]) -> dic
     sample = (text for text, _ in texts(shuffled, Counter(), BPE_TEXT))
     path = Path(config.tokenizer)
     if "/" in config.tokenizer and not path.exists():
-        path = hub_folder(config.tokenizer, ["tokenizer.json", "tokenizer_config.json"], option="tokenizer")
+        path = hub_folder(config.tokenizer, ["tokenizer*.json"], option="tokenizer")
     tokenizer = make_tokenizer(str(path), characters, sample)
     log.info(f"{tokenizer}")
     write_json(work / "tokenizer.json", tokenizer.describe())

@@ -92,15 +92,10 @@ def test_odd_characters_survive_whole_and_streamed(tokenizer: Tokenizer) -> None
         assert tokenizer.decode(tokenizer.encode("a\ud800b").tolist()) == "a\ufffdb"
 
 
-def test_gpt2s_ids_are_the_known_ones() -> None:
-    tokenizer = GPT2Tokenizer()
-    assert tokenizer.encode("hello world").tolist() == [31373, 995]  # as in OpenAI's documentation
-    assert tokenizer.encode_prompt("<|endoftext|>hello") == [50256, 31373]
-    assert (tokenizer.vocab_size, tokenizer.padded_vocab_size, tokenizer.end_of_text) == (50257, 50304, 50256)
-
-
 def test_gpt2s_ids_equal_tiktokens_and_transformers() -> None:
     ours = GPT2Tokenizer()
+    assert ours.encode("hello world").tolist() == [31373, 995]  # as in OpenAI's documentation
+    assert (ours.vocab_size, ours.padded_vocab_size, ours.end_of_text) == (50257, 50304, 50256)
     ranks = {token: i for i, token in enumerate(ours.token_bytes[:-1])}
     pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # GPT-2's encoder.py
     theirs = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
@@ -206,17 +201,12 @@ def test_a_folder_without_a_readable_tokenizer_says_what_is_expected(content: st
         read_tokenizer(tmp_path)
 
 
-def test_an_unknown_character_is_named() -> None:
-    with pytest.raises(DataError, match=r"vocabulary of 3 characters lacks 'z' \(U\+007A\), '€' \(U\+20AC\)"):
-        CharTokenizer(sorted(set("abc"))).encode("abz€")
-
-
 def test_a_vocabulary_of_ones_own_is_looked_up_by_character() -> None:
     tokenizer = CharTokenizer(["e4", "a", " "])
     assert tokenizer.encode("a a").tolist() == [1, 2, 1]
     assert tokenizer.decode([0, 2, 0]) == "e4 e4"
     assert from_description(tokenizer.describe()).describe() == tokenizer.describe()
-    with pytest.raises(DataError, match=r"lacks '4' .*, 'e'"):
+    with pytest.raises(DataError, match=r"vocabulary of 3 characters lacks '4' \(U\+0034\), 'e' \(U\+0065\)"):
         tokenizer.encode("e4")
     with pytest.raises(DataError, match="try --to=flat"):
         _ = tokenizer.definition
@@ -224,8 +214,8 @@ def test_a_vocabulary_of_ones_own_is_looked_up_by_character() -> None:
 
 @pytest.mark.parametrize(
     "description",
-    [None, [], {}, {"kind": "x"}, {"kind": "char"}, {"kind": "char", "characters": 3}, {"kind": "tokenizers"},
-     {"kind": "char", "characters": ""}, {"kind": "vocabulary", "tokens": []}, {"kind": "vocabulary", "tokens": [5]}],
+    [None, [], {"kind": "x"}, {"kind": "char", "characters": 3}, {"kind": "char", "characters": ""},
+     {"kind": "tokenizers"}, {"kind": "vocabulary", "tokens": []}, {"kind": "vocabulary", "tokens": [5]}],
 )  # fmt: skip
 def test_a_broken_description_is_refused(description: object) -> None:
     with pytest.raises(DataError, match="unknown tokenizer description"):
