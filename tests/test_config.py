@@ -131,6 +131,8 @@ def test_an_optimizer_is_named_in_lower_case(optimizer: str) -> None:
         ("export", ["--output=x", "--dtype=q8_0"], "dtype=q8_0: --to=hf cannot hold it"),
         ("prepare", [], "which data set?"),
         ("prepare", ["a/b"], "name='a/b': expected the name of a folder in data_dir"),
+        ("prepare", [], "which data set? for example"),
+        ("prepare", ["x", "--tokenizer=bpe:100"], "bpe:N (from 257)"),
         ("prepare", ["x", "--val_fraction=1"], "val_fraction=1.0: expected auto or a value between 0 and 1"),
         ("prepare", ["x", "--tokenizer=words"], "tokenizer='words': expected char, byte, gpt2, bpe:N"),
         ("eval", ["--tasks=mmlu"], "--tasks=['mmlu']: expected loss, lambada, hellaswag"),

@@ -114,12 +114,6 @@ def test_damage_is_one_message(folder: Path, damage: Callable[[Path], Any], mess
     assert message in str(caught.value)
 
 
-def test_another_data_set_leaves_nothing_of_the_one_before(folder: Path) -> None:
-    write_dataset(folder, ByteTokenizer(), np.arange(9), np.arange(3))
-    assert {path.name for path in folder.iterdir()} == {"train.bin", "val.bin", "dataset.json"}
-    assert open_dataset(folder).train[:].tolist() == list(range(9))
-
-
 def test_a_model_and_its_data_must_fit(folder: Path) -> None:
     dataset = open_dataset(folder)
     dataset.check_tokenizer(CharTokenizer("abc"), "the model")

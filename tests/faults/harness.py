@@ -62,7 +62,7 @@ def config_of(folder: Path, **changes: Any) -> TrainConfig:
 def make_data(folder: Path) -> None:
     """The data set of all runs in `folder`."""
     text = "the quick brown fox jumps over the lazy dog\n" * 130
-    tokenizer = CharTokenizer.from_text(text)
+    tokenizer = CharTokenizer(sorted(set(text)))
     write_dataset(folder / "data" / "fox", tokenizer, tokenizer.encode(text[:5000]), tokenizer.encode(text[5000:]))
 
 

@@ -58,9 +58,8 @@ def test_every_text_survives_its_tokens(text: str) -> None:
         assert all(0 <= i < tokenizer.vocab_size for i in ids.tolist())
         assert tokenizer.decode(ids.tolist()) == well_formed(text)
         assert "".join(tokenizer.decode_stream(ids.tolist())) == well_formed(text)
-        assert [batch.tolist() for batch in tokenizer.encode_batch([text, text])] == [ids.tolist()] * 2
     if text:
-        characters = CharTokenizer.from_text(text)
+        characters = CharTokenizer(sorted(set(text)))
         assert characters.decode(characters.encode(text).tolist()) == text
         assert from_description(characters.describe()).encode(text).tolist() == characters.encode(text).tolist()
 
