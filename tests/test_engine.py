@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from nanogpt.engine import quantize
+from nanogpt.engine import Sampling
 
 from nanogpt.config import GPTConfig
-from nanogpt.engine import Engine, Request, Row, stream
+from nanogpt.engine import Engine, Request, Row
 from nanogpt.model import GPT
-from nanogpt.packed import pack
-from nanogpt.sampling import Sampling
 from tests.conftest import random_ids
 
 SHAPES = {
@@ -130,7 +130,7 @@ def test_equal_prompts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_packed_weights_give_the_same_logits(shape: str, precision: str, tolerance: float) -> None:
     model, packed = make(shape), make(shape)
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
-    pack(packed, dtype, int8=precision == "int8")
+    quantize(packed, dtype, int8=precision == "int8")
     engine = Engine(packed, 2, dtype=dtype)
     prompts = [random_ids(1, n)[0].tolist() for n in (12, 3)]
     rows = engine.add([Request(prompt, 3, GREEDY, alternatives=64) for prompt in prompts])
@@ -156,13 +156,13 @@ def test_scores_need_few_logits_at_a_time(model: GPT, monkeypatch: pytest.Monkey
 
 def test_int8_in_float32_and_many_rows_is_the_same_product() -> None:
     linear, x = torch.nn.Linear(64, 48), torch.randn(20, 64)
-    from nanogpt.packed import Int8Linear
+    from nanogpt.engine import QuantizedLinear
 
-    packed = Int8Linear(linear, torch.float32)
+    packed = QuantizedLinear(linear, torch.float32, int8=True)
     rows = packed.weight.float() * packed.scale[:, None]
     assert (rows - linear.weight).abs().max() <= linear.weight.abs().max() / 127 / 2 + 1e-6
     torch.testing.assert_close(packed(x), x @ rows.T + linear.bias, atol=1e-5, rtol=1e-5)
-    half = Int8Linear(linear, torch.bfloat16)
+    half = QuantizedLinear(linear, torch.bfloat16, int8=True)
     few, many = half(x[:2].bfloat16()), half(x.bfloat16())[:2]  # two kernels
     torch.testing.assert_close(few, many, atol=0.02, rtol=0.02)
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from nanogpt.sample import prompt_ids
 
 from nanogpt import sample as module
 from nanogpt import train
@@ -15,7 +16,6 @@ from nanogpt.huggingface import save_pretrained
 from nanogpt.model import GPT
 from nanogpt.sample import SEPARATOR, sample
 from nanogpt.settings import SampleConfig
-from nanogpt.text import prompt_ids
 from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
 
 

@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-
-from nanogpt.sampling import Sampling, draw
+from nanogpt.engine import Sampling, draw
 
 LOGITS = torch.tensor([0.0, 1.0, 2.0, -1.0, 1.5])
 

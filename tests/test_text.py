@@ -1,6 +1,6 @@
 import pytest
+from nanogpt.sample import TextStream
 
-from nanogpt.text import TextStream
 from nanogpt.tokenizer import ByteTokenizer
 
 
