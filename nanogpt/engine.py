@@ -51,7 +51,7 @@ def _draw(kind: str, logits: Tensor, settings: Sequence[Sampling], streams: Sequ
     V, ids = logits.shape[-1], None
     values = [(s.temperature, min(s.top_k or V, V), s.top_p, s.min_p, r.getrandbits(32) / 2**32)
               for s, r in zip(settings, streams, strict=True)]  # fmt: skip
-    columns = torch.tensor(values, dtype=torch.float64, device=logits.device).T[..., None]
+    columns = torch.tensor(values, dtype=torch.float64, device=logits.device).split(1, dim=1)
     temperature, top_k, top_p, min_p, point = columns  # (B, 1) each
     if kind == "ranked":
         most = max(row[1] for row in values)
@@ -80,7 +80,7 @@ class KVCache:
         size = (config.n_layer, rows, config.n_kv_head, length, config.head_size)
         # Zeros: masked positions are multiplied by 0, so they must not be NaN.
         self.keys, self.values = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
-        self.rows, self.length, self.device = rows, length, device
+        self.rows, self.device = rows, device
 
     def prefill(self, rows: Sequence[int], T: int) -> None:
         """Announce the first T tokens of each of `rows`."""
@@ -163,23 +163,15 @@ class Engine:
         """Start requests, at most `room`; equal prompts are prefilled once. Raises `ValueError`."""
         if len(requests) > self.room:
             raise ValueError(f"{len(requests)} requests for {self.room} free rows")
-        if not all(request.prompt for request in requests):
-            raise ValueError("a prompt needs at least one token")
+        if not all(each.prompt and each.max_new_tokens >= 0 for each in requests):
+            raise ValueError("a prompt needs at least one token, and max_new_tokens can't be negative")
         added = [Row(each, list(each.prompt), random.Random(each.seed % 2**64)) for each in requests]
-        first: dict[tuple[int, ...], Row] = {}  # of each prompt
         for row in added:
             row.begin = max(0, len(row.tokens) - self.block_size)
-            if row.request.max_new_tokens:
-                first.setdefault(tuple(row.tokens), row)
-                self.rows.append(row)
-            else:
-                row.end = "length"
-        self._prefill(list(first.values()))
-        for row in added:
-            source = first.get(tuple(row.tokens), row)
-            if source is not row and not row.end:
-                row.seen = source.seen
-                self.cache.copy(self.rows.index(source), self.rows.index(row), row.seen)
+            row.end = "" if row.request.max_new_tokens else "length"
+        started = [row for row in added if not row.end]
+        self.rows += started
+        self._prefill(started)
         return added
 
     @torch.inference_mode()
@@ -240,15 +232,18 @@ class Engine:
 
     @torch.inference_mode()
     def _prefill(self, rows: Sequence[Row]) -> None:
-        """Fill the cache with the windows of `rows`, up to the newest token but one."""
-        windows = [row.tokens[row.begin : -1] for row in rows]
-        for row, window in zip(rows, windows, strict=True):
-            row.seen = len(window)
-        T = max(map(len, windows), default=0)
+        """Fill the cache with the windows of `rows`, up to the newest token but one; equal ones are computed once."""
+        windows = {row: tuple(row.tokens[row.begin : -1]) for row in rows}
+        first = {windows[row]: row for row in reversed(rows)}  # of each window
+        T = max(map(len, first), default=0)
         if T:  # Shorter windows are padded at the end, where no token looks; decoding overwrites what that leaves.
-            idx = torch.tensor([[*window, *[0] * (T - len(window))] for window in windows], device=self.device)
-            self.cache.prefill([self.rows.index(row) for row in rows], T)
+            idx = torch.tensor([[*window, *[0] * (T - len(window))] for window in first], device=self.device)
+            self.cache.prefill([self.rows.index(row) for row in first.values()], T)
             self.model.transformer(idx, cache=self.cache)
+        for row, window in windows.items():
+            row.seen = len(window)
+            if first[window] is not row:
+                self.cache.copy(self.rows.index(first[window]), self.rows.index(row), row.seen)
 
 
 def _likelihood(logits: Tensor, token: int, count: int) -> Likelihood:
@@ -258,9 +253,7 @@ def _likelihood(logits: Tensor, token: int, count: int) -> Likelihood:
     return float(logprobs[token]), list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
 
 
-def generate(
-    model: GPT, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None
-) -> Tensor:
+def generate(model: GPT, idx: Tensor, max_new_tokens: int, temperature: float, top_k: int | None) -> Tensor:
     """Return idx (B, T >= 1) with `max_new_tokens` more ids in each row; torch's random stream gives the seeds.
 
     The model sees the last `block_size` tokens. Raises `FloatingPointError` if its logits are not finite.
@@ -296,12 +289,10 @@ class QuantizedLinear(nn.Module):
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
         if self.scale is None:
             return F.linear(x, self.weight, self.bias)
-        rows = x.flatten(0, -2)
-        if self.is_fast and len(rows) <= 32:  # the kernel is for few rows
-            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        if self.is_fast and x.shape[:-1].numel() <= 32:  # the kernel is for few rows
+            y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], -1)
         else:
-            y = F.linear(rows, self.weight.to(self.dtype)) * self.scale
-        y = y.view(*x.shape[:-1], -1)
+            y = F.linear(x, self.weight.to(self.dtype)) * self.scale
         return y if self.bias is None else y + self.bias
 
 

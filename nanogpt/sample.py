@@ -113,9 +113,9 @@ def follow(engine: Engine, row: Row, stream: TextStream) -> str:
     """Return the text that the engine's latest step has made certain; end the row where a stop string is complete."""
     # An end token is not part of the text, and after an error there is no token.
     piece = stream.push([] if row.end in ("stop", "error") else row.tokens[-1:], final=bool(row.end))
-    if stream.stopped and not row.end:
-        engine.finish(row)
     if stream.stopped:
+        if not row.end:
+            engine.finish(row)
         row.end = "stop"
     return piece
 
