@@ -51,8 +51,8 @@ def _draw(kind: str, logits: Tensor, settings: Sequence[Sampling], streams: Sequ
     V, ids = logits.shape[-1], None
     values = [(s.temperature, min(s.top_k or V, V), s.top_p, s.min_p, r.getrandbits(32) / 2**32)
               for s, r in zip(settings, streams, strict=True)]  # fmt: skip
-    columns = torch.tensor(values, dtype=torch.float64, device=logits.device).split(1, dim=1)
-    temperature, top_k, top_p, min_p, point = columns  # (B, 1) each
+    columns = torch.tensor(values, dtype=torch.float64, device=logits.device)[..., None]
+    temperature, top_k, top_p, min_p, point = columns.unbind(1)  # (B, 1) each
     if kind == "ranked":
         most = max(row[1] for row in values)
         logits, ids = logits.topk(most) if most < V else logits.sort(descending=True)

