@@ -119,10 +119,8 @@ def test_quantized_weights_give_the_same_logits(shape: str, precision: str, tole
     model, quantized = make(shape), make(shape)
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
     quantize(quantized, dtype, int8=precision == "int8")
-    prompts = [random_ids(1, n)[0].tolist() for n in (12, 3)]
-    for row in Engine(quantized, 2, dtype=dtype).complete(
-        [Request(each, 3, GREEDY, 0, frozenset(), 64) for each in prompts]
-    ):
+    requests = [Request(random_ids(1, n)[0].tolist(), 3, GREEDY, alternatives=64) for n in (12, 3)]
+    for row in Engine(quantized, 2, dtype=dtype).complete(requests):
         for n in range(3):
             expected = logprobs_of(model, row.tokens[: len(row.request.prompt) + n])
             assert (recorded(row, n) - expected).abs().max() < tolerance

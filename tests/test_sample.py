@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Tokeni
 
 @pytest.fixture
 def out_dir(recipe: Callable[..., TrainConfig]) -> str:
-    config = recipe(max_iters=60, lr_decay_iters=60, eval_interval=60, learning_rate=1e-2, min_lr=1e-3)
+    config = recipe(max_iters=30, lr_decay_iters=30, eval_interval=30, learning_rate=1e-2, min_lr=1e-3)
     train.train(config)
     return config.out_dir
 
@@ -118,25 +119,14 @@ def test_the_end_of_a_text_ends_a_sample(monkeypatch: pytest.MonkeyPatch, capsys
 def test_logprobs_are_listed(run: Callable[..., list[str]]) -> None:
     lines = run(num_samples=1, start="the", max_new_tokens=6, logprobs=2)[1].splitlines()
     assert len(lines) == 6
-    for line in lines:
-        logprob, *rest = line.split()
-        assert float(logprob) <= 0
-        assert len(rest) in (4, 5, 6, 7)  # a token, and two with their own; some are blanks in quotes
+    assert all(re.fullmatch(r" +-?\d\.\d{3} '.+' +( +'.+' -?\d\.\d{3}){2}", line) for line in lines)
 
 
 def test_settings_that_cannot_work_are_one_message() -> None:
     words = "--num_samples=0 --max_new_tokens=-3 --temperature=-1 --top_p=0 --min_p=1.5 --window=whole".split()
     with pytest.raises(ConfigError) as error:
         parse(SampleConfig, words, "")
-    for found in (
-        "num_samples=0: ",
-        "max_new_tokens=-3: ",
-        "temperature=-1",
-        "top_p=0.0: ",
-        "min_p=1.5: ",
-        "window=whole: ",
-    ):
-        assert found in str(error.value)
+    assert all(f"{word[2:].partition('=')[0]}=" in str(error.value) for word in words)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3"])
