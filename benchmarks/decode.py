@@ -43,14 +43,12 @@ Generate = Callable[[list[int], int, int], float]  # prompt, new tokens, rows ->
 def ours(folder: Path, precision: str) -> Generate:
     from nanogpt.config import GPTConfig, Machine
     from nanogpt.device import choose_device
-    from nanogpt.engine import Engine, Request
+    from nanogpt.engine import Engine, Request, Sampling, quantize
     from nanogpt.model import GPT
-    from nanogpt.packed import pack
-    from nanogpt.sampling import Sampling
 
     model = GPT.from_weights(GPTConfig(**SHAPE), torch.load(folder / "weights.pt")).eval()
     dtype = choose_device(Machine(device="cpu", dtype="float32" if precision == "float32" else "bfloat16")).dtype
-    pack(model, dtype, int8=precision == "int8")
+    quantize(model, dtype, int8=precision == "int8")
 
     def generate(prompt: list[int], new: int, rows: int) -> float:
         began = time.perf_counter()
@@ -188,7 +186,7 @@ def losses_of(run: Path) -> dict[str, float]:
     """Return the mean loss of a trained run over its validation set, in nats, by precision."""
     from nanogpt.checkpoint import find_checkpoint, load_checkpoint
     from nanogpt.data import open_dataset
-    from nanogpt.packed import pack
+    from nanogpt.engine import quantize
 
     loaded = load_checkpoint(find_checkpoint(run, "auto"))
     ids = open_dataset(ROOT / "data" / loaded.config["dataset"]).val[:400_000].astype("int64")
@@ -198,7 +196,7 @@ def losses_of(run: Path) -> dict[str, float]:
     losses = {}
     for precision in PEERS:
         model = loaded.build_model()
-        pack(model, torch.float32 if precision == "float32" else torch.bfloat16, int8=precision == "int8")
+        quantize(model, torch.float32 if precision == "float32" else torch.bfloat16, int8=precision == "int8")
         total = 0.0
         with torch.inference_mode():
             for x, y in zip(torch.split(windows, 32), torch.split(targets, 32), strict=True):

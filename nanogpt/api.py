@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from nanogpt import __version__, engine
-from nanogpt.engine import Likelihood
+from nanogpt.engine import Likelihood, Sampling
 from nanogpt.errors import UserError
 from nanogpt.protocol import (
     Completion,
@@ -30,9 +30,8 @@ from nanogpt.protocol import (
     mistakes,
     pieces_of,
 )
-from nanogpt.sampling import Sampling
+from nanogpt.sample import prompt_ids
 from nanogpt.scheduler import Job, OverloadedError, Piece, Scheduler
-from nanogpt.text import prompt_ids
 from nanogpt.tokenizer import Tokenizer
 
 _MOST = 2**19  # values in one answer, which is put together in memory

@@ -1,65 +1,106 @@
 """From weights to token ids: many requests at a time, each token computed once.
 
-A request's prompt goes through the network in one pass, all but its last token; then every step feeds each row its
-newest token and draws the next. Rows come when they are added and leave when they end; neither disturbs the others.
+A prompt is prefilled in one pass, all but its last token; then every step decodes: it feeds each row its newest token
+and draws the next one. Rows join between any two steps and leave when they end, and neither disturbs the others.
 """
 
-import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from nanogpt.config import GPTConfig
 from nanogpt.model import GPT
-from nanogpt.sampling import Sampling, draw
 
-_CHUNK = 512  # tokens of a text whose logits are there together: of 8,000 they would take gigabytes
-# beyond block_size: forget the older half and read the newer one again, or read the whole window again for every token
-Window = Literal["half", "slide"]
-# a token's log-probability, and the likeliest ids in its place with theirs
-Likelihood = tuple[float, list[tuple[int, float]]]
+_CHUNK = 512  # tokens of a scored text whose logits exist at the same time: those of 8,000 would take gigabytes
+Window = Literal["half", "slide"]  # a full context loses its older half, or one token (a prefill for every token)
+Likelihood = tuple[float, list[tuple[int, float]]]  # a token's logprob; the top-k ids in its place, with their logprobs
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What to draw from. The limits apply in this order, each to the tokens that the one before it left."""
+
+    temperature: float = 1.0  # 1: the model's own distribution; lower: fewer surprises; 0: greedy
+    top_k: int = 0  # the k most probable tokens; 0: all
+    top_p: float = 1.0  # the fewest most probable tokens that together have this probability (Holtzman et al. 2020)
+    min_p: float = 0.0  # tokens with at least this share of the highest probability (Nguyen et al. 2024)
+
+
+def draw(logits: Tensor, settings: Sequence[Sampling], streams: Sequence[random.Random]) -> list[int]:
+    """Return one id per row of logits (B, V), drawn as its settings say from its own random stream; -1 for NaN."""
+    kinds = ["greedy" if s.temperature == 0 else "ranked" if s.top_k or s.top_p < 1 else "plain" for s in settings]
+    drawn = torch.empty(len(kinds), dtype=torch.long)
+    for kind in set(kinds):  # in groups, because the algorithm of a row must not depend on its neighbours
+        rows = [n for n, other in enumerate(kinds) if other == kind]
+        part = logits if len(rows) == len(kinds) else logits[rows]
+        drawn[rows] = _draw(kind, part, [settings[n] for n in rows], [streams[n] for n in rows]).cpu()
+    return drawn.masked_fill(~logits.amax(dim=-1).isfinite().cpu(), -1).tolist()
+
+
+def _draw(kind: str, logits: Tensor, settings: Sequence[Sampling], streams: Sequence[random.Random]) -> Tensor:
+    """Return the drawn ids (B,) of rows of one kind."""
+    if kind == "greedy":
+        return logits.argmax(dim=-1)
+    if logits.device.type == "mps":  # which has no float64
+        logits = logits.cpu()
+    V, ids = logits.shape[-1], None
+    values = [(s.temperature, min(s.top_k or V, V), s.top_p, s.min_p, r.getrandbits(32) / 2**32)
+              for s, r in zip(settings, streams, strict=True)]  # fmt: skip
+    columns = torch.tensor(values, dtype=torch.float64, device=logits.device)[..., None]
+    temperature, top_k, top_p, min_p, point = columns.unbind(1)  # (B, 1) each
+    if kind == "ranked":
+        most = max(row[1] for row in values)
+        logits, ids = logits.topk(most) if most < V else logits.sort(descending=True)
+    # The maximum goes first, because a tiny temperature would make infinities of any number but 0.
+    p = ((logits - logits.amax(dim=-1, keepdim=True)).double() / temperature).softmax(dim=-1)
+    if kind == "ranked":
+        rank = torch.arange(p.shape[-1], device=p.device)
+        p = p.masked_fill(rank >= top_k, 0.0)
+        before = (p.cumsum(dim=-1) - p) / p.sum(dim=-1, keepdim=True)  # the probability of all higher ranks
+        p = p.masked_fill((before >= top_p) & (rank > 0), 0.0)
+    if any(each.min_p for each in settings):
+        p = p.masked_fill(p < p.amax(dim=-1, keepdim=True) * min_p, 0.0)
+    total = p.cumsum(dim=-1)
+    index = torch.searchsorted(total, point * total[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
+    return (index if ids is None else ids.gather(1, index))[:, 0]
 
 
 class KVCache:
-    """Keys and values of every layer for a number of rows, allocated once: each (layers, rows, H_kv, length, D).
+    """Keys and values of every layer, allocated once: each (layers, rows, H_kv, length, D).
 
-    A forward pass works on neighbouring rows. `seek` says which, and how far each has come; every layer then hands its
-    new keys and values to `append`.
+    `prefill` or `decode` announces a forward pass; then every layer hands its new keys and values to `append`.
     """
 
     def __init__(self, config: GPTConfig, rows: int, length: int, dtype: torch.dtype, device: str = "cpu") -> None:
         size = (config.n_layer, rows, config.n_kv_head, length, config.head_size)
         # Zeros: masked positions are multiplied by 0, so they must not be NaN.
         self.keys, self.values = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
-        self.rows, self.length = rows, length
+        self.rows, self.device = rows, device
 
-    def seek(self, first: int, starts: Sequence[int], T: int) -> None:
-        """Announce a pass over T tokens of rows first, first + 1, ..., which hold `starts` tokens each."""
-        self._rows = slice(first, first + len(starts))
-        self._common = starts[0] if len(set(starts)) == 1 else None  # all rows at one position: no index is needed
-        self._end = max(starts) + T
-        device = self.keys.device
-        self.positions = torch.tensor(starts, device=device)[:, None] + torch.arange(T, device=device)  # (B, T)
-        # (B, 1, T, end): which positions each token sees; None where plain causal attention says the same.
-        self.mask = None
-        if self._common is None or (T > 1 and self._common > 0):
-            self.mask = (torch.arange(self._end, device=device) <= self.positions[..., None])[:, None]
+    def prefill(self, rows: Sequence[int], T: int) -> None:
+        """Announce the first T tokens of each of `rows`."""
+        self._rows, self._end = torch.tensor(rows, device=self.device)[:, None], 0
+        self.positions = torch.arange(T, device=self.device)[None]  # (1, T)
+        self.mask: Tensor | None = None
+
+    def decode(self, starts: Sequence[int]) -> None:
+        """Announce one more token for each of the first rows, which hold `starts` tokens."""
+        self._rows, self._end = torch.arange(len(starts), device=self.device)[:, None], max(starts) + 1
+        self.positions, self.mask = torch.tensor(starts, device=self.device)[:, None], None  # (B, 1)
+        if min(starts) < max(starts):  # (B, 1, 1, end): which positions each token sees; None is faster
+            self.mask = (torch.arange(self._end, device=self.device) <= self.positions)[:, None, None]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values of a layer (B, H_kv, T, D); return all so far, (B, H_kv, end, D)."""
-        keys, values = self.keys[layer, self._rows], self.values[layer, self._rows]
-        if self._common is not None:
-            keys[:, :, self._common : self._end] = k
-            values[:, :, self._common : self._end] = v
-        else:
-            rows = torch.arange(len(k), device=k.device)[:, None]
-            keys[rows, :, self.positions] = k.transpose(1, 2)
-            values[rows, :, self.positions] = v.transpose(1, 2)
-        return keys[:, :, : self._end], values[:, :, : self._end]
+        """Store new keys and values of a layer, (B, H_kv, T, D); return all that their tokens may see."""
+        self.keys[layer][self._rows, :, self.positions] = k.transpose(1, 2)
+        self.values[layer][self._rows, :, self.positions] = v.transpose(1, 2)
+        B, end = len(k), self._end
+        return (self.keys[layer, :B, :, :end], self.values[layer, :B, :, :end]) if end else (k, v)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of row `source` to row `target`."""
@@ -74,9 +115,9 @@ class Request:
     prompt: Sequence[int]  # at least one token
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
-    seed: int = 0  # of the request's own random stream: what others draw at the same time changes nothing
-    stop: frozenset[int] = frozenset()  # ids that end it, such as that of the end of a text
-    alternatives: int | None = None  # also tell log-probabilities: of the token, and of so many likeliest ones
+    seed: int = 0  # of the request's own random stream, which makes it independent of other requests
+    stop: frozenset[int] = frozenset()  # ids that end it: the model's end tokens
+    alternatives: int | None = None  # also record logprobs: of each new token, and of so many top-k ids in its place
 
 
 @dataclass(eq=False)
@@ -84,93 +125,97 @@ class Row:
     """A request under way."""
 
     request: Request
-    tokens: list[int]  # prompt and continuation
+    tokens: list[int]  # prompt and completion
     stream: random.Random
-    begin: int = 0  # where the window that the network sees begins
-    seen: int = 0  # how many tokens of the window are in the cache
-    end: str = ""  # why it ended: "length", "stop", "cancelled", or "error": the model's output was not a number; empty
-    # while it goes on
+    begin: int = 0  # the token with which the window that the model sees begins
+    seen: int = 0  # tokens of the window that are in the cache
+    end: str = ""  # "length", "stop", "cancelled" or "error" (logits that are not finite); empty: under way
     alternatives: list[Likelihood] = field(default_factory=list)  # per new token, if the request asks for them
 
     @property
     def new_tokens(self) -> list[int]:
-        """What has been drawn."""
+        """Return the completion."""
         return self.tokens[len(self.request.prompt) :]
 
 
 class Engine:
-    """Continues up to `rows` requests side by side, each within a window of block_size tokens.
+    """Completes up to `rows` requests side by side, each within a window of block_size tokens.
 
-    length: tokens to make room for, per row. dtype: of the keys and values that the model computes, if another than
-    its embedding's. Ids from `vocab_size` on are never drawn: they only pad the embedding to a round size.
+    length: tokens to allocate per row. dtype: of the keys and values that the model computes, if it is not that of the
+    embedding. Ids from `vocab_size` on are never drawn: they only pad the embedding to a round size.
     """
 
     def __init__(self, model: GPT, rows: int, *, length: int | None = None, vocab_size: int | None = None,
                  dtype: torch.dtype | None = None, window: Window = "half") -> None:  # fmt: skip
         self.model, self.vocab_size, self.window = model, vocab_size, window
         embedding = model.transformer.wte.weight
-        self.device = embedding.device
-        self.block_size = model.config.block_size
+        self.device, self.block_size = embedding.device, model.config.block_size
         length = min(length or self.block_size, self.block_size)
         self.cache = KVCache(model.config, rows, length, dtype or embedding.dtype, str(self.device))
-        self.rows: list[Row] = []  # that are under way; the n-th is in row n of the cache
+        self.rows: list[Row] = []  # under way; the n-th has the n-th row of the cache
 
     @property
     def room(self) -> int:
-        """How many more requests can be added."""
+        """Return how many more requests can be added."""
         return self.cache.rows - len(self.rows)
 
     def add(self, requests: Sequence[Request]) -> list[Row]:
-        """Start requests, at most `room`; equal prompts are read once."""
+        """Start requests, at most `room`; equal prompts are prefilled once. Raises `ValueError`."""
         if len(requests) > self.room:
             raise ValueError(f"{len(requests)} requests for {self.room} free rows")
-        for request in requests:
-            if not request.prompt or request.max_new_tokens < 0:
-                raise ValueError("a prompt needs at least one token, and max_new_tokens can't be negative")
-            length = min(len(request.prompt) + request.max_new_tokens, self.block_size)
-            if length > self.cache.length:
-                raise ValueError(f"{length} tokens in a cache of {self.cache.length}")
+        if not all(each.prompt and each.max_new_tokens >= 0 for each in requests):
+            raise ValueError("a prompt needs at least one token, and max_new_tokens can't be negative")
         added = [Row(each, list(each.prompt), random.Random(each.seed % 2**64)) for each in requests]
         for row in added:
             row.begin = max(0, len(row.tokens) - self.block_size)
             row.end = "" if row.request.max_new_tokens else "length"
-        # the first of each prompt, then the others, which copy what it remembers
-        first: dict[tuple[int, ...], Row] = {}
-        copies = [row for row in added if not row.end and first.setdefault(tuple(row.tokens), row) is not row]
-        self.rows += first.values()
-        self._read(len(self.rows) - len(first), list(first.values()))
-        for row in copies:
-            source = first[tuple(row.tokens)]
-            self.cache.copy(self.rows.index(source), len(self.rows), source.seen)
-            row.begin, row.seen = source.begin, source.seen
-            self.rows.append(row)
+        started = [row for row in added if not row.end]
+        self.rows += started
+        self._prefill(started)
         return added
 
+    @torch.inference_mode()
     def step(self) -> list[Row]:
-        """Draw one token for every row under way; returns those rows, of which some may have ended with it."""
-        self._move_windows()
+        """Draw one token for every row under way; return those rows, of which some may have ended with it."""
+        full = [row for row in self.rows if len(row.tokens) - row.begin > self.block_size]
+        for row in full:
+            row.begin = len(row.tokens) - (self.block_size if self.window == "slide" else max(1, self.block_size // 2))
+        self._prefill(full)
         rows = list(self.rows)
         if not rows:
             return rows
-        logits = self._logits([row.tokens[-1] for row in rows])
+        self.cache.decode([row.seen for row in rows])
+        idx = torch.tensor([row.tokens[-1:] for row in rows], device=self.device)  # (B, 1)
+        x = self.model.transformer(idx, cache=self.cache)[:, -1]
+        logits = self.model.lm_head(x)[:, : self.vocab_size].float()
         for row in rows:
             row.seen += 1
-        chosen = draw(logits, [row.request.sampling for row in rows], [row.stream for row in rows])
-        for n, (row, token) in enumerate(zip(rows, chosen, strict=True)):
+        drawn = draw(logits, [row.request.sampling for row in rows], [row.stream for row in rows])
+        for n, (row, token) in enumerate(zip(rows, drawn, strict=True)):
             if token < 0:
                 self.finish(row, "error")
                 continue
             row.tokens.append(token)
             if row.request.alternatives is not None:
-                row.alternatives.append(_alternatives(logits[n], token, row.request.alternatives))
+                row.alternatives.append(_likelihood(logits[n], token, row.request.alternatives))
             if token in row.request.stop:
                 self.finish(row, "stop")
             elif len(row.tokens) - len(row.request.prompt) >= row.request.max_new_tokens:
                 self.finish(row, "length")
         return rows
 
+    def complete(self, requests: Sequence[Request]) -> list[Row]:
+        """Run requests, at most `room`, to their ends, with the model in evaluation mode."""
+        training = self.model.training
+        self.model.eval()
+        rows = self.add(requests)
+        while self.rows:
+            self.step()
+        self.model.train(training)
+        return rows
+
     def finish(self, row: Row, reason: str = "cancelled") -> None:
-        """End a row that is under way. Its place goes to the last one."""
+        """End a row that is under way. The last row takes its place."""
         row.end = reason
         place = self.rows.index(row)
         last = self.rows.pop()
@@ -180,76 +225,84 @@ class Engine:
 
     @torch.inference_mode()
     def score(self, tokens: Sequence[int], alternatives: int) -> list[Likelihood]:
-        """How likely each of tokens[1:] is after those before it; at most block_size tokens. Uses no row."""
+        """Return the logprobs of tokens[1:], each after those before it; at most block_size tokens. Uses no row."""
         parts = self.model.transformer(torch.tensor([tokens], device=self.device))[0].split(_CHUNK)
         logits = (row for part in parts for row in self.model.lm_head(part)[:, : self.vocab_size])  # (V,) each
-        return [_alternatives(row.float(), token, alternatives) for token, row in zip(tokens[1:], logits, strict=False)]
-
-    def _move_windows(self) -> None:
-        """Make room for the next token where a window is full."""
-        late = [n for n, row in enumerate(self.rows) if len(row.tokens) - row.begin > self.block_size]
-        kept = self.block_size if self.window == "slide" else max(1, self.block_size // 2)
-        for n in late:
-            self.rows[n].begin = len(self.rows[n].tokens) - kept
-        for _, run in itertools.groupby(late, key=lambda n: n - late.index(n)):  # neighbours go in one pass
-            places = list(run)
-            self._read(places[0], [self.rows[n] for n in places])
+        return [_likelihood(row.float(), token, alternatives) for token, row in zip(tokens[1:], logits, strict=False)]
 
     @torch.inference_mode()
-    def _logits(self, tokens: list[int]) -> Tensor:
-        """Logits (B, V) after the newest token of every row."""
-        self.cache.seek(0, [row.seen for row in self.rows], 1)
-        idx = torch.tensor(tokens, device=self.device)[:, None]  # (B, 1)
-        x = self.model.transformer(idx, cache=self.cache)[:, -1]
-        logits: Tensor = self.model.lm_head(x)[:, : self.vocab_size]
-        return logits.float()
-
-    @torch.inference_mode()
-    def _read(self, place: int, rows: list[Row]) -> None:
-        """Fill the cache from row `place` on with the windows of `rows`, up to the newest token but one."""
-        windows = [row.tokens[row.begin : -1] for row in rows]
-        for row, window in zip(rows, windows, strict=True):
-            row.seen = len(window)
-        T = max(map(len, windows), default=0)
-        if T:  # shorter ones are padded at the end, where nothing looks, and what that leaves is overwritten
-            idx = torch.tensor([[*window, *[0] * (T - len(window))] for window in windows], device=self.device)
-            self.cache.seek(place, [0] * len(rows), T)
+    def _prefill(self, rows: Sequence[Row]) -> None:
+        """Fill the cache with the windows of `rows`, up to the newest token but one; equal ones are computed once."""
+        windows = {row: tuple(row.tokens[row.begin : -1]) for row in rows}
+        first = {windows[row]: row for row in reversed(rows)}  # of each window
+        T = max(map(len, first), default=0)
+        if T:  # Shorter windows are padded at the end, where no token looks; decoding overwrites what that leaves.
+            idx = torch.tensor([[*window, *[0] * (T - len(window))] for window in first], device=self.device)
+            self.cache.prefill([self.rows.index(row) for row in first.values()], T)
             self.model.transformer(idx, cache=self.cache)
+        for row, window in windows.items():
+            row.seen = len(window)
+            if first[window] is not row:
+                self.cache.copy(self.rows.index(first[window]), self.rows.index(row), row.seen)
 
 
-def _alternatives(logits: Tensor, token: int, count: int) -> Likelihood:
-    """How likely a token is by logits (V,), and the `count` likeliest ones."""
-    log_p = logits.log_softmax(dim=-1)
-    best = log_p.topk(min(count, len(log_p)))
-    return float(log_p[token]), list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+def _likelihood(logits: Tensor, token: int, count: int) -> Likelihood:
+    """Return the logprob of a token by logits (V,), and the `count` top ids with theirs."""
+    logprobs = logits.log_softmax(dim=-1)
+    top = logprobs.topk(min(count, len(logprobs)))
+    return float(logprobs[token]), list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
 
 
-def stream(
-    model: GPT,
-    idx: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    vocab_size: int | None = None,
-    seed: int | None = None,
-) -> Iterator[Tensor]:
-    """Continue each row of idx (B, T >= 1), yielding the next ids (B, 1) one step at a time.
+def generate(model: GPT, idx: Tensor, max_new_tokens: int, temperature: float, top_k: int | None) -> Tensor:
+    """Return idx (B, T >= 1) with `max_new_tokens` more ids in each row; torch's random stream gives the seeds.
 
-    The model sees the last `block_size` tokens. Without a `seed`, torch's random stream gives one.
+    The model sees the last `block_size` tokens. Raises `FloatingPointError` if its logits are not finite.
     """
-    if seed is None:
-        seed = int(torch.randint(2**62, ()))
-    B, T = idx.shape
-    engine = Engine(model, B, length=T + max_new_tokens, vocab_size=vocab_size, window="slide")
-    sampling = Sampling(temperature, top_k or 0)
-    training = model.training
-    model.eval()
-    try:
-        rows = engine.add([Request(row, max_new_tokens, sampling, seed + n) for n, row in enumerate(idx.tolist())])
-        while engine.step():
-            if any(row.end == "error" for row in rows):
-                raise FloatingPointError("the model's output is not a number; its weights may be damaged")
-            yield torch.tensor([row.tokens[-1:] for row in rows], device=idx.device)
-    finally:
-        model.train(training)
+    (B, T), seed, sampling = idx.shape, int(torch.randint(2**62, ())), Sampling(temperature, top_k or 0)
+    engine = Engine(model, B, length=T + max_new_tokens, window="slide")
+    rows = engine.complete([Request(row, max_new_tokens, sampling, seed + n) for n, row in enumerate(idx.tolist())])
+    if any(row.end == "error" for row in rows):
+        raise FloatingPointError("the model's output is not a number; its weights may be damaged")
+    return torch.tensor([row.tokens for row in rows], device=idx.device)
+
+
+class QuantizedLinear(nn.Module):
+    """A Linear with its weight (R, C) in `dtype`, or in int8 with a scale per row; it computes in `dtype`."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, int8: bool) -> None:
+        super().__init__()
+        self.dtype, self.scale, weight = dtype, None, linear.weight.detach()
+        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        self.is_fast = weight.device.type == "cpu" and dtype == torch.bfloat16  # what the two special kernels are for
+        if int8:
+            scale = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+            self.weight, self.scale = (weight / scale).round().to(torch.int8), scale[:, 0].to(dtype)
+        elif self.is_fast and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():  # type: ignore[no-untyped-call]
+            # oneDNN reads its own layout of bfloat16 half as fast again; torch has no public function for it.
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), 1)
+        else:
+            self.weight = weight.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtype)
+        if self.weight.is_mkldnn:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
+        if self.scale is None:
+            return F.linear(x, self.weight, self.bias)
+        if self.is_fast and x.shape[:-1].numel() <= 32:  # the kernel is for few rows
+            y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], -1)
+        else:
+            y = F.linear(x, self.weight.to(self.dtype)) * self.scale
+        return y if self.bias is None else y + self.bias
+
+
+def quantize(model: GPT, dtype: torch.dtype, int8: bool = False) -> None:
+    """Replace the matmuls of `model`, in place, by ones that compute in `dtype`; `int8`: with weights of 8 bits.
+
+    Embeddings, norms and the residual stream stay as they are. With one row, decoding is as fast as the weights can be
+    read: half the bytes give twice the speed.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, QuantizedLinear(child, dtype, int8))

@@ -67,7 +67,7 @@ def load_pretrained(name: str, device: str = "cpu", *, dropout: float = 0.0) -> 
     damaged or is none of the three architectures.
     """
     folder = folder_of(name)
-    log.info(f"loading {name} from {folder}")
+    log.info(f"loading {folder}")
     shape = replace(shape_of(folder), dropout=dropout)
     tokenizer = tokenizer_of(folder, shape)
     try:

@@ -17,8 +17,8 @@ from nanogpt.errors import ConfigError
 from nanogpt.files import atomic_write
 from nanogpt.model import GPT
 from nanogpt.runs import print_table
+from nanogpt.sample import prompt_ids, read_prompt
 from nanogpt.settings import InspectConfig
-from nanogpt.text import prompt_ids, read_prompt
 from nanogpt.tokenizer import Tokenizer
 
 _FULL = 6.0  # nats at which the colour is full

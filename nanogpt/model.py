@@ -369,9 +369,9 @@ class GPT(nn.Module):
 
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
         """Append `max_new_tokens` sampled tokens to each row of idx (B, T): see `nanogpt.engine`."""
-        from nanogpt.engine import stream
+        from nanogpt.engine import generate
 
-        return torch.cat([idx, *stream(self, idx, max_new_tokens, temperature=temperature, top_k=top_k)], dim=1)
+        return generate(self, idx, max_new_tokens, temperature, top_k)
 
     def configure_optimizers(
         self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str

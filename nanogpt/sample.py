@@ -1,16 +1,19 @@
-"""The program behind `sample.py`: text from a trained model."""
+"""The program behind `sample.py`, and what lies between text and the engine: prompts, streamed text, stop strings."""
 
+import codecs
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+
+import torch
 
 from nanogpt.checkpoint import load_trained
 from nanogpt.device import choose_device
-from nanogpt.engine import Engine, Request, Row
+from nanogpt.engine import Engine, Request, Row, Sampling, quantize
 from nanogpt.errors import ConfigError, DataError
-from nanogpt.packed import pack
-from nanogpt.sampling import Sampling
+from nanogpt.model import GPT
 from nanogpt.settings import SampleConfig, unescape
-from nanogpt.text import TextStream, follow, prompt_ids, read_prompt
 from nanogpt.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -19,43 +22,37 @@ SEPARATOR = "---------------"
 
 
 def sample(config: SampleConfig) -> None:
-    """Print `num_samples` continuations of the prompt, each followed by a separator line.
+    """Print `num_samples` completions of the prompt, each followed by a separator line.
 
-    All are drawn side by side; the first is printed while it grows, the others when all are complete.
+    All are drawn in one batch; the first is printed while it grows, the others when all are complete.
     """
     device = choose_device(replace(config, compile=False))
-    if config.compile is True:
-        log.info("compile=True: decoding is faster without, and goes without")
     trained = load_trained(config, device)
     model, tokenizer = trained.model, trained.tokenizer
     prompt = prompt_ids(read_prompt(config.start, "start"), tokenizer)
-    if len(prompt) > model.config.block_size:
+    if len(prompt) > (seen := model.config.block_size):
         raise ConfigError(
-            f"the prompt has {len(prompt):,} tokens and the model sees {model.config.block_size:,} at a time; "
-            "shorten --start"
+            f"the prompt has {len(prompt):,} tokens and the model sees {seen:,} at a time; shorten --start"
         )
     log.info(f"{trained.name}, {model.get_num_params() / 1e6:.2f}M parameters")
-    count = config.num_samples
-    if config.temperature == 0 and count > 1:
-        count = 1
-        log.info("temperature=0 always takes the likeliest token: one sample stands for all")
+    count = 1 if config.temperature == 0 else config.num_samples
+    if count < config.num_samples:
+        log.info("temperature=0 always draws the most probable token: one sample stands for all")
 
-    pack(model, device.dtype, int8=config.int8)
+    quantize(model, device.dtype, int8=config.int8)
     length = len(prompt) + config.max_new_tokens
     engine = Engine(
         model, count, length=length, vocab_size=tokenizer.vocab_size, dtype=device.dtype, window=config.window
     )
-    request = Request(
-        prompt,
-        config.max_new_tokens,
-        Sampling(config.temperature, config.top_k, config.top_p, config.min_p),
-        stop=frozenset() if config.ignore_end or tokenizer.end_of_text is None else frozenset([tokenizer.end_of_text]),
-        alternatives=config.logprobs if config.logprobs >= 0 else None,
+    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
+    ends = tokenizer.end_tokens if config.stops_at_eos else frozenset()
+    logprobs = config.logprobs if config.logprobs >= 0 else None
+    rows = engine.add(
+        [Request(prompt, config.max_new_tokens, sampling, config.seed + n, ends, logprobs) for n in range(count)]
     )
-    rows = engine.add([replace(request, seed=config.seed + n) for n in range(count)])
     stop = [unescape(text) for text in config.stop]
     streams = {row: TextStream(tokenizer, prompt, stop) for row in rows}
-    texts = {row: tokenizer.decode(prompt) for row in rows}
+    texts = dict.fromkeys(rows, tokenizer.decode(prompt))
     print(texts[rows[0]], end="", flush=True)
     while engine.rows:
         for row in engine.step():
@@ -68,12 +65,88 @@ def sample(config: SampleConfig) -> None:
     for row in rows:
         print(f"{texts[row] if row is not rows[0] else ''}\n{SEPARATOR}")
         if row.alternatives:
-            _print_alternatives(row, tokenizer)
+            print_logprobs(row, tokenizer)
 
 
-def _print_alternatives(row: Row, tokenizer: Tokenizer) -> None:
-    """Each new token with its log-probability, and the likeliest ones in its place with theirs."""
-    for token, (log_p, likeliest) in zip(row.new_tokens, row.alternatives, strict=True):
-        others = "".join(f"   {tokenizer.decode([other])!r} {each:.3f}" for other, each in likeliest)
-        print(f"{log_p:8.3f} {tokenizer.decode([token])!r:16}{others}")
+def print_logprobs(row: Row, tokenizer: Tokenizer) -> None:
+    """Print each new token with its logprob, and the top-k ids in its place with theirs."""
+    for token, (logprob, top) in zip(row.new_tokens, row.alternatives, strict=True):
+        others = "".join(f"   {tokenizer.decode([other])!r} {each:.3f}" for other, each in top)
+        print(f"{logprob:8.3f} {tokenizer.decode([token])!r:16}{others}")
     print(SEPARATOR)
+
+
+class TextStream:
+    """Text of the tokens that follow a prompt, piece by piece, up to a stop string.
+
+    A character whose bytes span several tokens comes when it is complete, and what may be the beginning of a stop
+    string when it has turned out not to be one. Bytes that form no character become U+FFFD.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stop = tokenizer, stop
+        self.stopped = False  # whether a stop string has come; neither it nor what follows is part of the text
+        self.length = 0  # characters so far, with those that are held back
+        self._held = ""
+        # The decoders of the tokenizers library raise an error at bytes that form no character.
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._decoder.decode(tokenizer.decode_bytes(prompt))  # The prompt may end within a character.
+
+    def push(self, tokens: Sequence[int], final: bool = False) -> str:
+        """Return the text that is certain after these tokens; with `final`, all that is left."""
+        text = self._decoder.decode(self.tokenizer.decode_bytes(tokens), final)
+        self.length += len(text)
+        self._held += text
+        found = [place for each in self.stop if (place := self._held.find(each)) >= 0]
+        self.stopped = bool(found)
+        certain = len(self._held)
+        if found:
+            certain = min(found)
+        elif not final:  # up to the first character from which on the rest may become a stop string
+            rests = (n for n in range(certain) if any(each.startswith(self._held[n:]) for each in self.stop))
+            certain = next(rests, certain)
+        piece, self._held = self._held[:certain], self._held[certain:]
+        return piece
+
+
+def follow(engine: Engine, row: Row, stream: TextStream) -> str:
+    """Return the text that the engine's latest step has made certain; end the row where a stop string is complete."""
+    # An end token is not part of the text, and after an error there is no token.
+    piece = stream.push([] if row.end in ("stop", "error") else row.tokens[-1:], final=bool(row.end))
+    if stream.stopped:
+        if not row.end:
+            engine.finish(row)
+        row.end = "stop"
+    return piece
+
+
+def read_prompt(text: str, setting: str) -> str:
+    """Return the text of a setting, or of the file that it names as FILE:PATH. Raises `ConfigError`."""
+    try:
+        return Path(text.removeprefix("FILE:")).read_text("utf-8") if text.startswith("FILE:") else text
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--{setting}={text}: cannot read the prompt: {error}") from error
+
+
+def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of a prompt, at least one: an empty prompt begins a new document, or else a new line.
+
+    Raises `DataError` for characters that the vocabulary lacks.
+    """
+    if not text and tokenizer.end_of_text is not None:
+        return [tokenizer.end_of_text]
+    try:
+        return tokenizer.encode_prompt(text or "\n")
+    except DataError:
+        if text not in ("", "\n"):
+            raise
+        return [0]  # a character vocabulary of text without line breaks
+
+
+def short_sample(model: GPT, tokenizer: Tokenizer, tokens: int) -> str:
+    """Return what a model writes by itself, always from the same seed, for a look at it during training."""
+    ends, sampling = tokenizer.end_tokens, Sampling(temperature=0.8, top_k=200)
+    engine = Engine(model, 1, vocab_size=tokenizer.vocab_size)
+    with torch.compiler.set_stance("force_eager"):  # Compiling again for these sizes would take minutes.
+        [row] = engine.complete([Request(prompt_ids("", tokenizer), tokens, sampling, stop=ends)])
+    return tokenizer.decode([token for token in row.new_tokens if token not in ends]).strip("\n")

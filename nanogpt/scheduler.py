@@ -17,7 +17,7 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from nanogpt.engine import Engine, Likelihood, Request, Row
-from nanogpt.text import TextStream, follow
+from nanogpt.sample import TextStream, follow
 from nanogpt.tokenizer import Tokenizer
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)  # borders of the histograms

@@ -18,10 +18,9 @@ from nanogpt.api import Service, create_app
 from nanogpt.board import add_board
 from nanogpt.checkpoint import checkpoints_of, load_trained
 from nanogpt.device import choose_device
-from nanogpt.engine import Engine
+from nanogpt.engine import Engine, quantize
 from nanogpt.errors import ConfigError
 from nanogpt.guard import Connection, Guard
-from nanogpt.packed import pack
 from nanogpt.scheduler import Scheduler
 from nanogpt.settings import ServeConfig, SourceConfig
 
@@ -103,7 +102,7 @@ def _service(config: ServeConfig) -> Service:
     if config.block_size:
         model.crop_block_size(min(config.block_size, model.config.block_size))
     size = model.get_num_params()
-    pack(model, device.dtype, int8=config.int8)
+    quantize(model, device.dtype, int8=config.int8)
     engine = Engine(model, config.rows, vocab_size=tokenizer.vocab_size, dtype=device.dtype)
     name = config.name or Path(out_dir if config.init_from == "resume" else config.init_from).resolve().name
     bytes_ = sum(part.numel() * part.element_size() for part in (engine.cache.keys, engine.cache.values))

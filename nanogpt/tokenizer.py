@@ -53,6 +53,11 @@ class Tokenizer:
         return {"kind": self.kind}
 
     @property
+    def end_tokens(self) -> frozenset[int]:
+        """Return the ids that end a generated text."""
+        return frozenset([] if self.end_of_text is None else [self.end_of_text])
+
+    @property
     def padded_vocab_size(self) -> int:
         """Return the rows of a new model's embedding: a multiple of 64, which suits the hardware."""
         return -(-self.vocab_size // 64) * 64

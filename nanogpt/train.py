@@ -29,7 +29,7 @@ from nanogpt.model import GPT
 from nanogpt.optim import learning_rate_at, make_optimizer, step_if_finite
 from nanogpt.plot import draw_if_possible
 from nanogpt.prepare import prepare_missing
-from nanogpt.text import short_sample
+from nanogpt.sample import short_sample
 
 log = logging.getLogger(__name__)
 

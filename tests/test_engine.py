@@ -1,13 +1,15 @@
-"""The engine against the network asked again and again, without a cache."""
+"""The engine against the network asked again and again, without a cache; sampling against its distribution."""
+
+import random
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from nanogpt.config import GPTConfig
-from nanogpt.engine import Engine, Request, Row, stream
+from nanogpt.engine import Engine, QuantizedLinear, Request, Row, Sampling, draw, quantize
 from nanogpt.model import GPT
-from nanogpt.packed import pack
-from nanogpt.sampling import Sampling
 from tests.conftest import random_ids
 
 SHAPES = {
@@ -16,13 +18,14 @@ SHAPES = {
     "qwen3": {"architecture": "qwen3", "n_kv_head": 1, "head_size": 16, "tied_head": False},
 }
 GREEDY = Sampling(temperature=0)
+LOGITS = torch.tensor([0.0, 1.0, 2.0, -1.0, 1.5])
 
 
-def make(shape: str, block_size: int = 16) -> GPT:
+def make(shape: str = "gpt2") -> GPT:
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=block_size, vocab_size=64, n_layer=3, n_head=4, n_embd=32, **SHAPES[shape]))  # type: ignore[arg-type]
+    model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=3, n_head=4, n_embd=32, **SHAPES[shape]))  # type: ignore[arg-type]
     with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms count too, and the likeliest token is clear
+        for parameter in model.parameters():  # biases and norms count too, and the most probable token is clear
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
 
@@ -32,20 +35,21 @@ def model(request: pytest.FixtureRequest) -> GPT:
     return make(request.param)
 
 
-def finish(engine: Engine) -> None:
-    while engine.rows:
-        engine.step()
-
-
 @torch.no_grad()
-def logits_of(model: GPT, tokens: list[int]) -> torch.Tensor:
-    return model(torch.tensor([tokens]))[0][0, -1]
+def logprobs_of(model: GPT, tokens: list[int]) -> torch.Tensor:
+    """The logprobs (V,) after `tokens`, without a cache."""
+    return model(torch.tensor([tokens]))[0][0, -1].log_softmax(0)
+
+
+def recorded(row: Row, n: int) -> torch.Tensor:
+    """The logprobs (V,) that a row has recorded for its n-th new token."""
+    return torch.tensor([value for _, value in sorted(row.alternatives[n][1])])
 
 
 @pytest.mark.parametrize("window", ["half", "slide"])
-def test_every_step_has_the_logits_of_the_uncached_network(model: GPT, window: str) -> None:
-    engine = Engine(model, 5, window=window)  # type: ignore[arg-type]
-    # prompts of several lengths, also beyond the block size of 16, two of them equal, three times as long in the end
+def test_every_step_has_the_logits_of_the_uncached_network(model: GPT, window: Any) -> None:
+    engine = Engine(model, 5, window=window)
+    # Prompts of several lengths, also beyond the block size of 16, two of them equal, three times as long in the end.
     prompts = [random_ids(1, n)[0].tolist() for n in (1, 5, 16, 30)]
     rows = engine.add([Request(prompt, 48, GREEDY, alternatives=64) for prompt in [*prompts, prompts[1]]])
     begins = {row: max(0, len(row.tokens) - 16) for row in rows}
@@ -53,132 +57,104 @@ def test_every_step_has_the_logits_of_the_uncached_network(model: GPT, window: s
         for row in engine.rows:
             if len(row.tokens) - begins[row] > 16:
                 begins[row] = len(row.tokens) - (8 if window == "half" else 16)
-        expected = {row: logits_of(model, row.tokens[begins[row] :]) for row in engine.rows}
+        expected = {row: logprobs_of(model, row.tokens[begins[row] :]) for row in engine.rows}
         for row in engine.step():
-            _, alternatives = row.alternatives[-1]
-            log_p = torch.tensor([value for _, value in sorted(alternatives)])
-            torch.testing.assert_close(log_p, expected[row].log_softmax(0), atol=1e-5, rtol=0)
+            torch.testing.assert_close(recorded(row, -1), expected[row], atol=1e-5, rtol=0)
             assert row.tokens[-1] == expected[row].argmax()
     assert rows[1].new_tokens == rows[4].new_tokens
     assert all(len(row.new_tokens) == 48 and row.end == "length" for row in rows)
 
 
 def test_rows_come_and_go_without_disturbing_the_others(model: GPT) -> None:
-    def alone(request: Request) -> list[int]:
-        engine = Engine(model, 1)
-        (row,) = engine.add([request])
-        finish(engine)
-        return row.new_tokens
-
-    requests = [
-        Request(random_ids(1, 3 + n)[0].tolist(), 4 + 5 * n, Sampling(1.0, [0, 8, 0, 5][n], [1.0, 1.0, 0.9, 1.0][n]), n)
-        for n in range(4)
-    ]
+    settings = [Sampling(), Sampling(top_k=8), Sampling(top_p=0.9), Sampling(top_k=5)]
+    requests = [Request(random_ids(1, 3 + n)[0].tolist(), 4 + 5 * n, settings[n], n) for n in range(4)]
     engine, rows = Engine(model, 3), list[Row]()
     for request in requests:  # the fourth waits until one has ended
         while not engine.room:
             engine.step()
         rows += engine.add([request])
         engine.step()
-    finish(engine)
-    assert [row.new_tokens for row in rows] == [alone(request) for request in requests]
+    while engine.rows:
+        engine.step()
+    assert [row.new_tokens for row in rows] == [Engine(model, 1).complete([each])[0].new_tokens for each in requests]
 
 
-def test_what_ends_a_row(model: GPT) -> None:
-    engine = Engine(model, 4)
-    prompt = random_ids(1, 4)[0].tolist()
-    (row,) = engine.add([Request(prompt, 12, GREEDY)])
-    finish(engine)
+def test_what_ends_a_row() -> None:
+    engine, prompt = Engine(make(), 4), random_ids(1, 4)[0].tolist()
+    [row] = engine.complete([Request(prompt, 12, GREEDY)])
     last = row.new_tokens[5]
     count = row.new_tokens.index(last) + 1
-    requests = [Request(prompt, 12, GREEDY, stop=frozenset([last])), Request(prompt, 0), Request(prompt, 12)]
+    requests = [Request(prompt, 12, GREEDY, stop=frozenset([last, 999])), Request(prompt, 0), Request(prompt, 12)]
     stopped, none, cancelled, long = engine.add([*requests, Request(prompt, 99, GREEDY)])
     engine.step()
     engine.finish(cancelled)
-    finish(engine)
+    while engine.rows:
+        engine.step()
     assert (stopped.new_tokens, stopped.end) == (row.new_tokens[:count], "stop")
     assert (none.new_tokens, none.end) == ([], "length")
     assert (len(cancelled.new_tokens), cancelled.end) == (1, "cancelled")
     assert len(long.new_tokens) == 99
     assert long.new_tokens[:12] == row.new_tokens
     assert engine.step() == []
-    with pytest.raises(ValueError, match="5 requests for 4 free rows"):
-        engine.add([Request(prompt, 1)] * 5)
-    for impossible in (Request([], 1), Request([1], -1)):
-        with pytest.raises(ValueError, match="at least one token, and max_new_tokens can't be negative"):
-            engine.add([impossible])
-    with pytest.raises(ValueError, match="9 tokens in a cache of 8"):
-        Engine(model, 1, length=8).add([Request([1] * 5, 4)])
 
 
-def test_equal_prompts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make("gpt2")
-    sizes = []
+@pytest.mark.parametrize("impossible", [[Request([1], 1)] * 3, [Request([], 1)], [Request([1], -1)]])
+def test_impossible_requests_are_refused(impossible: list[Request]) -> None:
+    with pytest.raises(ValueError, match=r"3 requests for 2 free rows|at least one token, and max_new_tokens can't"):
+        Engine(make(), 2).add(impossible)
+
+
+def test_equal_prompts_are_prefilled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sizes = make(), list[tuple[int, ...]]()
     forward = model.transformer.forward
-    monkeypatch.setattr(
-        model.transformer, "forward", lambda idx, **how: sizes.append(tuple(idx.shape)) or forward(idx, **how)
-    )
-    engine = Engine(model, 4)
-    rows = engine.add([Request(random_ids(1, 6)[0].tolist(), 3, seed=n) for n in range(4)])
-    finish(engine)
+    monkeypatch.setattr(model.transformer, "forward", lambda idx, **k: sizes.append((*idx.shape,)) or forward(idx, **k))
+    rows = Engine(model, 4).complete([Request(random_ids(1, 6)[0].tolist(), 3, seed=n) for n in range(4)])
     assert sizes == [(1, 5), (4, 1), (4, 1), (4, 1)]
     assert len({tuple(row.new_tokens) for row in rows}) > 1
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.1), ("int8", 0.1)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_packed_weights_give_the_same_logits(shape: str, precision: str, tolerance: float) -> None:
-    model, packed = make(shape), make(shape)
+def test_quantized_weights_give_the_same_logits(shape: str, precision: str, tolerance: float) -> None:
+    model, quantized = make(shape), make(shape)
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
-    pack(packed, dtype, int8=precision == "int8")
-    engine = Engine(packed, 2, dtype=dtype)
-    prompts = [random_ids(1, n)[0].tolist() for n in (12, 3)]
-    rows = engine.add([Request(prompt, 3, GREEDY, alternatives=64) for prompt in prompts])
-    finish(engine)
-    for row in rows:
-        for n, (_, alternatives) in enumerate(row.alternatives):
-            expected = logits_of(model, row.tokens[: len(row.request.prompt) + n]).log_softmax(0)
-            log_p = torch.tensor([value for _, value in sorted(alternatives)])
-            assert (log_p - expected).abs().max() < tolerance
+    quantize(quantized, dtype, int8=precision == "int8")
+    requests = [Request(random_ids(1, n)[0].tolist(), 3, GREEDY, alternatives=64) for n in (12, 3)]
+    for row in Engine(quantized, 2, dtype=dtype).complete(requests):
+        for n in range(3):
+            expected = logprobs_of(model, row.tokens[: len(row.request.prompt) + n])
+            assert (recorded(row, n) - expected).abs().max() < tolerance
+
+
+def test_int8_in_float32_and_for_many_rows_is_the_same_matmul() -> None:
+    linear, x = torch.nn.Linear(64, 48), torch.randn(40, 64)
+    quantized, half = (QuantizedLinear(linear, dtype, int8=True) for dtype in (torch.float32, torch.bfloat16))
+    weight = quantized.weight.float() * quantized.scale[:, None]
+    assert (weight - linear.weight).abs().max() <= linear.weight.abs().max() / 127 / 2 + 1e-6
+    torch.testing.assert_close(quantized(x), x @ weight.T + linear.bias, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(half(x[:2]), half(x)[:2], atol=0.02, rtol=0.02)  # two kernels
 
 
 def test_scores_need_few_logits_at_a_time(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = random_ids(1, 16)[0].tolist()
-    with torch.no_grad():
-        log_p = model(torch.tensor([tokens]), targets=torch.tensor([tokens]))[0][0].log_softmax(dim=-1)
+    expected = [float(logprobs_of(model, tokens[:n])[tokens[n]]) for n in range(1, 16)]
     monkeypatch.setattr("nanogpt.engine._CHUNK", 5)
     heights: list[int] = []
     model.lm_head.register_forward_hook(lambda _module, _inputs, logits: heights.append(logits.shape[-2]))
-    scores = Engine(model, 1).score(tokens, 1)
-    torch.testing.assert_close([score for score, _ in scores], log_p[range(15), tokens[1:]].tolist())
+    torch.testing.assert_close([score for score, _ in Engine(model, 1).score(tokens, 1)], expected, atol=1e-5, rtol=0)
     assert heights == [5, 5, 5]
 
 
-def test_int8_in_float32_and_many_rows_is_the_same_product() -> None:
-    linear, x = torch.nn.Linear(64, 48), torch.randn(20, 64)
-    from nanogpt.packed import Int8Linear
-
-    packed = Int8Linear(linear, torch.float32)
-    rows = packed.weight.float() * packed.scale[:, None]
-    assert (rows - linear.weight).abs().max() <= linear.weight.abs().max() / 127 / 2 + 1e-6
-    torch.testing.assert_close(packed(x), x @ rows.T + linear.bias, atol=1e-5, rtol=1e-5)
-    half = Int8Linear(linear, torch.bfloat16)
-    few, many = half(x[:2].bfloat16()), half(x.bfloat16())[:2]  # two kernels
-    torch.testing.assert_close(few, many, atol=0.02, rtol=0.02)
-
-
 def test_padded_entries_are_never_drawn() -> None:
-    model = make("gpt2")
+    model = make()
     with torch.no_grad():
-        model.transformer.wte.weight[61:] *= 100  # the likeliest by far, if they were allowed
-    tokens = torch.cat(list(stream(model, random_ids(8, 4), 30, vocab_size=61)), dim=1)
-    assert tokens.shape == (8, 30)
-    assert tokens.max() < 61
+        model.transformer.wte.weight[61:] *= 100  # the most probable by far, if they were allowed
+    rows = Engine(model, 8, vocab_size=61).complete([Request([n], 30, seed=n) for n in range(8)])
+    assert max(max(row.new_tokens) for row in rows) < 61
 
 
 def test_generate_slides_as_the_originals_does(model: GPT) -> None:
-    idx = random_ids(2, 3)
-    expected = idx
+    idx = expected = random_ids(2, 3)
     for _ in range(20):  # past the block size
         logits = model(expected[:, -16:])[0]
         expected = torch.cat([expected, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
@@ -189,26 +165,58 @@ def test_generate_slides_as_the_originals_does(model: GPT) -> None:
 
 
 def test_the_seed_decides() -> None:
-    model = make("gpt2")
-
-    def draw(seed: int) -> list[int]:
+    model, samples = make(), list[list[list[int]]]()
+    for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        return model.generate(random_ids(1, 3), 20).flatten().tolist()
-
-    assert draw(1) == draw(1)
-    assert draw(1) != draw(2)
-    rows = model.generate(random_ids(1, 3).repeat(4, 1), 20).tolist()
-    assert len({tuple(row) for row in rows}) == 4
+        samples.append(model.generate(random_ids(1, 3).repeat(4, 1), 20).tolist())
+    assert samples[0] == samples[1] != samples[2]
+    assert len({tuple(row) for row in samples[0]}) == 4
 
 
 def test_a_broken_network_is_an_error() -> None:
-    model = make("gpt2")
+    model = make()
     with torch.no_grad():
         model.transformer.ln_f.weight[0] = torch.nan
-    for sampling in (Sampling(), Sampling(temperature=0), Sampling(top_k=5)):
+    for sampling in (Sampling(), GREEDY, Sampling(top_k=5)):
         engine = Engine(model, 1)
-        [row] = engine.add([Request([1], 1, sampling)])
-        assert engine.step() == [row]
+        [row] = engine.complete([Request([1], 1, sampling)])
         assert (row.end, row.new_tokens, engine.rows) == ("error", [], [])
     with pytest.raises(FloatingPointError, match="not a number"):
         model.generate(random_ids(1, 3), 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({}, [0, 1, 2, 3, 4]),
+        ({"temperature": 0.5, "top_k": 99}, [0, 1, 2, 3, 4]),
+        ({"temperature": 2.0, "top_k": 5, "top_p": 1.0}, [0, 1, 2, 3, 4]),
+        ({"temperature": 1e9}, [0, 1, 2, 3, 4]),
+        ({"temperature": 1e-45}, [2]),
+        ({"top_k": 2}, [2, 4]),
+        ({"top_k": 1}, [2]),
+        ({"top_p": 0.4}, [2]),  # which alone has 0.46
+        ({"top_p": 0.47}, [2, 4]),
+        ({"top_p": 1e-9}, [2]),
+        ({"min_p": 0.3}, [1, 2, 4]),  # exp(-1) of the most probable one, and exp(-2)
+        ({"min_p": 1.0}, [2]),
+        ({"top_k": 3, "top_p": 0.6}, [2, 4]),  # of what top_k leaves, the most probable one has 0.51
+        ({"top_k": 3, "min_p": 0.5}, [2, 4]),
+        ({"top_p": 0.47, "temperature": 0.3}, [2]),  # after the temperature
+    ],
+)
+def test_what_is_drawn_and_how_often(settings: dict[str, Any], kept: list[int]) -> None:
+    """The ids in `kept`, each as often as the distribution says."""
+    ids = draw(LOGITS.repeat(20_000, 1), [Sampling(**settings)] * 20_000, [random.Random(0)] * 20_000)
+    found = torch.bincount(torch.tensor(ids), minlength=len(LOGITS)) / 20_000
+    assert found.nonzero().flatten().tolist() == kept
+    expected = (LOGITS.double() / settings.get("temperature", 1.0)).softmax(0)[kept]
+    assert (found[kept] - expected / expected.sum()).abs().max() < 0.015
+
+
+def test_a_rows_draw_does_not_depend_on_its_neighbours() -> None:
+    logits = torch.randn(40, 100, generator=torch.Generator().manual_seed(0))
+    kinds = [Sampling(), GREEDY, Sampling(0.7, 5), Sampling(1.0, 0, 0.8), Sampling(1.0, 60, 0.9, 0.01)]
+    settings = [replace(kinds[n % 5], min_p=0.05 * (n % 3)) for n in range(40)]
+    together = draw(logits, settings, [random.Random(n) for n in range(40)])
+    assert together == [draw(logits[[n]], [settings[n]], [random.Random(n)])[0] for n in range(40)]

@@ -18,7 +18,6 @@ from nanogpt.cli import parse
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data import open_dataset
 from nanogpt.device import Device
-from nanogpt.engine import stream
 from nanogpt.errors import ConfigError, UserError
 from nanogpt.export import export, new_folder
 from nanogpt.huggingface import load_pretrained, tensors_of
@@ -55,7 +54,7 @@ def test_transformers_goes_on_as_we_do(shape: str, recipe: Recipe, tmp_path: Pat
     model = loaded.build_model()
     assert ids.tolist() == [loaded.tokenizer.encode("the quick").tolist()]
     torch.testing.assert_close(theirs(ids).logits, model(ids, ids)[0], atol=1e-5, rtol=1e-5)
-    ours = [token.item() for token in stream(model, ids, 7, temperature=0)]
+    ours = model.generate(ids, 7, temperature=0)[0, ids.shape[1] :].tolist()
     generated = theirs.generate(ids, max_new_tokens=7, do_sample=False)[0, ids.shape[1] :].tolist()
     assert generated == ours
     assert tokenizer.decode(generated) == loaded.tokenizer.decode(ours)

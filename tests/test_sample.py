@@ -1,9 +1,12 @@
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import decoders, models
 
 from nanogpt import sample as module
 from nanogpt import train
@@ -13,15 +16,14 @@ from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.huggingface import save_pretrained
 from nanogpt.model import GPT
-from nanogpt.sample import SEPARATOR, sample
+from nanogpt.sample import SEPARATOR, TextStream, prompt_ids, sample
 from nanogpt.settings import SampleConfig
-from nanogpt.text import prompt_ids
-from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
+from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 
 
 @pytest.fixture
 def out_dir(recipe: Callable[..., TrainConfig]) -> str:
-    config = recipe(max_iters=60, lr_decay_iters=60, eval_interval=60, learning_rate=1e-2, min_lr=1e-3)
+    config = recipe(max_iters=30, lr_decay_iters=30, eval_interval=30, learning_rate=1e-2, min_lr=1e-3)
     train.train(config)
     return config.out_dir
 
@@ -32,9 +34,8 @@ def run(out_dir: str, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[
 
     def samples(**settings: Any) -> list[str]:
         capsys.readouterr()
-        sample(
-            SampleConfig(**{"out_dir": out_dir, "device": "cpu", "num_samples": 3, "max_new_tokens": 40, **settings})
-        )
+        defaults = {"out_dir": out_dir, "device": "cpu", "num_samples": 3, "max_new_tokens": 40}
+        sample(SampleConfig(**{**defaults, **settings}))
         text = capsys.readouterr().out.split("parameters\n", 1)[1]
         return text.removesuffix(f"\n{SEPARATOR}\n").split(f"\n{SEPARATOR}\n")
 
@@ -78,6 +79,7 @@ def test_it_needs_no_data_and_no_particular_folder(
         ("thé", DataError, r"lacks 'é' \(U\+00E9\)"),
         ("FILE:missing.txt", ConfigError, "cannot read the prompt"),
         ("<|endoftext|>", DataError, "lacks '<'"),
+        ("the quick brown f", ConfigError, "the prompt has 17 tokens and the model sees 16 at a time"),
     ],
 )
 def test_an_impossible_prompt_is_one_message(out_dir: str, start: str, error: type[Exception], message: str) -> None:
@@ -86,82 +88,100 @@ def test_an_impossible_prompt_is_one_message(out_dir: str, start: str, error: ty
 
 
 def test_the_empty_prompt() -> None:
-    assert prompt_ids("", ByteTokenizer()) == [256]
+    assert prompt_ids("", ByteTokenizer()) == prompt_ids("<|endoftext|>", ByteTokenizer()) == [256]
     assert prompt_ids("\n", ByteTokenizer()) == [10]
-    assert prompt_ids("", CharTokenizer("\na")) == [0]
-    assert prompt_ids("\n", CharTokenizer("ab")) == [0]
-    assert prompt_ids("<|endoftext|>", ByteTokenizer()) == [256]
+    assert prompt_ids("", CharTokenizer("\na")) == prompt_ids("\n", CharTokenizer("ab")) == [0]
 
 
 def test_stop_strings_end_a_sample(run: Callable[..., list[str]]) -> None:
-    whole = run(start="the", seed=5)
     ended = run(start="the", seed=5, stop=["qqq", "o"])
-    assert ended == ["the" + text[3:].split("o")[0] for text in whole]
+    assert ended == ["the" + text[3:].split("o")[0] for text in run(start="the", seed=5)]
     assert any(len(text) < 43 for text in ended)
 
 
 def test_the_end_of_a_text_ends_a_sample(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     model = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=1, n_embd=8)).eval()
     with torch.no_grad():
-        model.transformer.ln_f.weight.zero_()  # every byte is as likely, and so is the end
+        model.transformer.ln_f.weight.zero_()  # every byte is as probable, and so is the end
     monkeypatch.setattr(module, "load_trained", lambda *_: TrainedModel(model, ByteTokenizer(), "m"))
 
-    def samples(**settings: Any) -> list[str]:
-        config = {
-            "device": "cpu",
-            "dtype": "float32",
-            "start": "a",
-            "max_new_tokens": 1500,
-            "num_samples": 3,
-            "top_k": 0,
-        }
-        sample(SampleConfig(**{**config, **settings}))
+    def samples(*words: str) -> list[str]:
+        words = ("--device=cpu", "--dtype=float32", "--start=a", "--max_new_tokens=1500", "--top_k=0", *words)
+        sample(parse(SampleConfig, [*words, "--num_samples=3"], ""))
         return capsys.readouterr().out.split("parameters\n", 1)[1].split(f"\n{SEPARATOR}\n")[:3]
 
-    whole, ended = samples(ignore_end=True), samples()
-    assert [text.split("<|endoftext|>")[0] for text in whole] == ended
+    whole, ended = samples("--ignore_end"), samples()
+    assert [text.split("<|endoftext|>")[0] for text in whole] == ended == samples("--stop_at_eos")
     assert all("<|endoftext|>" in text for text in whole)
+    assert samples("--stop_at_eos=False") == whole
 
 
-def test_log_probabilities_are_listed(run: Callable[..., list[str]]) -> None:
+def test_logprobs_are_listed(run: Callable[..., list[str]]) -> None:
     lines = run(num_samples=1, start="the", max_new_tokens=6, logprobs=2)[1].splitlines()
     assert len(lines) == 6
-    for line in lines:
-        log_p, *rest = line.split()
-        assert float(log_p) <= 0
-        assert len(rest) in (4, 5, 6, 7)  # a token, and two with their own; some are blanks in quotes
+    assert all(re.fullmatch(r" +-?\d\.\d{3} '.+' +( +'.+' -?\d\.\d{3}){2}", line) for line in lines)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (["--num_samples=0"], "num_samples=0: expected a value >= 1"),
-        (["--max_new_tokens=-3"], "max_new_tokens=-3"),
-        (["--temperature=-1"], "temperature=-1"),
-        (["--top_p=0"], r"top_p=0\.0: expected a value above 0, up to 1"),
-        (["--min_p=1.5"], r"min_p=1\.5: expected a value above 0, up to 1"),
-        (["--window=whole"], "--window=whole: expected half, slide"),
-    ],
-)
-def test_settings_that_cannot_work_are_one_message(settings: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        parse(SampleConfig, settings, "")
-
-
-def test_a_prompt_beyond_the_context_is_one_message(out_dir: str) -> None:
-    with pytest.raises(ConfigError, match="the prompt has 17 tokens and the model sees 16 at a time"):
-        sample(SampleConfig(out_dir=out_dir, device="cpu", start="the quick brown f"))
+def test_settings_that_cannot_work_are_one_message() -> None:
+    words = "--num_samples=0 --max_new_tokens=-3 --temperature=-1 --top_p=0 --min_p=1.5 --window=whole".split()
+    with pytest.raises(ConfigError) as error:
+        parse(SampleConfig, words, "")
+    assert all(f"{word[2:].partition('=')[0]}=" in str(error.value) for word in words)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3"])
-def test_a_folder_in_hugging_faces_format(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shape = GPTConfig(
-        block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16, architecture=kind, bias=kind == "gpt2"
-    )  # type: ignore[arg-type]
+def test_a_folder_in_hugging_faces_format(kind: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16, architecture=kind)
     save_pretrained(tmp_path, GPT(shape), ByteTokenizer(), torch.float32, "")
     for precision in ("--dtype=float32", "--dtype=bfloat16", "--int8"):
         words = [f"--init_from={tmp_path}", "--device=cpu", precision, "--start=hello", "--max_new_tokens=20"]
         sample(parse(SampleConfig, [*words, "--num_samples=2"], ""))
         text = capsys.readouterr().out
-        assert text.count("hello") == 2
-        assert text.count(SEPARATOR) == 2
+        assert text.count("hello") == text.count(SEPARATOR) == 2
+        assert all(line.count(str(tmp_path)) <= 1 for line in text.splitlines())
+
+
+def streamed(tokenizer: Tokenizer, ids: Iterable[int], stop: Sequence[str] = (), prompt: str = "") -> list[str]:
+    """What a stream gives for each id, and at the end."""
+    stream = TextStream(tokenizer, list(prompt.encode()), stop)
+    return [*(stream.push([token]) for token in ids), stream.push([], final=True)]
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("abcabd", ["abd"], "abc"),
+        ("aaab", ["aab"], "a"),
+        ("abab", ["abc"], "abab"),  # a beginning that never became one
+        ("one two", ["two", "one t"], ""),
+        ("one, two", ["wo", "two"], "one, "),  # the one that begins first, though both are there at once
+        ("x€y€z", ["y€"], "x€"),
+        ("anything", [], "anything"),
+    ],
+)
+def test_a_text_ends_before_its_stop_string(text: str, stop: list[str], expected: str) -> None:
+    assert "".join(streamed(ByteTokenizer(), text.encode(), stop)) == expected
+
+
+def test_only_what_may_be_a_stop_string_is_held_back() -> None:
+    assert streamed(ByteTokenizer(), b"ab\nc\n\nd", ["\n\n"]) == ["a", "b", "", "\nc", "", "", "", ""]
+    assert streamed(ByteTokenizer(), "€".encode()) == ["", "", "€", ""]  # three bytes
+    assert streamed(ByteTokenizer(), b"\nb", ["\n\n"], prompt="a\n") == ["", "\nb", ""]  # without the prompt
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (["<0xE2>", "<0x82>", "<0xAC>", "a"], ["", "", "€", "a", ""]),
+        (["<0xE2>", "<0x82>", "a"], ["", "", "\ufffda", ""]),
+        (["<0xFF>", "▁b", "<0xE2>", "<0xE2>", "a"], ["\ufffd", " b", "", "\ufffd", "\ufffda", ""]),
+        (["a", "<0xE2>", "<0x82>"], ["a", "", "", "\ufffd"]),  # cut off at the end
+    ],
+)
+def test_bytes_that_form_no_character_do_not_end_a_text(tokens: list[str], expected: list[str]) -> None:
+    vocabulary = {**{f"<0x{n:02X}>": n for n in range(256)}, "a": 256, "▁b": 257}
+    engine = tokenizers.Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    engine.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer, ids = BPETokenizer(engine.to_str()), [vocabulary[token] for token in tokens]
+    assert streamed(tokenizer, ids) == expected
+    assert "".join(expected) == tokenizer.decode(ids)

@@ -21,11 +21,10 @@ from nanogpt import cli, serve, train
 from nanogpt.api import Service, create_app
 from nanogpt.board import add_board
 from nanogpt.config import GPTConfig, TrainConfig
-from nanogpt.engine import Engine, Request
+from nanogpt.engine import Engine, Request, Sampling
 from nanogpt.errors import CheckpointError, ConfigError
 from nanogpt.guard import Guard
 from nanogpt.model import GPT
-from nanogpt.sampling import Sampling
 from nanogpt.scheduler import Scheduler
 from nanogpt.settings import ServeConfig
 from nanogpt.tokenizer import ByteTokenizer

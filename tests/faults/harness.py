@@ -27,7 +27,6 @@ import torch
 
 from nanogpt import checkpoint, train
 from nanogpt.config import TrainConfig
-from nanogpt.engine import stream
 from nanogpt.errors import UserError
 from nanogpt.metrics import read_metrics
 from nanogpt.tokenizer import CharTokenizer
@@ -70,7 +69,8 @@ def end_of(config: TrainConfig) -> dict[str, Any]:
     """All that a finished run has come to."""
     last, best = (torch.load(Path(config.out_dir, name), weights_only=True) for name in ("ckpt.pt", "best.pt"))
     model = checkpoint.load_checkpoint(Path(config.out_dir, "ckpt.pt")).build_model()
-    sample = [int(token) for token in stream(model, torch.zeros(1, 1, dtype=torch.long), 20, seed=0)]
+    torch.manual_seed(0)
+    sample = model.generate(torch.zeros(1, 1, dtype=torch.long), 20).flatten().tolist()
     for content in (last, best):
         content.pop("config")
         content["nanogpt"].pop("seconds")
