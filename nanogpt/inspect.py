@@ -16,7 +16,7 @@ from nanogpt.device import Device
 from nanogpt.errors import ConfigError
 from nanogpt.files import atomic_write
 from nanogpt.model import GPT
-from nanogpt.runs import print_table
+from nanogpt.plot import print_table
 from nanogpt.settings import InspectConfig
 from nanogpt.text import prompt_ids, read_prompt
 from nanogpt.tokenizer import Tokenizer
