@@ -193,9 +193,9 @@ def task_files() -> None:
     )
     Path("answers.yaml").write_text(
         f"task: my_answers\n{source}output_type: generate_until\n"
-        "doc_to_text: \"{{text.split(' ')[:-1]|join(' ')}}\"\ndoc_to_target: \"{{text.split(' ')[-1]}}\"\ngeneration_kwargs: {until: ['.', ' the'], max_gen_toks: 12}\n"
-        "filter_list: [{name: strip, filter: [{function: regex, regex_pattern: '(\\S+)'}, {function: take_first}]}]\n"
-        "metric_list: [{metric: exact_match}]\n"
+        "doc_to_text: \"{{text.split(' ')[:-1]|join(' ')}}\"\ndoc_to_target: \"{{text.split(' ')[-1]}}\"\n"
+        "generation_kwargs: {until: ['.', ' the'], max_gen_toks: 12}\nmetric_list: [{metric: exact_match}]\n"
+        "filter_list: [{name: first, filter: [{function: regex, regex_pattern: '(\\S+)'}, {function: take_first}]}]\n"
     )
 
 
