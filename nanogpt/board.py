@@ -8,8 +8,8 @@ from typing import Any
 from fastapi import FastAPI
 
 from nanogpt.errors import UserError
+from nanogpt.plot import RunRecord, differences, open_run
 from nanogpt.protocol import ErrorReply, RefusedError
-from nanogpt.runs import RunRecord, differences, open_run
 
 _CURVES = ("train/loss", "val/loss", "lr", "grad_norm", "tokens_per_second")
 _POINTS = 600  # of a curve at most: what a screen can show

@@ -42,7 +42,7 @@ VERBS: dict[str, tuple[Class, str, str]] = {
     "bench": (settings.BenchConfig, "nanogpt.bench:bench", ""),
     "plan": (settings.PlanConfig, "nanogpt.plan:plan", "out_dir"),
     "plot": (settings.PlotConfig, "nanogpt.plot:plot", "out_dir"),
-    "runs": (settings.RunsConfig, "nanogpt.runs:list_runs", "folder"),
+    "runs": (settings.RunsConfig, "nanogpt.plot:list_runs", "folder"),
     "inspect": (settings.InspectConfig, "nanogpt.inspect:inspect", "out_dir"),
 }
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}

@@ -200,7 +200,7 @@ class TrainConfig(Shape, Machine):
     keep_checkpoints: int = 2  # how many: ckpt.pt, ckpt.prev.pt, …; an older one is used if the newest is damaged
     max_bad_steps: int = 20  # stop after this to twice this many steps in a row whose loss or gradient is not finite
     sample_interval: int = 1  # print a short sample at every so many-th evaluation; 0: never
-    plot: bool = True  # draw loss.png at the end, if matplotlib is installed
+    plot: bool = True  # draw loss.png at evaluations, at most every two minutes, and at the end; needs matplotlib
     dry_run: bool = False  # print the resolved settings and what follows from them, then exit
     # --- trackers ---
     wandb_log: bool = False  # also log to Weights & Biases

@@ -1,4 +1,4 @@
-"""A look inside a trained model: its parameters, the loss of every token of a text, what its heads look at."""
+"""Look inside a trained model: its parameters, the loss of every token of a text, what its heads look at."""
 
 import html
 import math
@@ -16,7 +16,7 @@ from nanogpt.device import Device
 from nanogpt.errors import ConfigError
 from nanogpt.files import atomic_write
 from nanogpt.model import GPT
-from nanogpt.runs import print_table
+from nanogpt.plot import print_table
 from nanogpt.sample import prompt_ids, read_prompt
 from nanogpt.settings import InspectConfig
 from nanogpt.tokenizer import Tokenizer
@@ -61,7 +61,7 @@ def inspect(config: InspectConfig) -> None:
 
 
 class _Attention(TorchFunctionMode):
-    """Within it, notes who looks at whom at every call of torch's attention."""
+    """Records the attention weights at every call of torch's attention within the block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class _Attention(TorchFunctionMode):
 
 @torch.no_grad()
 def look(model: GPT, ids: Sequence[int]) -> tuple[list[float], list[Tensor]]:
-    """The loss of each token but the first, in nats, and each layer's attention (H, T, T)."""
+    """Return the loss of each token but the first, in nats, and each layer's attention (H, T, T)."""
     row = torch.tensor([list(ids)])
     with _Attention() as attention:
         logits, _ = model(row, targets=row)  # (1, T, V)
@@ -89,7 +89,7 @@ def look(model: GPT, ids: Sequence[int]) -> tuple[list[float], list[Tensor]]:
 
 
 def coloured(ids: Sequence[int], losses: Sequence[float], tokenizer: Tokenizer, name: str) -> str:
-    """A page of HTML that shows a text, each token tinted by its loss."""
+    """Return a page of HTML that shows a text, each token tinted by its loss."""
     first, *texts = list(tokenizer.decode_stream(ids))[: len(ids)]
     spans = [html.escape(first)]
     for text, loss in zip(texts, losses, strict=True):
@@ -105,17 +105,26 @@ def coloured(ids: Sequence[int], losses: Sequence[float], tokenizer: Tokenizer, 
 
 
 def draw_attention(path: Path, ids: Sequence[int], attention: Sequence[Tensor], tokenizer: Tokenizer) -> None:
-    """A picture with a panel for every head: rows look at columns."""
+    """Draw a panel for every head: each row is a token, and shows how much it looks at those before it."""
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
     L, H, T = len(attention), attention[0].shape[0], len(ids)
-    figure = Figure(figsize=(min(2.6 * H, 40), min(2.7 * L, 60)), layout="constrained")
-    for n, axes in enumerate(figure.subplots(L, H, squeeze=False).flat):
-        axes.imshow(attention[n // H][n % H].numpy() ** 0.5, cmap="magma", vmin=0, vmax=1)
-        axes.set_title(f"layer {n // H}, head {n % H}", fontsize=8)
-        names = [repr(tokenizer.decode([token]))[1:-1] for token in ids] if T <= 40 else []
+    names = [repr(tokenizer.decode([token]))[1:-1] for token in ids] if T <= 40 else []
+    side = max(2.2, 0.13 * len(names))  # inches; 0.13 for a label of 8 points
+    figure = Figure(figsize=(min(side * H + 1, 60), min(side * L + 1, 60)), layout="constrained")
+    panels = figure.subplots(L, H, squeeze=False, sharex=True, sharey=True)
+    norm = PowerNorm(0.5, vmin=0, vmax=1)  # most weights are small
+    hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
+    for n, axes in enumerate(panels.flat):
+        weights = attention[n // H][n % H].masked_fill(hidden, math.nan)  # what is hidden has no colour
+        image = axes.imshow(weights.numpy(), cmap="viridis_r", norm=norm)
+        axes.set_title(f"layer {n // H}, head {n % H}", fontsize=9)
         axes.set_xticks(range(len(names)), names, rotation=90)
         axes.set_yticks(range(len(names)), names)
-        axes.tick_params(labelsize=5, length=0)
+        axes.tick_params(labelsize=8, length=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    bar = figure.colorbar(image, ax=panels, shrink=min(1.0, 3 / L), pad=0.01)
+    bar.set_label("share of a row's attention")
     with atomic_write(path) as file:
         figure.savefig(file, dpi=110, format="png")

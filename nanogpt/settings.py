@@ -100,10 +100,12 @@ class ServeConfig(SourceConfig, Machine):
 class EvalConfig(SourceConfig, Machine):
     """Measure a trained model: its exact loss over a whole split, and public benchmarks."""
 
-    tasks: list[Literal["loss", "lambada", "hellaswag"]] = field(default_factory=list)  # none: loss
+    tasks: list[str] = field(default_factory=list)  # loss, lambada, hellaswag; any other name is a task of lm-eval
+    # (pip install lm-eval): --tasks=arc_easy,piqa; none: loss
     lambada: str = ""  # a file like lambada_test.jsonl; empty: OpenAI's, downloaded once
     hellaswag: str = ""  # a file like hellaswag_val.jsonl; empty: the published one, downloaded once
     limit: int = 0  # only the first so many examples of a benchmark; 0: all
+    include_path: str = ""  # folder with more tasks in the format of lm-eval
     data_dir: str = ""  # folder of the data sets; empty: as in training
     dataset: str = ""  # empty: as in training
     split: Literal["train", "val"] = "val"  # part of the data set

@@ -114,6 +114,8 @@ def train(config: TrainConfig) -> int:
                         break
                     state.evaluated = state.step
                     metrics.log_evaluation(state, losses, sample_of_text(run, state))
+                    if config.plot and dist.is_main:
+                        draw_if_possible(config.out_dir, at_most_every=120)  # seconds, since drawing takes one or two
                     if not math.isfinite(losses["val"]):
                         raise DivergedError(
                             f"the validation loss is {losses['val']} after {state.step} steps, and this model is not "

@@ -180,7 +180,7 @@ def test_what_the_user_can_mend_is_one_message_and_an_exit_code(
     def fail(_: object) -> None:
         raise error
 
-    monkeypatch.setattr("nanogpt.runs.list_runs", fail)
+    monkeypatch.setattr("nanogpt.plot.list_runs", fail)
     with pytest.raises(SystemExit if code else type(error)) as ended:
         cli.run("runs", [])
     assert not code or ended.value.code == code  # type: ignore[union-attr]

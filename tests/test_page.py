@@ -13,7 +13,7 @@ import pytest
 
 from nanogpt.files import locked
 from nanogpt.metrics import read_metrics
-from tests.test_runs import write_run
+from tests.test_plot import write_run
 from tests.test_serve import Server, make_model, serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

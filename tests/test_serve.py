@@ -29,7 +29,7 @@ from nanogpt.scheduler import Scheduler
 from nanogpt.settings import ServeConfig
 from nanogpt.tokenizer import ByteTokenizer
 from tests.conftest import ROOT
-from tests.test_runs import write_run
+from tests.test_plot import write_run
 
 TOKENIZER = ByteTokenizer()
 PAGE = (ROOT / "nanogpt" / "page.html").read_text(encoding="utf-8")
