@@ -20,7 +20,7 @@ GROUPS = {
     "run on disk": "checkpoint metrics",
     "looking": "runs plot inspect",
     "evaluation": "tasks evaluate",
-    "sample, serve": "sample scheduler protocol guard api board serve",
+    "sample, serve": "sample serve",
     "export": "export",
     "training": "train",
     "bench, plan": "bench plan",
