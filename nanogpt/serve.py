@@ -16,7 +16,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -27,9 +27,8 @@ import torch
 import uvicorn
 from fastapi import Depends, FastAPI, Response
 from fastapi import Request as HTTPRequest
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -50,6 +49,7 @@ log = logging.getLogger(__name__)
 
 MAX_VALUES = 2**19  # logprobs in one answer, which is put together in memory
 
+Choice = dict[str, Any]
 TokenInfo = tuple[int, int, Likelihood | None]  # where its text begins, its id, its logprobs
 
 
@@ -60,10 +60,9 @@ class Job:
     request: Request
     index: int  # among the choices of its answer
     stream: TextStream
-    prompt_texts: list[str]  # of its tokens; empty if neither echo nor logprobs are asked for
-    score_prompt: bool  # tell the logprobs of the prompt's tokens, too
+    prompt_texts: list[str]  # of its tokens
+    echo: bool  # begin with the prompt
     pieces: "asyncio.Queue[Piece]"  # where what is new of it goes; the jobs of a request share one
-    prompt_logprobs: Sequence[Likelihood] = ()  # of prompt[1:]
     turn: int = 0
     deadline: float = 0.0
     cancelled: bool = False
@@ -76,8 +75,11 @@ class Job:
         self.sent += len(text)
         if not end and not (self.held and self.held[-1][0] < self.stream.length == self.sent):
             return Piece(self, text)
-        tokens, self.held = self.held, []
-        return Piece(self, text, [each for each in tokens if each[0] < self.sent or not self.stream.stopped], end)
+        length = sum(map(len, self.prompt_texts))
+        certain = [each for each in self.held if each[0] < self.sent or not self.stream.stopped]
+        tokens = [(length + start, token, logprobs) for start, token, logprobs in certain]
+        self.held = []
+        return Piece(self, text, tokens, end)
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Piece:
 
     job: Job
     text: str = ""
-    tokens: Sequence[TokenInfo] = ()  # if logprobs are asked for; offsets count from the end of the prompt
+    tokens: Sequence[TokenInfo] = ()  # if logprobs are asked for
     end: str = ""  # "length", "stop", or empty while it continues
     error: HTTPException | None = None
 
@@ -172,17 +174,21 @@ class Scheduler:
 
     def prefill(self, jobs: Sequence[Job]) -> None:
         """Prefill the prompt of jobs that share it. A failure ends only these."""
-        prompt = jobs[0].request.prompt
+        request, echo = jobs[0].request, jobs[0].echo
         try:
-            scores = self.engine.score(prompt, jobs[0].request.alternatives or 0) if jobs[0].score_prompt else ()
+            is_scored = echo and request.alternatives is not None
+            scores = self.engine.score(request.prompt, request.alternatives or 0) if is_scored else []
             rows = self.engine.add([job.request for job in jobs])
         except Exception as error:
             self.fail(jobs, error)
             self.engine.rows = [row for row in self.engine.rows if row in self.running]
             return
-        self.counters["prompt_tokens"] += len(prompt)
+        self.counters["prompt_tokens"] += len(request.prompt)
+        offsets = itertools.accumulate(map(len, jobs[0].prompt_texts), initial=0)
+        tokens = list(zip(offsets, request.prompt, [None, *scores], strict=False)) if is_scored else []
         for row, job in zip(rows, jobs, strict=True):
-            job.prompt_logprobs = scores
+            if echo:
+                self.news.append(Piece(job, "".join(job.prompt_texts), tokens))
             if row.end:  # Nothing is to be sampled.
                 self.failures_in_a_row = 0
                 self.news.append(job.piece("", row.end))
@@ -232,29 +238,29 @@ def error_text(error: HTTPException) -> str:
     return json.dumps({"error": {"message": error.detail, "type": kind, "param": None, "code": None}})
 
 
-def error_response(error: HTTPException) -> Response:
-    """Return the response that tells of an error."""
+async def error_response(_: object, error: Exception) -> Response:
+    """Return the response that tells of an error; of a bug it tells no details."""
+    if not isinstance(error, HTTPException):
+        log.error("a bug in the server", exc_info=error)
+        error = HTTPException(500, "the server has a bug; its log says where")
     headers = {429: {"retry-after": "1"}, 401: {"www-authenticate": "Bearer"}}.get(error.status_code)
     return Response(error_text(error), error.status_code, headers, media_type="application/json")
 
 
 Text = Annotated[str, Field(min_length=1)]
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
-
-
-class StreamOptions(BaseModel, strict=True, extra="forbid"):
-    """What else a stream tells."""
-
-    include_usage: bool | None = False  # a last event counts the tokens
-    include_obfuscation: bool | None = None  # ignored
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+Prompt = str | Ids | Texts | Annotated[list[Ids], Field(fail_fast=True)]
+# Parts of the standard that are missing here, and the values with which they change nothing.
+MISSING = {"best_of": 1, "suffix": "", "frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1,
+           "logit_bias": {}}  # fmt: skip
 
 
 class CompletionRequest(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):
     """What to complete, and how."""
 
     model: str = ""  # if given, the one that is served
-    prompt: str | Ids | Texts | Annotated[list[Ids], Field(fail_fast=True)] = Field("", union_mode="left_to_right")
+    prompt: Prompt = Field("", union_mode="left_to_right")
     max_tokens: int = Field(16, ge=0)
     n: int = Field(1, ge=1)  # completions of each prompt
     temperature: float = Field(1.0, ge=0, le=2)
@@ -266,22 +272,34 @@ class CompletionRequest(BaseModel, strict=True, extra="forbid", allow_inf_nan=Fa
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False  # begin with the prompt
     stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
+    stream_options: dict[Literal["include_usage", "include_obfuscation"], bool | None] = {}
     truncate_prompt_tokens: int = Field(0, ge=-1)  # keep its last so many; 0: all; -1: as many as fit
     user: str = ""  # ignored
-    # What this server lacks may be sent as far as it changes nothing.
-    best_of: Literal[1] = 1
-    suffix: Literal[""] = ""
-    frequency_penalty: float = Field(0, ge=0, le=0)
-    presence_penalty: float = Field(0, ge=0, le=0)
-    repetition_penalty: float = Field(1, ge=1, le=1)
-    logit_bias: dict[str, float] = Field({}, max_length=0)
 
     @model_validator(mode="before")
     @classmethod
-    def drop_nulls(cls, body: Any) -> Any:
-        """Let null mean the default."""
-        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+    def drop_defaults(cls, body: Any) -> Any:
+        """Drop values of null, which mean the default, and what changes nothing."""
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if value is not None and value != MISSING.get(name)}
+
+
+async def read_request(request: HTTPRequest, max_body: int) -> CompletionRequest:
+    """Return the body of a request. Raises an HTTPException if it is too large or not as expected."""
+    # This also keeps web pages out: without leave, a browser sends JSON to no other origin.
+    if request.headers.get("content-type", "").partition(";")[0].lower() != "application/json":
+        raise HTTPException(400, "expected JSON, with the header content-type: application/json")
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_body:
+            raise HTTPException(413, f"the body is larger than {max_body:,} bytes")
+    try:
+        return CompletionRequest.model_validate_json(body)
+    except ValidationError as error:
+        found = [f"{'.'.join(map(str, each['loc'][:1])) or 'body'}: {each['msg']}" for each in error.errors()]
+        raise HTTPException(400, "; ".join(dict.fromkeys(found))) from error
 
 
 def make_jobs(body: CompletionRequest, scheduler: Scheduler) -> list[Job]:
@@ -308,107 +326,79 @@ def make_jobs(body: CompletionRequest, scheduler: Scheduler) -> list[Job]:
         raise HTTPException(400, f"prompt: {length:,} tokens, where the model sees {longest:,}; {advice}")
     if max_tokens > config.max_new_tokens:
         raise HTTPException(400, f"max_tokens: at most {config.max_new_tokens:,} here")
-    score_prompt = body.echo and body.logprobs is not None
-    tokens = n * (len(prompts) * max_tokens + score_prompt * sum(map(len, prompts)))
-    if (values := tokens * (1 + (body.logprobs or 0))) > MAX_VALUES:
+    values = n * (len(prompts) * max_tokens + body.echo * sum(map(len, prompts))) * (1 + (body.logprobs or 0))
+    if values > MAX_VALUES:
         raise HTTPException(400, f"{values:,} values in one answer; at most {MAX_VALUES:,}: tokens times 1 + logprobs")
     sampling = Sampling(body.temperature, max(body.top_k, 0), body.top_p, body.min_p)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop
     jobs, pieces = [], asyncio.Queue[Piece]()
     for index, ids in enumerate(ids for ids in prompts for _ in range(n)):
-        texts: list[str] = []
-        if body.echo or body.logprobs is not None:  # A character of several tokens comes with the last of them.
-            texts = list(itertools.islice(tokenizer.decode_stream(ids), len(ids)))
+        texts = list(itertools.islice(tokenizer.decode_stream(ids), len(ids)))
         request = Request(ids, max_tokens, sampling, body.seed + index % n, scheduler.end_tokens, body.logprobs)
-        jobs.append(Job(request, index, TextStream(tokenizer, ids, stop), texts, score_prompt, pieces))
+        jobs.append(Job(request, index, TextStream(tokenizer, ids, stop), texts, body.echo, pieces))
     return jobs
 
 
-class Answer:
-    """The completions of a request in OpenAI's form."""
-
-    def __init__(self, body: CompletionRequest, jobs: Sequence[Job], scheduler: Scheduler) -> None:
-        self.body, self.jobs, self.tokenizer = body, jobs, scheduler.tokenizer
-        self.timeout = scheduler.config.timeout
-        self.head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()),
-                     "model": scheduler.config.name}  # fmt: skip
-
-    async def choices(self) -> AsyncIterator[dict[str, Any]]:
-        """Yield what is new of each choice, until all have ended. Raises an HTTPException."""
-        running, echoed = set(self.jobs), set[Job]()
-        while running:
-            try:
-                async with asyncio.timeout(self.timeout):
-                    piece = await self.jobs[0].pieces.get()
-            except TimeoutError:
-                raise HTTPException(429, f"no row became free within {self.timeout} seconds; try again") from None
-            if piece.error:
-                raise piece.error
-            job, text = piece.job, piece.text
-            length = sum(map(len, job.prompt_texts))
-            told: list[TokenInfo] = [(length + start, token, logprobs) for start, token, logprobs in piece.tokens]
-            if self.body.echo and job not in echoed:
-                echoed.add(job)
-                text = "".join(job.prompt_texts) + text
-                if job.score_prompt:
-                    offsets = itertools.accumulate(map(len, job.prompt_texts), initial=0)
-                    told = [*zip(offsets, job.request.prompt, [None, *job.prompt_logprobs], strict=False), *told]
-            logprobs = None if self.body.logprobs is None else self.logprobs(told)
-            if text or told or piece.end:
-                yield {"index": job.index, "text": text, "logprobs": logprobs, "finish_reason": piece.end or None}
-            if piece.end:
-                running.remove(job)
-
-    def logprobs(self, told: Iterable[TokenInfo]) -> dict[str, list[Any]]:
-        r"""Return tokens and their logprobs; a part of a character is written like `bytes:\xe2`."""
-
-        def name(token: int) -> str:
-            content = self.tokenizer.decode_bytes([token])
-            try:
-                return content.decode()
-            except UnicodeDecodeError:
-                return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
-
-        def rounded(logprob: float) -> float:
-            return round(max(logprob, -9999.0), 6)  # JSON knows no infinity.
-
-        form: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for offset, token, logprobs in told:
-            form["tokens"].append(name(token))
-            form["text_offset"].append(offset)
-            form["token_logprobs"].append(logprobs and rounded(logprobs[0]))
-            top = [*logprobs[1][: self.body.logprobs], (token, logprobs[0])] if logprobs else []
-            form["top_logprobs"].append({name(each): rounded(logprob) for each, logprob in top} or None)
-        return form
-
-    async def whole(self) -> dict[str, Any]:
-        """Return all choices, each put together from what came of it."""
-        choices: dict[int, dict[str, Any]] = {}
-        async for new in self.choices():
-            choice = choices.setdefault(new["index"], new)
-            if choice is not new:
-                choice["text"] += new["text"]
-                choice["finish_reason"] = new["finish_reason"]
-                for name, values in (new["logprobs"] or {}).items():
-                    choice["logprobs"][name] += values
-        return {**self.head, "choices": [choices[index] for index in sorted(choices)], "usage": self.usage()}
-
-    async def events(self) -> AsyncIterator[str]:
-        """Yield server-sent events."""
+async def choices_of(jobs: Sequence[Job], body: CompletionRequest, scheduler: Scheduler) -> AsyncIterator[Choice]:
+    """Yield what is new of each choice, in OpenAI's form, until all have ended. Raises an HTTPException."""
+    running, timeout = set(jobs), scheduler.config.timeout
+    while running:
         try:
-            async for choice in self.choices():
-                yield f"data: {json.dumps({**self.head, 'choices': [choice]}, allow_nan=False)}\n\n"
-            if self.body.stream_options.include_usage:
-                yield f"data: {json.dumps({**self.head, 'choices': [], 'usage': self.usage()})}\n\n"
-        except HTTPException as error:
-            yield f"data: {error_text(error)}\n\n"
-        yield "data: [DONE]\n\n"
+            async with asyncio.timeout(timeout):
+                piece = await jobs[0].pieces.get()
+        except TimeoutError:
+            raise HTTPException(429, f"no row became free within {timeout} seconds; try again") from None
+        if piece.error:
+            raise piece.error
+        logprobs = None if body.logprobs is None else logprobs_of(piece.tokens, body.logprobs, scheduler.tokenizer)
+        if piece.text or piece.tokens or piece.end:
+            end = piece.end or None
+            yield {"index": piece.job.index, "text": piece.text, "logprobs": logprobs, "finish_reason": end}
+        if piece.end:
+            running.remove(piece.job)
 
-    def usage(self) -> dict[str, int]:
-        """Return the numbers of tokens."""
-        prompt = sum(len(job.request.prompt) for job in self.jobs) // self.body.n
-        sampled = sum(job.sampled for job in self.jobs)
-        return {"prompt_tokens": prompt, "completion_tokens": sampled, "total_tokens": prompt + sampled}
+
+def logprobs_of(tokens: Sequence[TokenInfo], count: int, tokenizer: Tokenizer) -> dict[str, list[Any]]:
+    r"""Return the logprobs of tokens and of the `count` best ones; a part of a character reads `bytes:\xe2`."""
+
+    def name(token: int) -> str:
+        content = tokenizer.decode_bytes([token])
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+    def rounded(logprob: float) -> float:
+        return round(max(logprob, -9999.0), 6)  # JSON knows no infinity.
+
+    def best(token: int, info: Likelihood) -> dict[str, float]:
+        return {name(each): rounded(logprob) for each, logprob in [*info[1][:count], (token, info[0])]}
+
+    return {
+        "tokens": [name(token) for _, token, _ in tokens],
+        "token_logprobs": [info and rounded(info[0]) for _, _, info in tokens],
+        "top_logprobs": [info and best(token, info) for _, token, info in tokens],
+        "text_offset": [offset for offset, _, _ in tokens],
+    }
+
+
+async def whole(choices: AsyncIterator[Choice]) -> list[Choice]:
+    """Return all choices, each put together from what came of it."""
+    found: dict[int, Choice] = {}
+    async for new in choices:
+        choice = found.setdefault(new["index"], new)
+        if choice is not new:
+            choice["text"] += new["text"]
+            choice["finish_reason"] = new["finish_reason"]
+            for name, values in (new["logprobs"] or {}).items():
+                choice["logprobs"][name] += values
+    return [found[index] for index in sorted(found)]
+
+
+def usage_of(jobs: Sequence[Job], n: int) -> dict[str, int]:
+    """Return the numbers of tokens."""
+    prompt, sampled = sum(len(job.request.prompt) for job in jobs) // n, sum(job.sampled for job in jobs)
+    return {"prompt_tokens": prompt, "completion_tokens": sampled, "total_tokens": prompt + sampled}
 
 
 async def cancel_when_gone(receive: Receive, scheduler: Scheduler, jobs: Sequence[Job]) -> None:
@@ -431,9 +421,10 @@ def make_server(scheduler: Scheduler) -> uvicorn.Server:
             raise HTTPException(401, "this server asks for its key: Authorization: Bearer KEY")
 
     app = FastAPI(
-        title="nanoGPT", version=__version__, docs_url=None, redoc_url=None,
-        max_body_size=config.max_body, dependencies=[Depends(check_key)],
+        title="nanoGPT", version=__version__, docs_url=None, redoc_url=None, dependencies=[Depends(check_key)],
+        exception_handlers={HTTPException: error_response, Exception: error_response},
     )  # fmt: skip
+    schema = CompletionRequest.model_json_schema()
     page = resources.files("nanogpt").joinpath("page.html").read_text(encoding="utf-8")
     model = {"id": config.name, "object": "model", "created": int(time.time()), "owned_by": "nanogpt",
              "max_model_len": scheduler.engine.block_size, "max_tokens": config.max_new_tokens}  # fmt: skip
@@ -444,15 +435,30 @@ def make_server(scheduler: Scheduler) -> uvicorn.Server:
         policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
         return HTMLResponse(page, headers={"content-security-policy": f"{policy}; img-src data:"})
 
-    @app.post("/v1/completions", response_model=None)
-    async def completions(body: CompletionRequest, request: HTTPRequest) -> Response:
+    @app.post("/v1/completions", openapi_extra={"requestBody": {"content": {"application/json": {"schema": schema}}}})
+    async def completions(request: HTTPRequest) -> Response:
+        body = await read_request(request, config.max_body)
         jobs = await asyncio.to_thread(make_jobs, body, scheduler)  # Long prompts take time, and others must not wait.
         scheduler.submit(jobs)
         watch = asyncio.create_task(cancel_when_gone(request.receive, scheduler, jobs))
-        answer, end = Answer(body, jobs, scheduler), BackgroundTask(watch.cancel)
+        choices, end = choices_of(jobs, body, scheduler), BackgroundTask(watch.cancel)
+        head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()),
+                "model": config.name}  # fmt: skip
+
+        async def events() -> AsyncIterator[str]:
+            try:
+                async for choice in choices:
+                    yield f"data: {json.dumps({**head, 'choices': [choice]}, allow_nan=False)}\n\n"
+                if body.stream_options.get("include_usage"):
+                    yield f"data: {json.dumps({**head, 'choices': [], 'usage': usage_of(jobs, body.n)})}\n\n"
+            except HTTPException as error:
+                yield f"data: {error_text(error)}\n\n"
+            yield "data: [DONE]\n\n"
+
         if body.stream:
-            return StreamingResponse(answer.events(), media_type="text/event-stream", background=end)
-        return JSONResponse(await answer.whole(), background=end)
+            return StreamingResponse(events(), media_type="text/event-stream", background=end)
+        answer = {**head, "choices": await whole(choices), "usage": usage_of(jobs, body.n)}
+        return JSONResponse(answer, background=end)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -476,20 +482,6 @@ def make_server(scheduler: Scheduler) -> uvicorn.Server:
         values |= {"rows_busy": len(scheduler.running), "waiting": len(scheduler.waiting)}
         lines = [f"nanogpt_{name} {value}\n" for name, value in values.items()]
         return Response("".join(lines), media_type="text/plain; version=0.0.4")
-
-    @app.exception_handler(HTTPException)
-    async def refused(_: object, error: HTTPException) -> Response:
-        return error_response(error)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: object, error: RequestValidationError) -> Response:
-        found = [f"{'.'.join(map(str, each['loc'][1:2])) or 'JSON body'}: {each['msg']}" for each in error.errors()]
-        return error_response(HTTPException(400, "; ".join(dict.fromkeys(found))))
-
-    @app.exception_handler(Exception)
-    async def bug(_: object, error: Exception) -> Response:
-        log.error("a bug in the server", exc_info=error)
-        return error_response(HTTPException(500, "the server has a bug; its log says where"))
 
     names = ["localhost", "127.0.0.1", "::1", "[::1]", socket.gethostname(), config.host, *config.allow_host]
     # On all addresses, the server can't know its names. Unless some are given, it takes any.
