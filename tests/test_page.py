@@ -99,7 +99,7 @@ def test_branching_and_undo(page: Any) -> None:
     before = text(page)
     page.locator(".token").nth(3).click()
     other = page.locator("#detail button:enabled:not(.taken)").first
-    name = other.get_attribute("aria-label").split("go on with ")[1].split(", ")[0]
+    name = other.get_attribute("aria-label").split("continue with ")[1].split(", ")[0]
     other.click()
     wait_for_status(page)
     chosen = page.locator(".token.chosen").text_content()
