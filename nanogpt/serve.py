@@ -63,7 +63,6 @@ class Job:
     prompt_texts: list[str]  # of its tokens
     echo: bool  # begin with the prompt
     pieces: "asyncio.Queue[Piece]"  # where what is new of it goes; the jobs of a request share one
-    turn: int = 0
     deadline: float = 0.0
     cancelled: bool = False
     held: list[TokenInfo] = field(default_factory=list)  # tokens whose text is not certain yet
@@ -104,7 +103,6 @@ class Scheduler:
         self.running: dict[Row, Job] = {}
         self.news: list[Piece] = []
         self.counters = dict.fromkeys(["prompt_tokens", "sampled_tokens", "refused_requests", "failures"], 0)
-        self.turn = 0  # of the job that was admitted last
         self.failures_in_a_row = 0
         self.closing = False
         self.changed = threading.Condition()
@@ -118,10 +116,7 @@ class Scheduler:
             if len(self.waiting) + len(jobs) > self.config.queue:
                 self.counters["refused_requests"] += 1
                 raise HTTPException(429, f"{len(self.waiting)} completions are waiting already; try again")
-            for job in jobs:
-                # Clients take turns: the first completions of a new request come before the later ones of others.
-                job.turn = self.turn + job.index
-            self.waiting = sorted([*self.waiting, *jobs], key=lambda job: job.turn)
+            self.waiting += jobs
             self.changed.notify()
 
     def cancel(self, jobs: Sequence[Job]) -> None:
@@ -165,11 +160,11 @@ class Scheduler:
     def admit(self) -> list[Job]:
         """Take the next job from the queue, and those that share its prompt, as far as rows are free."""
         with self.changed:
-            shared = [job for job in self.waiting if job.request.prompt is self.waiting[0].request.prompt]
-            jobs = shared[: self.engine.room]
-            for job in jobs:
-                self.waiting.remove(job)
-                self.turn, job.deadline = job.turn, time.monotonic() + self.config.timeout
+            groups = itertools.groupby(self.waiting[: self.engine.room], key=lambda job: job.request.prompt)
+            jobs = list(next(groups)[1]) if self.waiting and self.engine.room else []
+            del self.waiting[: len(jobs)]
+        for job in jobs:
+            job.deadline = time.monotonic() + self.config.timeout
         return jobs
 
     def prefill(self, jobs: Sequence[Job]) -> None:
@@ -250,7 +245,7 @@ async def error_response(_: object, error: Exception) -> Response:
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
-Prompt = str | Ids | Texts | Annotated[list[Ids], Field(fail_fast=True)]
+Prompt = str | Ids | Texts | Annotated[list[Ids], Field(min_length=1, fail_fast=True)]
 # Parts of the standard that are missing here, and the values with which they change nothing.
 MISSING = {"best_of": 1, "suffix": "", "frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1,
            "logit_bias": {}}  # fmt: skip
@@ -322,8 +317,7 @@ def make_jobs(body: CompletionRequest, scheduler: Scheduler) -> list[Job]:
     if (largest := max(map(max, prompts))) >= tokenizer.vocab_size:
         raise HTTPException(400, f"prompt: token id {largest}, where the vocabulary has {tokenizer.vocab_size:,}")
     if (length := max(map(len, prompts))) > longest:
-        advice = "truncate_prompt_tokens=-1 cuts it"
-        raise HTTPException(400, f"prompt: {length:,} tokens, where the model sees {longest:,}; {advice}")
+        raise HTTPException(400, f"prompt: {length:,} tokens of at most {longest:,}; truncate_prompt_tokens=-1 cuts it")
     if max_tokens > config.max_new_tokens:
         raise HTTPException(400, f"max_tokens: at most {config.max_new_tokens:,} here")
     values = n * (len(prompts) * max_tokens + body.echo * sum(map(len, prompts))) * (1 + (body.logprobs or 0))
@@ -352,8 +346,8 @@ async def choices_of(jobs: Sequence[Job], body: CompletionRequest, scheduler: Sc
             raise piece.error
         logprobs = None if body.logprobs is None else logprobs_of(piece.tokens, body.logprobs, scheduler.tokenizer)
         if piece.text or piece.tokens or piece.end:
-            end = piece.end or None
-            yield {"index": piece.job.index, "text": piece.text, "logprobs": logprobs, "finish_reason": end}
+            choice = {"index": piece.job.index, "text": piece.text, "logprobs": logprobs}
+            yield {**choice, "finish_reason": piece.end or None}
         if piece.end:
             running.remove(piece.job)
 
@@ -368,16 +362,16 @@ def logprobs_of(tokens: Sequence[TokenInfo], count: int, tokenizer: Tokenizer) -
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
-    def rounded(logprob: float) -> float:
-        return round(max(logprob, -9999.0), 6)  # JSON knows no infinity.
-
-    def best(token: int, info: Likelihood) -> dict[str, float]:
-        return {name(each): rounded(logprob) for each, logprob in [*info[1][:count], (token, info[0])]}
-
+    # JSON knows no infinity.
+    top = [
+        info and {name(each): round(max(logprob, -9999.0), 6) for each, logprob in [*info[1][:count], (token, info[0])]}
+        for _, token, info in tokens
+    ]
+    names = [name(token) for _, token, _ in tokens]
     return {
-        "tokens": [name(token) for _, token, _ in tokens],
-        "token_logprobs": [info and rounded(info[0]) for _, _, info in tokens],
-        "top_logprobs": [info and best(token, info) for _, token, info in tokens],
+        "tokens": names,
+        "token_logprobs": [best and best[name] for best, name in zip(top, names, strict=True)],
+        "top_logprobs": top,
         "text_offset": [offset for offset, _, _ in tokens],
     }
 
@@ -416,8 +410,8 @@ def make_server(scheduler: Scheduler) -> uvicorn.Server:
 
     async def check_key(request: HTTPRequest) -> None:
         given, key = request.headers.get("authorization", "").encode("latin-1"), f"Bearer {config.api_key}".encode()
-        needs_key = config.api_key and request.url.path not in ("/", "/health")
-        if needs_key and not hmac.compare_digest(given, key):
+        is_free = not config.api_key or request.url.path in ("/", "/health")
+        if not is_free and not hmac.compare_digest(given, key):
             raise HTTPException(401, "this server asks for its key: Authorization: Bearer KEY")
 
     app = FastAPI(
@@ -463,12 +457,6 @@ def make_server(scheduler: Scheduler) -> uvicorn.Server:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [model]}
-
-    @app.get("/v1/models/{name:path}")
-    async def model_of(name: str) -> dict[str, Any]:
-        if name != config.name:
-            raise HTTPException(404, f"the model here is {config.name!r}")
-        return model
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -518,14 +506,13 @@ def load(config: ServeConfig) -> Scheduler:
     model, tokenizer = trained.model, trained.tokenizer
     if config.block_size:
         model.crop_block_size(min(config.block_size, model.config.block_size))
-    size, shape = model.get_num_params(), model.config
+    size = model.get_num_params()
     pack(model, device.dtype, int8=config.int8)
     engine = Engine(model, config.rows, vocab_size=tokenizer.vocab_size, dtype=device.dtype)
     name = config.name or Path(config.out_dir if config.init_from == "resume" else config.init_from).resolve().name
-    cached = 2 * config.rows * shape.block_size * shape.n_layer * shape.n_kv_head * shape.head_size
     log.info(
-        f"{trained.name}, {size / 1e6:.2f}M parameters, as {name!r}; {config.rows} rows of "
-        f"{shape.block_size:,} tokens side by side ({cached * device.dtype.itemsize / 1e6:,.0f} MB)"
+        f"{trained.name}, {size / 1e6:.2f}M parameters, as {name!r}; "
+        f"{config.rows} rows of {model.config.block_size:,} tokens side by side"
     )
     # Small models decode no faster with more threads, and the connections need a core, too: 200 clients on two cores
     # got 2,390 tokens/s of a 0.7M model with one thread, and 1,460 with two.
