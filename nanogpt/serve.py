@@ -160,7 +160,7 @@ class Scheduler:
     def admit(self) -> list[Job]:
         """Take the next job from the queue, and those that share its prompt, as far as rows are free."""
         with self.changed:
-            groups = itertools.groupby(self.waiting[: self.engine.room], key=lambda job: job.request.prompt)
+            groups = itertools.groupby(self.waiting[: self.engine.room], key=lambda job: id(job.request.prompt))
             jobs = list(next(groups)[1]) if self.waiting and self.engine.room else []
             del self.waiting[: len(jobs)]
         for job in jobs:
