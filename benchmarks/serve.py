@@ -125,7 +125,7 @@ async def is_idle(port: int) -> bool:
     """Return whether the server comes to rest within ten seconds."""
     for _ in range(100):
         metrics = await get(port, "/metrics")
-        if "nanogpt_rows_busy 0.0" in metrics and "nanogpt_waiting 0.0" in metrics:
+        if "nanogpt_rows_busy 0\n" in metrics and "nanogpt_waiting 0\n" in metrics:
             return True
         await asyncio.sleep(0.1)
     return False

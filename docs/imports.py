@@ -20,7 +20,7 @@ GROUPS = {
     "generation": "engine sample",
     "looking": "plot inspect",
     "evaluation": "evaluate",
-    "serving": "scheduler protocol guard api board serve",
+    "serving": "serve",
     "export": "export",
     "training": "train",
     "bench, plan": "bench plan",

@@ -38,17 +38,9 @@ def playground(page: Page, address: str) -> None:
         page.fill(f"#{name}", value)
     page.click("#generate")
     page.locator("#status", has_text=re.compile("^Done")).wait_for()
-    surprise = page.evaluate("tokens.map(token => token.logp)")
+    surprise = page.evaluate("tokens.map(token => token.logprob)")
     page.locator(".token").nth(min(range(10, 70), key=surprise.__getitem__)).click()
     page.screenshot(path=DOCS / "playground.png")
-
-
-def runs(page: Page, address: str) -> None:
-    """The page with the run's curves."""
-    page.goto(f"{address}/#runs")
-    page.reload()
-    page.wait_for_selector("#charts polyline")
-    page.screenshot(path=DOCS / "runs.png")
 
 
 def tokens(page: Page, run: str, folder: str) -> None:
@@ -67,7 +59,6 @@ def main(run: str) -> None:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         page = browser.new_page(viewport={"width": 1100, "height": 720}, color_scheme="light", device_scale_factor=1.5)
         playground(page, address)
-        runs(page, address)
         tokens(page, run, folder)
         browser.close()
 

@@ -245,8 +245,8 @@ def explain(error: Exception) -> str:
     if isinstance(error, UserError | OSError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("nanogpt"):
-        serving = {"fastapi", "uvicorn", "prometheus_client"}  # What `nanogpt serve` needs is named together.
-        packages = "fastapi uvicorn prometheus-client" if error.name in serving else error.name
+        serving = {"fastapi", "uvicorn"}  # What `nanogpt serve` needs is named together.
+        packages = "fastapi uvicorn" if error.name in serving else error.name
         return f"{sys.executable} has no {error.name}: activate the environment that has it, or pip install {packages}"
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
         return f"out of memory; reduce batch_size, block_size or the model, or set --gradient_checkpointing: {error}"

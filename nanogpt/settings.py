@@ -81,8 +81,6 @@ class SampleConfig(SourceConfig, Machine):
 class ServeConfig(SourceConfig, Machine):
     """Serve a trained model: OpenAI's API, and a page to play with."""
 
-    out_dir: list[str] = field(default_factory=lambda: ["out"])  # type: ignore[assignment]
-    # run folders: the model is in the first one, unless init_from names another; the page shows the curves of all
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: all addresses; then set an api_key
     port: int = 8000  # 0: any free one
     api_key: str = ""  # what clients must send; better in the environment as NANOGPT_API_KEY; empty: nothing

@@ -1,6 +1,5 @@
 """The page in a real browser."""
 
-import json
 import os
 import re
 import shutil
@@ -11,9 +10,6 @@ from typing import Any
 
 import pytest
 
-from nanogpt.files import locked
-from nanogpt.metrics import read_metrics
-from tests.test_plot import write_run
 from tests.test_serve import Server, make_model, serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -28,22 +24,8 @@ FLAGS = [
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
-    """Two runs: one that is going on, and one that is done."""
-    folder = tmp_path_factory.mktemp("runs")
-    one = write_run(folder / "one", [4.0, 3.0, 2.5], n_layer=2, max_iters=100)
-    two = write_run(folder / "two", [4.0, 2.75, 2.6], n_layer=4, max_iters=100)
-    rows = [*read_metrics(two / "metrics.jsonl"), {"step": 100, "seconds": 9.0, "tokens": 1000, "val/loss": 2.6}]
-    (two / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with open(one / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"v": 1, "step": 20, "sample": "<b>to be"}) + "\n")
-    with locked(one / "lock", "it"):
-        yield [one, two]
-
-
-@pytest.fixture(scope="module")
-def server(runs: list[Path]) -> Iterator[Server]:
-    with serving(make_model(), runs=runs) as server:
+def server() -> Iterator[Server]:
+    with serving(make_model()) as server:
         yield server
 
 
@@ -117,7 +99,7 @@ def test_branching_and_undo(page: Any) -> None:
     before = text(page)
     page.locator(".token").nth(3).click()
     other = page.locator("#detail button:enabled:not(.taken)").first
-    name = other.get_attribute("aria-label").split("go on with ")[1].split(", ")[0]
+    name = other.get_attribute("aria-label").split("continue with ")[1].split(", ")[0]
     other.click()
     wait_for_status(page)
     chosen = page.locator(".token.chosen").text_content()
@@ -180,38 +162,6 @@ def test_markup_in_a_text_is_text(page: Any) -> None:
     generate(page, "<img src=x onerror=alert(1)><b>")
     assert text(page).startswith("<img src=x onerror=alert(1)><b>")
     assert page.locator("#text img, #text b").count() == 0
-
-
-def test_the_runs_are_shown_live(page: Any, runs: list[Path]) -> None:
-    page.click("#tab-runs")
-    page.wait_for_selector("#table tbody tr:nth-child(2)")
-    assert page.locator("#table tbody td:nth-child(2)").all_inner_texts() == ["running", "done"]
-    assert page.locator("#charts polyline").count() >= 2
-    assert "one val/loss 2.5 at the end" in page.locator("#charts svg").first.get_attribute("aria-label")
-    assert page.inner_text("#texts pre") == "<b>to be"
-    assert page.locator("#changed td").all_inner_texts() == ["n_layer", "2", "4"]
-    with open(runs[0] / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"v": 1, "step": 30, "seconds": 6.0, "tokens": 300, "val/loss": 2.25}) + "\n")
-    page.wait_for_selector("#table :text('2.2500')")
-    page.click("[data-by='2']")
-    assert "6 s" in page.locator("#charts svg").first.text_content()
-    page.keyboard.press("Tab")
-    page.focus("#tab-runs")
-    page.keyboard.press("ArrowLeft")
-    assert page.is_visible("#prompt")
-    assert not page.is_visible("#table")
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1200, 380])
-def test_the_runs_fit_and_can_be_read(browser: Any, server: Server, scheme: str, width: int) -> None:
-    page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 800})
-    page.goto(f"http://127.0.0.1:{server.port}/#runs")
-    page.wait_for_selector("#charts polyline")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    low = page.evaluate(CONTRAST)
-    assert low == [], f"text with a contrast below 4.5: {low}"
-    page.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
