@@ -74,7 +74,7 @@ CHECKS: dict[str, tuple[Callable[[Any], object], str]] = {
     "device": (lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v), "auto, cpu, mps, cuda or cuda:N"),
     "init_from": (
         lambda v: v in ("resume", *GPT2_NAMES) or is_there(v),
-        f"scratch (train only), resume, {', '.join(GPT2_NAMES)}, ORGANISATION/NAME, an existing folder or checkpoint",
+        f"scratch (train only), resume, {', '.join(GPT2_NAMES)}, ORGANISATION/NAME, an existing folder, .pt or .gguf",
     ),
     "model": (lambda v: v in PRESETS, f"one of {', '.join(PRESETS)}"),
     "dataset": (lambda v: any(mixture(v).values()), "a folder's name, or several with weights: a:0.7,b:0.3"),
@@ -123,6 +123,7 @@ class GPTConfig(Shape):
     """The complete shape of a network: everything that the meaning of its weights depends on."""
 
     vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for efficiency
+    out_bias: bool | Literal["auto"] = "auto"  # in attention's output Linear; auto: as `bias`, which Qwen2 has not
     mlp_bias: bool | Literal["auto"] = "auto"  # in the MLP's Linears; auto: as `bias`, never in qwen3
     norm_eps: float = 1e-5  # added to the variance in LayerNorm and RMSNorm
     rope_scaling: list[float] = field(default_factory=list)  # Llama 3's: factor, low and high freq_factor, old context
@@ -133,6 +134,8 @@ class GPTConfig(Shape):
         self.head_size = self.head_size or self.n_embd // max(self.n_head, 1)
         rounded = -(-8 * self.n_embd // (3 * 64)) * 64
         self.n_hidden = self.n_hidden or (4 * self.n_embd if self.is_gpt2 else rounded)
+        if self.out_bias == "auto":
+            self.out_bias = self.bias
         if self.mlp_bias == "auto":
             self.mlp_bias = self.bias and self.architecture != "qwen3"
 

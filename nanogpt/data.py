@@ -63,7 +63,7 @@ class Dataset:
 
     def check_tokenizer(self, tokenizer: Tokenizer, model: str) -> None:
         """Raise `DataError` unless the ids mean to `model` what they meant when it was trained with `tokenizer`."""
-        if self.tokenizer.describe() != tokenizer.describe():
+        if not self.tokenizer.has_ids_of(tokenizer):
             raise DataError(
                 f"data set {self.folder.name} holds ids of the {self.tokenizer}, but {model} was trained with the "
                 f"{tokenizer}; prepare the data set again with --tokenizer=PATH of the model or of its data set"
