@@ -74,7 +74,8 @@ CHECKS: dict[str, tuple[Callable[[Any], object], str]] = {
     "device": (lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v), "auto, cpu, mps, cuda or cuda:N"),
     "init_from": (
         lambda v: v in ("resume", *GPT2_NAMES) or is_there(v),
-        f"scratch (train only), resume, {', '.join(GPT2_NAMES)}, ORGANISATION/NAME, an existing folder, .pt or .gguf",
+        f"scratch (train only), resume, {', '.join(GPT2_NAMES)}, ORGANISATION/NAME, an existing folder or checkpoint "
+        "(.pt or .gguf)",
     ),
     "model": (lambda v: v in PRESETS, f"one of {', '.join(PRESETS)}"),
     "dataset": (lambda v: any(mixture(v).values()), "a folder's name, or several with weights: a:0.7,b:0.3"),
@@ -189,7 +190,7 @@ class TrainConfig(Shape, Machine):
     # --- run ---
     out_dir: str = "out"  # run folder: config.json, metrics.jsonl, ckpt.pt (newest), best.pt (lowest validation loss)
     init_from: str = "scratch"  # scratch; resume: continue the run in out_dir; to finetune: gpt2 (or -medium, -large,
-    # -xl), ORGANISATION/NAME on the Hugging Face hub, a folder in its format, or another run or checkpoint
+    # -xl), ORGANISATION/NAME on the Hugging Face hub, a folder in its format, a .gguf file, another run or checkpoint
     resume: Literal["never", "auto"] = "never"  # auto: resume the run in out_dir if there is one; for restart loops
     max_iters: int = 600_000  # number of steps
     eval_interval: int = 2000  # evaluate every so many steps, and at the end

@@ -65,6 +65,12 @@ class Tokenizer(ABC):
         return frozenset(i for i in ids if i is not None)
 
     @property
+    def full_generation_config(self) -> dict[str, Any]:
+        """Return the generation config of an export: what the model's maker says, else what end_of_text implies."""
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return {**dict.fromkeys(names, self.end_of_text), **self.generation_config}
+
+    @property
     def padded_vocab_size(self) -> int:
         """Return the rows of a new model's embedding: a multiple of 64, which suits the hardware."""
         return -(-self.vocab_size // 64) * 64
@@ -321,7 +327,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     file = path / "tokenizer.json" if path.is_dir() else path
     settings = read_json(file.with_name("tokenizer_config.json"))
     named = [settings.get("bos_token"), settings.get("eos_token")]
-    bos, eos = [str(token.get("content") if isinstance(token, dict) else token) for token in named]
+    bos, eos = [str((token.get("content") if isinstance(token, dict) else token) or "") for token in named]
     template, separate = settings.get("chat_template"), file.with_name("chat_template.jinja")
     try:
         tokenizer = from_definition(file.read_text(encoding="utf-8"), eos)
@@ -393,7 +399,7 @@ def definition_of(tokenizer: Tokenizer) -> str:
         engine = ByteLevelBPETokenizer({character: byte for byte, character in sorted(byte_characters().items())}, [])
         engine.add_special_tokens([END_OF_TEXT])
     else:
-        raise DataError(f"how the {tokenizer} cuts text into tokens is known to its maker only; try --to=flat")
+        raise DataError(f"how the {tokenizer} cuts text is known to its maker only; --to=flat holds GPT-2's with it")
     return str(engine.to_str())
 
 
