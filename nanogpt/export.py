@@ -53,8 +53,8 @@ def check_output(output: Path, config: ExportConfig) -> None:
     if not output.exists() or (output.is_dir() and config.to == "hf" and not any(output.iterdir())):
         return
     if output.is_dir() != (config.to == "hf"):
-        there, wanted = ("folder", "file") if output.is_dir() else ("file", "folder")
-        raise ConfigError(f"output={output} is a {there}, --to={config.to} makes a {wanted}")
+        there = "folder" if output.is_dir() else "file"
+        raise ConfigError(f"output={output} is a {there}, --to={config.to} makes the other")
     marked = output / "README.md" if output.is_dir() else output
     start = open(marked, "rb").read(4096) if marked.exists() else b""
     is_export = MARK.encode() in start or (output.is_dir() and b"tags: [nanogpt]" in start)

@@ -40,6 +40,7 @@ LLAMA = {  # keys of our fields, below the name of the architecture
 }  # fmt: skip
 GPT2 = {**dict(list(LLAMA.items())[:6]), "norm_eps": "attention.layer_norm_epsilon"}
 ENDS = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 CONFIG = {  # keys of what is in a generation config
     "bos_token_id": "tokenizer.ggml.bos_token_id", "pad_token_id": "tokenizer.ggml.padding_token_id",
     "temperature": "general.sampling.temp", "top_k": "general.sampling.top_k",
@@ -244,10 +245,10 @@ def save_gguf(path: Path, name: str, model: GPT, tokenizer: Tokenizer, dtype: st
     if kind == "qwen3" and shape.bias:
         raise ConfigError("llama.cpp's Qwen3 has no biases, and this model has; --to=hf carries them")
     writer = gguf.GGUFWriter(path, kind)
-    wanted = gguf.GGMLQuantizationType[{"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}[dtype]]
+    wanted = gguf.GGMLQuantizationType[TYPES[dtype]]
     writer.add_string(MARK, __version__)
     writer.add_name(name)
-    writer.add_file_type(gguf.LlamaFileType[("ALL_" if dtype == "float32" else "MOSTLY_") + wanted.name])
+    writer.add_file_type(gguf.LlamaFileType[("ALL_" if wanted.name == "F32" else "MOSTLY_") + wanted.name])
     for ours, key in (GPT2 if kind == "gpt2" else LLAMA).items():
         value = getattr(shape, ours)
         add = writer.add_float32 if ours in ("norm_eps", "rope_theta") else writer.add_uint32
@@ -263,7 +264,7 @@ def save_gguf(path: Path, name: str, model: GPT, tokenizer: Tokenizer, dtype: st
     for part, tensor in tensors_of(model, tokenizer.vocab_size):
         array = (swap_channels(tensor, 2, shape.head_size // 2) if is_paired(kind, part) else tensor).float().numpy()
         stored = wanted if array.ndim == 2 and "wpe" not in part.theirs else gguf.GGMLQuantizationType.F32
-        if stored.name == "Q8_0" and array.shape[-1] % 32:
+        if stored.name.startswith("Q") and array.shape[-1] % 32:
             stored = gguf.GGMLQuantizationType.F16
         theirs = names.get_name(part.theirs, try_suffixes=(".weight", ".bias"))
         assert theirs, part.theirs

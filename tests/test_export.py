@@ -1,7 +1,6 @@
 """Exported models, as transformers, the original and we ourselves read them back."""
 
 import json
-import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -139,7 +138,9 @@ def test_flat_is_the_originals_dictionary(
     )
     assert again.tokenizer.describe() == best.tokenizer.describe()
     train.train(recipe(architecture="llama", out_dir="llama"))
-    with pytest.raises(ConfigError, match=r"has no .*architecture=llama.*GPT-2's shape only; --to=hf carries this model"):
+    with pytest.raises(
+        ConfigError, match=r"has no .*architecture=llama.*GPT-2's shape only; --to=hf carries this model"
+    ):
         export(ExportConfig(out_dir="llama", to="flat", output="x/ckpt.pt"))
     ids = TOKENIZER.encode("the quick brown fox jumps over the lazy dog " * 60)
     write_dataset(Path(config.data_dir, "fox"), TOKENIZER, ids[:500], ids[500:])
