@@ -64,7 +64,7 @@ def test_transformers_goes_on_as_we_do(shape: str, recipe: Recipe, tmp_path: Pat
     assert ("optimizer = 'muon'" if "fast" in shape else "learning_rate = 0.003") in card
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_in_and_out_and_in_again_changes_no_bit(kind: str, tied: bool, tmp_path: Path) -> None:
     import transformers
@@ -78,9 +78,8 @@ def test_in_and_out_and_in_again_changes_no_bit(kind: str, tied: bool, tmp_path:
         transformers.GPT2LMHeadModel(settings).save_pretrained(tmp_path / "a")
         (tmp_path / "a" / "tokenizer.json").write_text(TOKENIZER.describe()["definition"])
     else:
-        write_model(
-            tmp_path / "a", kind, vocab_size=TOKENIZER.vocab_size, attention_bias=True, tie_word_embeddings=tied
-        )
+        bias = {} if kind == "qwen2" else {"attention_bias": True}
+        write_model(tmp_path / "a", kind, vocab_size=TOKENIZER.vocab_size, tie_word_embeddings=tied, **bias)
     for source, target in ("ab", "bc"):
         export(ExportConfig(init_from=str(tmp_path / source), output=str(tmp_path / target)))
     tensors = [load_file(tmp_path / name / "model.safetensors") for name in "abc"]
@@ -239,6 +238,70 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(to: str, recipe: Recipe, 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.glob("target*"))
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+def test_an_export_is_uploaded(to: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    calls: list[tuple[str, str]] = []
+
+    class Api:
+        def create_repo(self, repository: str, exist_ok: bool) -> None:
+            assert exist_ok
+            calls.append(("repository", repository))
+
+        def upload_folder(self, repo_id: str, folder_path: Path) -> None:
+            assert (folder_path / "model.safetensors").exists()
+            calls.append(("folder", repo_id))
+
+        def upload_file(self, repo_id: str, path_or_fileobj: Path, path_in_repo: str) -> None:
+            assert path_or_fileobj.exists()
+            calls.append(("file", path_in_repo))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    train.train(recipe())
+    settings: dict[str, Any] = {"out_dir": recipe().out_dir, "to": to, "push": "me/m"}
+    export(ExportConfig(**settings, output=str(tmp_path / "m.gguf")))
+    files = {"hf": [("folder", "me/m")], "gguf": [("file", "m.gguf"), ("file", "m.Modelfile")]}
+    assert calls == [("repository", "me/m"), *files[to]]
+    monkeypatch.setattr(Api, "create_repo", lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError, match=r"other is written, but not uploaded to me/m \(division.*hf auth login"):
+        export(ExportConfig(**settings, output=str(tmp_path / "other")))
+    with pytest.raises(ConfigError, match="push=here: expected USER/NAME"):
+        parse(ExportConfig, ["--output=x", "--push=here"], "")
+
+
+def test_weights_can_be_read_by_whom_the_umask_lets(recipe: Recipe, tmp_path: Path) -> None:
+    train.train(recipe())
+    export(ExportConfig(out_dir=recipe().out_dir, output=str(tmp_path / "m")))
+    modes = {path.stat().st_mode for path in (tmp_path / "m").iterdir()}
+    (tmp_path / "file").touch()
+    assert modes == {(tmp_path / "file").stat().st_mode}
+
+
+def test_a_chat_models_end_tokens_and_template_travel(recipe: Recipe, data_dir: Path, tmp_path: Path) -> None:
+    """From one folder through a run into another."""
+    import transformers
+
+    write_model(tmp_path / "a", "llama", vocab_size=TOKENIZER.vocab_size)
+    config = {"bos_token_id": 7, "eos_token_id": [9, 5], "temperature": 0.7}
+    (tmp_path / "a" / "generation_config.json").write_text(json.dumps(config))
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    (tmp_path / "a" / "chat_template.jinja").write_text(template)
+    tokenizer = load_pretrained(str(tmp_path / "a")).tokenizer
+    assert (tokenizer.end_tokens, tokenizer.chat_template) == ({TOKENIZER.end_of_text, 5, 9}, template)
+    assert tokenizer.has_ids_of(TOKENIZER)
+    ids = TOKENIZER.encode("the quick brown fox jumps over the lazy dog " * 60)
+    write_dataset(data_dir / "fox", tokenizer, ids[:500], ids[500:])
+    train.train(recipe(init_from=str(tmp_path / "a"), dataset="fox"))
+    export(ExportConfig(out_dir=recipe().out_dir, output=str(tmp_path / "b")))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
+    chat = theirs.apply_chat_template([{"role": "user", "content": "the"}], tokenize=False)
+    assert chat == f"{TOKENIZER.decode([7])}the{TOKENIZER.decode([9])}"
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "b")
+    assert (generation.eos_token_id, generation.temperature, generation.bos_token_id) == ([9, 5], 0.7, 7)
+    assert load_pretrained(str(tmp_path / "b")).tokenizer.describe() == tokenizer.describe()
 
 
 def test_gpt2_in_the_tanh_form_keeps_it(tmp_path: Path) -> None:
