@@ -38,6 +38,7 @@ from nanogpt.device import Device
 from nanogpt.distributed import full_tensor, shard_like
 from nanogpt.errors import CheckpointError, ConfigError, DamagedError, UserError
 from nanogpt.files import atomic_write, locked, read_json, sync_folder, write_json
+from nanogpt.gguf import load_gguf
 from nanogpt.huggingface import load_pretrained
 from nanogpt.model import GPT
 from nanogpt.settings import SourceConfig
@@ -554,12 +555,13 @@ def load_trained(config: SourceConfig, device: Device) -> TrainedModel:
 def load_model(
     init_from: str, device: str = "cpu", *, dropout: float = 0.0, data_dir: str = "data"
 ) -> tuple[GPT, Tokenizer]:
-    """Return the model of a run folder or a checkpoint, of ours or of the original, or one in Hugging Face's format."""
+    """Return a model: of a run folder or a checkpoint, ours or the original's, Hugging Face's format or a GGUF file."""
     path = Path(init_from)
     if path.is_dir() and (checkpoints_of(path) or (path / "best.pt").exists()):
         path = find_checkpoint(path, "auto")
     if path.suffix != ".pt" and not is_finished(path):
-        pretrained = load_pretrained(init_from, device, dropout=dropout)
+        load = load_gguf if path.suffix == ".gguf" else load_pretrained
+        pretrained = load(init_from, device, dropout=dropout)
         return pretrained.model, pretrained.tokenizer
     log.info(f"loading {path}")
     loaded = load_checkpoint(path, data_dir)

@@ -76,7 +76,8 @@ CHECKS: dict[str, tuple[Callable[[Any], object], str]] = {
     "device": (lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v), "auto, cpu, mps, cuda or cuda:N"),
     "init_from": (
         lambda v: v in ("resume", *GPT2_NAMES) or is_there(v),
-        f"scratch (train only), resume, {', '.join(GPT2_NAMES)}, ORGANISATION/NAME, an existing folder or checkpoint",
+        f"scratch (train only), resume, {', '.join(GPT2_NAMES)}, ORGANISATION/NAME, an existing folder or checkpoint "
+        "(.pt or .gguf)",
     ),
     "model": (lambda v: v in PRESETS, f"one of {', '.join(PRESETS)}"),
     "dataset": (lambda v: sum(mixture(v).values()) > 0, "a folder's name, or several with weights: a:0.7,b:0.3"),
@@ -125,6 +126,7 @@ class GPTConfig(Shape):
     """The complete shape of a network: everything that the meaning of its weights depends on."""
 
     vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for efficiency
+    out_bias: bool | Literal["auto"] = "auto"  # in attention's output Linear; auto: as `bias`, which Qwen2 has not
     mlp_bias: bool | Literal["auto"] = "auto"  # in the MLP's Linears; auto: as `bias`, never in qwen3
     norm_eps: float = 1e-5  # added to the variance in LayerNorm and RMSNorm
     rope_scaling: list[float] = field(default_factory=list)  # Llama 3's: factor, low and high freq_factor, old context
@@ -135,6 +137,8 @@ class GPTConfig(Shape):
         self.head_size = self.head_size or self.n_embd // max(self.n_head, 1)
         of_swiglu = 64 * math.ceil(8 * self.n_embd / (3 * 64))  # 8/3 n_embd, rounded up to a multiple of 64
         self.n_hidden = self.n_hidden or (4 * self.n_embd if self.is_gpt2 else of_swiglu)
+        if self.out_bias == "auto":
+            self.out_bias = self.bias
         if self.mlp_bias == "auto":
             self.mlp_bias = self.bias and self.architecture != "qwen3"
 
@@ -188,7 +192,7 @@ class TrainConfig(Shape, Machine):
     # --- run ---
     out_dir: str = "out"  # run folder: config.json, metrics.jsonl, ckpt.pt (newest), best.pt (lowest validation loss)
     init_from: str = "scratch"  # scratch; resume: continue the run in out_dir; to finetune: gpt2 (or -medium, -large,
-    # -xl), ORGANISATION/NAME on the Hugging Face hub, a folder in its format, or another run or checkpoint
+    # -xl), ORGANISATION/NAME on the Hugging Face hub, a folder in its format, a .gguf file, another run or checkpoint
     resume: Literal["never", "auto"] = "never"  # auto: resume the run in out_dir if there is one; for restart loops
     max_iters: int = 600_000  # number of steps
     eval_interval: int = 2000  # evaluate every so many steps, and at the end

@@ -62,7 +62,7 @@ class Dataset:
 
     def check_tokenizer(self, tokenizer: Tokenizer, owner: str) -> None:
         """Raise `DataError` unless this data set's ids are those of `tokenizer`, which `owner` uses."""
-        if self.tokenizer.describe() != tokenizer.describe():
+        if not self.tokenizer.has_ids_of(tokenizer):
             raise DataError(
                 f"data set {self.folder.name} holds ids of the {self.tokenizer}, but {owner} uses the {tokenizer}; "
                 "prepare the data set again with --tokenizer=PATH of the model or of its data set"

@@ -1,9 +1,6 @@
 """The program behind `nanogpt export`: a trained model as other programs read it."""
 
 import logging
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,157 +10,144 @@ from nanogpt import __version__
 from nanogpt.checkpoint import TrainedModel, load_trained, original_arguments, write_file
 from nanogpt.device import Device
 from nanogpt.errors import ConfigError, UserError
-from nanogpt.files import atomic_write, sync_folder
-from nanogpt.gguf import MARK, save_gguf
-from nanogpt.huggingface import FOLDER, save_pretrained
-from nanogpt.model import GPT
+from nanogpt.files import atomic_folder, atomic_write
+from nanogpt.gguf import MARK, modelfile, save_gguf
+from nanogpt.huggingface import save_pretrained
 from nanogpt.settings import ExportConfig
-from nanogpt.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
+from nanogpt.tokenizer import CharTokenizer, GPT2Tokenizer
 
 log = logging.getLogger(__name__)
 
+FILES = {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+         "tokenizer_config.json"}  # fmt: skip
+PRIVATE = ("out_dir", "data_dir", "text", "wandb_project", "wandb_run_name")  # settings that tell of a machine
+
 
 def export(config: ExportConfig) -> None:
-    """Write `output`, whole or not at all. Raises `UserError` if it is there, or can't hold this model."""
+    """Write `output`, whole or not at all; upload it. Raises `UserError` if it is there, or can't hold the model."""
     output = Path(config.output).resolve()
-    _check_free(output, config)
+    check_output(output, config)
     trained = load_trained(config, Device("cpu", "cpu", torch.float32, compile=False))
-    model, tokenizer = trained.model, trained.tokenizer
+    model, tokenizer, written = trained.model, trained.tokenizer, [output]
     if config.to == "hf":
-        with new_folder(output) as folder:
+        use = f'AutoModelForCausalLM.from_pretrained("{config.output}")'
+        with atomic_folder(output) as folder:
             save_pretrained(folder, model, tokenizer, getattr(torch, config.dtype), model_card(trained, output.name))
     elif config.to == "gguf":
         with atomic_write(output) as file:
             save_gguf(Path(file.name), output.stem, model, tokenizer, config.dtype)
+        written.append(output.with_suffix(".Modelfile"))
+        with atomic_write(written[1]) as file:
+            file.write(modelfile(output, model.config, tokenizer).encode())
+        use = f"llama-cli -m {config.output}, or ollama create {output.stem.lower()} -f {written[1]}"
     else:
-        progress = trained.state
-        save_original(output, model, tokenizer, _public(trained.config), progress.step, progress.best_val_loss)
-        if model.config.activation != "gelu":
-            log.warning(
-                "the original computes the exact GELU in place of this model's tanh form: losses differ slightly"
-            )
-    use = {
-        "hf": f'AutoModelForCausalLM.from_pretrained("{config.output}")',
-        "gguf": f"llama-cli -m {config.output}",
-        "flat": "the original's sample.py reads it as out_dir/ckpt.pt; characters need data/NAME/meta.pkl there",
-    }
-    print(f"wrote {output} from {trained.name}: {use[config.to]}")
+        use = "the original's sample.py reads it as out_dir/ckpt.pt; characters need data/NAME/meta.pkl there"
+        save_original(output, trained)
+    print(f"wrote {output} from {trained.name}: {use}")
+    if config.push:
+        push(config.push, written)
 
 
-def _check_free(output: Path, config: ExportConfig) -> None:
-    """Refuse to overwrite anything but an earlier export, and that without `force`."""
-    if not output.exists():
+def check_output(output: Path, config: ExportConfig) -> None:
+    """Raise `ConfigError` if `output` has anything but an earlier export, or if that is not to be replaced."""
+    if not output.exists() or (output.is_dir() and config.to == "hf" and not any(output.iterdir())):
         return
     if output.is_dir() != (config.to == "hf"):
-        raise ConfigError(
-            f"output={output} is a {'folder' if output.is_dir() else 'file'}, --to={config.to} makes the other"
-        )
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if not _is_export(output):
+        there = "folder" if output.is_dir() else "file"
+        raise ConfigError(f"output={output} is a {there}, --to={config.to} makes the other")
+    marked = output / "README.md" if output.is_dir() else output
+    start = open(marked, "rb").read(4096) if marked.exists() else b""
+    is_export = MARK.encode() in start or (output.is_dir() and b"tags: [nanogpt]" in start)
+    if not is_export or (output.is_dir() and not {path.name for path in output.iterdir()} <= FILES):
         raise ConfigError(f"output={output} is there already, and not an earlier export; choose another name")
     if not config.force:
         raise ConfigError(f"output={output} is there already; --force replaces it")
 
 
-def _is_export(output: Path) -> bool:
-    """Whether what is there was written by an export, so that it can be written again."""
-    if output.is_dir():
-        names = {path.name for path in output.iterdir()}
-        return "model.safetensors" in names and names <= FOLDER
-    with open(output, "rb") as file:
-        if (start := file.read(256)).startswith(b"GGUF"):
-            return MARK.encode() in start
+def push(repository: str, written: list[Path]) -> None:
+    """Upload a folder, or files, to the Hugging Face hub, into a repository that is made if need be."""
+    from huggingface_hub import HfApi
+
     try:
-        content = torch.load(output, weights_only=True, mmap=True)
-    except Exception:  # a file of another kind: torch has many ways to say so
-        return False
-    config = content.get("config") if isinstance(content, dict) and content.get("optimizer", "") is None else None
-    return isinstance(config, dict) and "model_args" in content and "out_dir" not in config  # as `_public` leaves it
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        for path in written:
+            if path.is_dir():
+                api.upload_folder(repo_id=repository, folder_path=path)
+            else:
+                api.upload_file(repo_id=repository, path_or_fileobj=path, path_in_repo=path.name)
+    except Exception as error:  # the library and its network layer have many kinds
+        raise UserError(
+            f"{written[0]} is written, but not uploaded to {repository} ({error}); `hf auth login` with a token that "
+            f"may write there, then `hf upload {repository} {written[0]}`"
+        ) from error
+    print(f"uploaded to https://huggingface.co/{repository}")
 
 
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that takes its name, in place of what has it, when the block ends well, and is gone when it doesn't."""
-    work, old = (path.with_name(f"{path.name}.{ending}.tmp") for ending in ("new", "old"))
-    try:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        yield work
-        for written in (*work.iterdir(), work):
-            sync_folder(written)  # and file
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)  # of an export that was killed here
-            path.rename(old)
-        try:
-            work.rename(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
-            raise
-        sync_folder(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _public(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run without what tells of its machine: folders, and names in trackers."""
-    private = ("out_dir", "data_dir", "wandb_project", "wandb_run_name")
-    public = {key: value for key, value in config.items() if key not in private}
-    if (source := str(public.get("init_from", ""))) and (Path(source).is_absolute() or source.startswith(("~", "."))):
-        public["init_from"] = Path(source).name
-    return public
+def public_settings(trained: TrainedModel) -> dict[str, Any]:
+    """Return the settings of a run without what tells of its machine: folders, and names in trackers."""
+    public = {key: value for key, value in trained.config.items() if key not in PRIVATE}
+    source = str(public.get("init_from", ""))
+    return public | ({"init_from": Path(source).name} if source.startswith(("/", "~", ".")) else {})
 
 
 def model_card(trained: TrainedModel, name: str) -> str:
-    """The README.md of an exported model: what it is and how it was trained."""
-    shape, progress = trained.model.config, trained.state
+    """Return the README.md of an exported model: what it is and how it was trained."""
+    shape, state, config = trained.model.config, trained.state, public_settings(trained)
     facts = {
         "parameters": f"{trained.model.get_num_params(non_embedding=False):,}",
         "architecture": f"{shape.architecture}, {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} channels",
         "context": f"{shape.block_size:,} tokens",
         "tokenizer": str(trained.tokenizer),
     }
-    config = _public(trained.config)
     if config:
         facts |= {
             "started from": config.get("init_from", "scratch"),
             "data set": config.get("dataset", "unknown"),
-            "steps": f"{progress.step:,}",
-            "tokens seen": f"{progress.tokens:,}",
-            "training time": f"{progress.seconds / 3600:.2f} hours",
-            "best validation loss": f"{progress.best_val_loss:.4f} nats per token",
+            "steps": f"{state.step:,}",
+            "tokens seen": f"{state.tokens:,}",
+            "training time": f"{state.seconds / 3600:.2f} hours",
+            "best validation loss": f"{state.best_val_loss:.4f} nats per token",
         }
-    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    front = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [nanogpt]\n---\n\n"
-    code = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")\n'
-        'ids = tokenizer("Once", return_tensors="pt").input_ids\n'
-        "print(tokenizer.decode(model.generate(ids, max_new_tokens=100)[0]))\n"
-    )
+    table = "".join(f"| {key} | {value} |\n" for key, value in facts.items())
     settings = "".join(f"    {key} = {value!r}\n" for key, value in config.items())
-    recipe = f"\nThe settings of the run:\n\n{settings}" if settings else ""
-    return (
-        f"{front}# {name}\n\nTrained with nanoGPT {__version__}, from {Path(trained.name).name}.\n\n"
-        f"| | |\n|---|---|\n{rows}\n\n```python\n{code}```\n{recipe}"
-    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [nanogpt]
+---
+
+# {name}
+
+Trained with nanoGPT {__version__}, from {Path(trained.name).name}.
+
+| | |
+|---|---|
+{table}
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")
+ids = tokenizer("Once", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=100)[0]))
+```
+""" + (f"\nThe settings of the run:\n\n{settings}" if settings else "")
 
 
-def save_original(path: Path, model: GPT, tokenizer: Tokenizer, config: dict[str, Any], step: int, loss: float) -> None:
-    """Write what the original's sample.py loads. config: the training run's; loss: its best.
-
-    Raises `ConfigError` for a model or a tokenizer that the original does not know.
-    """
+def save_original(path: Path, trained: TrainedModel) -> None:
+    """Write what the original's sample.py loads. Raises `ConfigError` for a model or a tokenizer that it lacks."""
+    model, tokenizer, state = trained.model, trained.tokenizer, trained.state
     arguments, unknown = original_arguments(model.config)
+    # Only the original can have a vocabulary whose way to cut text nobody else knows.
+    instead = "" if tokenizer.kind == "vocabulary" else "; --to=hf carries this model"
     if unknown:
-        raise ConfigError(
-            f"the original nanoGPT has no {', '.join(unknown)}; it knows GPT-2's shape only; try --to=hf or --to=gguf"
-        )
+        raise ConfigError(f"the original nanoGPT has no {', '.join(unknown)}: it knows GPT-2's shape only{instead}")
     if not isinstance(tokenizer, (CharTokenizer, GPT2Tokenizer)):
-        raise ConfigError(f"the original nanoGPT knows characters and GPT-2's tokens, not the {tokenizer}")
-    content = {"model": model.state_dict(), "model_args": arguments, "iter_num": step}
-    write_file(path, {**content, "optimizer": None, "best_val_loss": loss, "config": config})
+        raise ConfigError(f"the original nanoGPT knows characters and GPT-2's tokens, not the {tokenizer}{instead}")
+    config = {MARK: __version__, **public_settings(trained)}
+    progress = {"iter_num": state.step, "best_val_loss": state.best_val_loss}
+    write_file(
+        path, {"config": config, "model_args": arguments, **progress, "model": model.state_dict(), "optimizer": None}
+    )
+    if model.config.activation != "gelu":
+        log.warning("the original computes the exact GELU in place of this model's tanh form: losses differ slightly")

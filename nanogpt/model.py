@@ -164,7 +164,7 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout if config.is_gpt2 else 0.0  # of attention probabilities
         # Queries, keys and values of all heads in one matmul: a large one is faster than three small ones.
         self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * D, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_head * D, config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_head * D, config.n_embd, bias=bool(config.out_bias))
         has_qk_norm = config.architecture == "qwen3"
         self.q_norm = RMSNorm(D, eps=config.norm_eps) if has_qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, eps=config.norm_eps) if has_qk_norm else nn.Identity()

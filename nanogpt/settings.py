@@ -6,7 +6,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
 
-from nanogpt.config import CHECKS, PRESETS, Machine, Settings, TrainConfig, is_there
+from nanogpt.config import CHECKS, PRESETS, Machine, Settings, TrainConfig, is_hub_name, is_there
 from nanogpt.errors import ConfigError
 
 CHECKS |= {
@@ -52,7 +52,7 @@ class SourceConfig(Settings):
     # --- model ---
     out_dir: str = "out"  # run folder
     init_from: str = "resume"  # resume: the run in out_dir; gpt2 (-medium, -large, -xl), ORGANISATION/NAME on the
-    # Hugging Face hub, a folder in its format, or a checkpoint
+    # Hugging Face hub, a folder in its format, a checkpoint, or a .gguf file
     checkpoint: str = "auto"  # best (lowest validation loss), last, or a file; auto: best, else last
 
 
@@ -118,6 +118,7 @@ class ExportConfig(SourceConfig):
     output: str = ""  # folder or file to write
     dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = "float32"  # of matrices; q8_0: 8 bits, only for gguf
     force: bool = False  # replace an earlier export
+    push: str = ""  # USER/NAME: also upload it to the Hugging Face hub, which makes it public; see `hf auth login`
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -125,6 +126,8 @@ class ExportConfig(SourceConfig):
             yield "output is missing: name the folder or file to write, --output=PATH"
         if (self.dtype == "q8_0" and self.to != "gguf") or (self.dtype != "float32" and self.to == "flat"):
             yield f"dtype={self.dtype}: --to={self.to} cannot hold it; --dtype=float32 always works"
+        if self.push and not is_hub_name(self.push):
+            yield f"push={self.push}: expected USER/NAME, a repository on the Hugging Face hub"
 
 
 class PrepareConfig(Settings):

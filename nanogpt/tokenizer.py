@@ -13,8 +13,9 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ from nanogpt.errors import DataError
 from nanogpt.files import atomic_write, read_json
 
 END_OF_TEXT = "<|endoftext|>"
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json"]  # of a model's folder
+# Of a model's folder: the last two say what ends a text, and how a conversation is laid out.
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"]
 MERGES_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 GPT2_SHA256 = "7db3ecccc3244b0f6caf9087f7d9c8224cbb8bdc6d01888e547329c0e064260f"  # of its tokens' bytes, one a line
@@ -37,6 +39,10 @@ class Tokenizer:
     kind: str  # names the tokenizer in descriptions
     vocab_size: int
     end_of_text: int | None = None  # id of the token that ends a document, where there is one
+    # What comes with somebody's model and is no part of the ids: Hugging Face's generation_config.json, and the Jinja
+    # template that turns a conversation into a text.
+    generation_config: Mapping[str, Any] = MappingProxyType({})
+    chat_template: str = ""
 
     @functools.cached_property
     def engine(self) -> Any:
@@ -50,12 +56,26 @@ class Tokenizer:
 
     def describe(self) -> dict[str, Any]:
         """Return all that `from_description` needs to build this tokenizer again, as JSON."""
-        return {"kind": self.kind}
+        chat = {"generation_config": dict(self.generation_config), "chat_template": self.chat_template}
+        return {"kind": self.kind, **{key: value for key, value in chat.items() if value}}
+
+    def has_ids_of(self, other: "Tokenizer") -> bool:
+        """Return whether both give every text the same ids, whatever else comes with them."""
+        ignored = dict.fromkeys(("generation_config", "chat_template"))
+        return {**self.describe(), **ignored} == {**other.describe(), **ignored}
 
     @property
     def end_tokens(self) -> frozenset[int]:
-        """Return the ids that end a generated text."""
-        return frozenset([] if self.end_of_text is None else [self.end_of_text])
+        """Return the ids that end a generated text: the end of a document, and those that the model's maker names."""
+        named = self.generation_config.get("eos_token_id")
+        ids = [self.end_of_text, *(named if isinstance(named, list) else [named])]
+        return frozenset(i for i in ids if i is not None)
+
+    @property
+    def full_generation_config(self) -> dict[str, Any]:
+        """Return the generation config of an export: what the model's maker says, else what end_of_text implies."""
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return {**dict.fromkeys(names, self.end_of_text), **self.generation_config}
 
     @property
     def padded_vocab_size(self) -> int:
@@ -217,7 +237,7 @@ class BPETokenizer(Tokenizer):
         self.end_of_text = end_of_text
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": self.kind, "end_of_text": self.end_of_text, "definition": self.definition}
+        return super().describe() | {"end_of_text": self.end_of_text, "definition": self.definition}
 
     def __str__(self) -> str:
         return f"BPE {hashlib.sha256(self.definition.encode()).hexdigest()[:8]} tokenizer ({self.vocab_size} entries)"
@@ -286,24 +306,59 @@ def well_formed(text: str) -> str:
 def read_tokenizer(path: Path) -> Tokenizer:
     """Return the tokenizer of a tokenizer.json, of a model's folder in Hugging Face's format, or of a data set.
 
-    Documents end with `<|endoftext|>` or `<|end_of_text|>` where it has one, else with the `eos_token` that the folder
-    names, else with `</s>` or `<eos>`. Raises `DataError` if there is nothing readable.
+    A model's folder also says what ends a text, and how a conversation is laid out. Raises `DataError` if there is
+    nothing readable.
     """
     described = read_json(path / "dataset.json" if path.is_dir() else path).get("tokenizer")
     if described is not None:
         return from_description(described)
     file = path / "tokenizer.json" if path.is_dir() else path
+    settings = read_json(file.with_name("tokenizer_config.json"))
+    named = [settings.get("bos_token"), settings.get("eos_token")]
+    bos, eos = [str((token.get("content") if isinstance(token, dict) else token) or "") for token in named]
+    template, separate = settings.get("chat_template"), file.with_name("chat_template.jinja")
     try:
-        tokenizer = BPETokenizer(file.read_text(encoding="utf-8"))
+        tokenizer = from_definition(file.read_text(encoding="utf-8"), eos)
+        template = separate.read_text(encoding="utf-8") if separate.exists() else template
     except (OSError, UnicodeDecodeError, DataError) as error:
         instead = "transformers writes one with AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)"
         raise DataError(f"{file} is no tokenizer.json ({error}); {instead}") from error
-    named = read_json(file.with_name("tokenizer_config.json")).get("eos_token")
-    named = named.get("content") if isinstance(named, dict) else named
-    candidates = [END_OF_TEXT, "<|end_of_text|>", str(named), "</s>", "<eos>"]
+    ids = {name: read_json(file.with_name("config.json")).get(name) for name in ("bos_token_id", "eos_token_id")}
+    config = ids | read_json(file.with_name("generation_config.json"))
+    if isinstance(tokenizer, BPETokenizer):
+        # The end that the tokenizer names comes first: chat templates call it eos_token.
+        ends = config["eos_token_id"] if isinstance(config["eos_token_id"], list) else [config["eos_token_id"]]
+        config["eos_token_id"] = [tokenizer.engine.token_to_id(eos), *ends]
+        config["bos_token_id"] = config["bos_token_id"] or tokenizer.engine.token_to_id(bos)
+    keep_generation_config(tokenizer, config, template)
+    return tokenizer
+
+
+def keep_generation_config(tokenizer: Tokenizer, config: Mapping[str, Any], template: object) -> None:
+    """Let `tokenizer` keep what somebody says about generating with their model, without ids that it does not have."""
+    kept = {}
+    for key, value in config.items():
+        if key.endswith("_token_id"):
+            ids = value if isinstance(value, list) else [value]
+            known = list(dict.fromkeys(i for i in ids if type(i) is int and 0 <= i < tokenizer.vocab_size))
+            if known and known != [tokenizer.end_of_text]:
+                kept[key] = known if len(known) > 1 else known[0]
+        elif key not in ("transformers_version", "_from_model_config"):
+            kept[key] = value
+    tokenizer.generation_config = kept
+    tokenizer.chat_template = template if isinstance(template, str) else ""
+
+
+def from_definition(definition: str, eos_token: str) -> Tokenizer:
+    """Return the tokenizer of a tokenizer.json's text: one of ours where it is one, as after an export.
+
+    Documents end with `<|endoftext|>` or `<|end_of_text|>` where it has one, else with `eos_token`, `</s>` or `<eos>`.
+    """
+    tokenizer = BPETokenizer(definition)
+    candidates = [END_OF_TEXT, "<|end_of_text|>", eos_token, "</s>", "<eos>"]
     ids = map(tokenizer.engine.token_to_id, candidates)
     tokenizer.end_of_text = next((i for i in ids if i is not None), None)
-    # Where it is one of ours, as after an export, return that: data sets and models compare what tokenizers describe.
+    # Data sets and models compare what tokenizers describe.
     for ours in (ByteTokenizer(), CharTokenizer(sorted(tokenizer.engine.get_vocab()))):
         if ours.kind != "vocabulary" and ours.definition == tokenizer.definition:
             return ours
@@ -322,16 +377,21 @@ def make_tokenizer(setting: str, characters: Iterable[str], texts: Iterable[str]
 
 def from_description(description: Any) -> Tokenizer:
     """Return the tokenizer that `describe` described. Raises `DataError` for a description that is not one."""
+    tokenizer: Tokenizer | None = None
     match description:
         case {"characters": str(tokens)} | {"tokens": list(tokens)} if set(map(type, tokens)) == {str}:
-            return CharTokenizer(tokens)
+            tokenizer = CharTokenizer(tokens)
         case {"kind": "byte"}:
-            return ByteTokenizer()
+            tokenizer = ByteTokenizer()
         case {"kind": "gpt2"}:
-            return GPT2Tokenizer()
+            tokenizer = GPT2Tokenizer()
         case {"kind": "tokenizers", "definition": str(definition), "end_of_text": int() | None as end_of_text}:
-            return BPETokenizer(definition, end_of_text)
-    raise DataError(f"unknown tokenizer description: {str(description)[:200]}")
+            tokenizer = BPETokenizer(definition, end_of_text)
+    if tokenizer is None:
+        raise DataError(f"unknown tokenizer description: {str(description)[:200]}")
+    config = description.get("generation_config")
+    keep_generation_config(tokenizer, config if isinstance(config, dict) else {}, description.get("chat_template"))
+    return tokenizer
 
 
 def write_meta(path: Path, tokenizer: Tokenizer) -> None:

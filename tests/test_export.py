@@ -1,7 +1,6 @@
 """Exported models, as transformers, the original and we ourselves read them back."""
 
 import json
-import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data import open_dataset
 from nanogpt.device import Device
 from nanogpt.errors import ConfigError, UserError
-from nanogpt.export import export, new_folder
+from nanogpt.export import export
 from nanogpt.huggingface import load_pretrained, tensors_of
 from nanogpt.model import GPT
 from nanogpt.settings import ExportConfig
@@ -64,7 +63,7 @@ def test_transformers_goes_on_as_we_do(shape: str, recipe: Recipe, tmp_path: Pat
     assert ("optimizer = 'muon'" if "fast" in shape else "learning_rate = 0.003") in card
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_in_and_out_and_in_again_changes_no_bit(kind: str, tied: bool, tmp_path: Path) -> None:
     import transformers
@@ -78,9 +77,8 @@ def test_in_and_out_and_in_again_changes_no_bit(kind: str, tied: bool, tmp_path:
         transformers.GPT2LMHeadModel(settings).save_pretrained(tmp_path / "a")
         (tmp_path / "a" / "tokenizer.json").write_text(TOKENIZER.describe()["definition"])
     else:
-        write_model(
-            tmp_path / "a", kind, vocab_size=TOKENIZER.vocab_size, attention_bias=True, tie_word_embeddings=tied
-        )
+        bias = {} if kind == "qwen2" else {"attention_bias": True}
+        write_model(tmp_path / "a", kind, vocab_size=TOKENIZER.vocab_size, tie_word_embeddings=tied, **bias)
     for source, target in ("ab", "bc"):
         export(ExportConfig(init_from=str(tmp_path / source), output=str(tmp_path / target)))
     tensors = [load_file(tmp_path / name / "model.safetensors") for name in "abc"]
@@ -138,7 +136,9 @@ def test_flat_is_the_originals_dictionary(
     )
     assert again.tokenizer.describe() == best.tokenizer.describe()
     train.train(recipe(architecture="llama", out_dir="llama"))
-    with pytest.raises(ConfigError, match=r"the original nanoGPT has no n_hidden=.*architecture=llama|architecture"):
+    with pytest.raises(
+        ConfigError, match=r"has no .*architecture=llama.*GPT-2's shape only; --to=hf carries this model"
+    ):
         export(ExportConfig(out_dir="llama", to="flat", output="x/ckpt.pt"))
     ids = TOKENIZER.encode("the quick brown fox jumps over the lazy dog " * 60)
     write_dataset(Path(config.data_dir, "fox"), TOKENIZER, ids[:500], ids[500:])
@@ -170,9 +170,6 @@ def test_nothing_is_overwritten_or_left_behind(recipe: Recipe, tmp_path: Path, m
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("m")] == ["m"]
     monkeypatch.setattr(module, "save_pretrained", real)
-    old = tmp_path / "m.old.tmp"
-    old.mkdir()
-    (old / "config.json").touch()  # of an export that was killed between two names
     export(ExportConfig(**settings, force=True, dtype="float16"))  # type: ignore[arg-type]
     assert (folder / "model.safetensors").stat().st_size < len(before["model.safetensors"])
     (folder / "thesis.tex").write_text("years of work")
@@ -189,9 +186,8 @@ def test_nothing_is_overwritten_or_left_behind(recipe: Recipe, tmp_path: Path, m
     Path("notes.txt").write_text("years of work")
     Path("other.gguf").write_bytes(b"GGUF\3" + bytes(300))
     theirs = torch.load(tmp_path / "file.flat", weights_only=True)
-    torch.save({**theirs, "optimizer": {"state": {}}}, "original.pt")
-    torch.save({**theirs, "config": {"out_dir": "out"}}, "slim.pt")
-    for precious in ("notes.txt", f"{config.out_dir}/ckpt.pt", "other.gguf", "original.pt", "slim.pt"):
+    torch.save({**theirs, "config": {"out_dir": "out"}}, "original.pt")
+    for precious in ("notes.txt", f"{config.out_dir}/ckpt.pt", "other.gguf", "original.pt"):
         content = Path(precious).read_bytes()
         for to in ("gguf", "flat"):
             with pytest.raises(ConfigError, match="not an earlier export"):
@@ -228,38 +224,6 @@ def test_an_option_that_others_lack_is_refused(architecture: str, option: str) -
         list(tensors_of(model, 20))
 
 
-def test_a_folder_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for content in ("old", "new"):
-        with new_folder(tmp_path / "a" / "b") as folder:
-            (folder / "file").write_text(content)
-    assert (tmp_path / "a" / "b" / "file").read_text() == "new"
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
-    real = Path.rename
-
-    def fails(self: Path, target: Path) -> Path:
-        if self.name == "b.new.tmp":
-            raise OSError(28, "No space left on device")
-        return real(self, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", fails)
-        with pytest.raises(UserError, match="No space left"), new_folder(tmp_path / "a" / "b") as folder:
-            (folder / "file").write_text("newest")
-    assert (tmp_path / "a" / "b" / "file").read_text() == "new"
-    shutil.rmtree(tmp_path / "a")
-    (tmp_path / "a").write_text("a file")
-    with pytest.raises(UserError, match="cannot write"), new_folder(tmp_path / "a" / "b"):
-        pass
-
-
-def test_a_folder_is_on_the_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[str] = []
-    monkeypatch.setattr(module, "sync_folder", lambda path: synced.append(f"{path.name} {(tmp_path / 'a').exists()}"))
-    with new_folder(tmp_path / "a") as folder:
-        (folder / "file").touch()
-    assert synced == ["file False", "a.new.tmp False", f"{tmp_path.name} True"]
-
-
 @pytest.mark.parametrize("to", ["hf", "gguf", "flat"])
 def test_a_full_disk_is_one_message_and_leaves_nothing(to: str, recipe: Recipe, tmp_path: Path) -> None:
     resource = pytest.importorskip("resource", reason="no limits on file sizes here")
@@ -273,6 +237,70 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(to: str, recipe: Recipe, 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.glob("target*"))
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+def test_an_export_is_uploaded(to: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    calls: list[tuple[str, str]] = []
+
+    class Api:
+        def create_repo(self, repository: str, exist_ok: bool) -> None:
+            assert exist_ok
+            calls.append(("repository", repository))
+
+        def upload_folder(self, repo_id: str, folder_path: Path) -> None:
+            assert (folder_path / "model.safetensors").exists()
+            calls.append(("folder", repo_id))
+
+        def upload_file(self, repo_id: str, path_or_fileobj: Path, path_in_repo: str) -> None:
+            assert path_or_fileobj.exists()
+            calls.append(("file", path_in_repo))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    train.train(recipe())
+    settings: dict[str, Any] = {"out_dir": recipe().out_dir, "to": to, "push": "me/m"}
+    export(ExportConfig(**settings, output=str(tmp_path / "m.gguf")))
+    files = {"hf": [("folder", "me/m")], "gguf": [("file", "m.gguf"), ("file", "m.Modelfile")]}
+    assert calls == [("repository", "me/m"), *files[to]]
+    monkeypatch.setattr(Api, "create_repo", lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError, match=r"other is written, but not uploaded to me/m \(division.*hf auth login"):
+        export(ExportConfig(**settings, output=str(tmp_path / "other")))
+    with pytest.raises(ConfigError, match="push=here: expected USER/NAME"):
+        parse(ExportConfig, ["--output=x", "--push=here"], "")
+
+
+def test_weights_can_be_read_by_whom_the_umask_lets(recipe: Recipe, tmp_path: Path) -> None:
+    train.train(recipe())
+    export(ExportConfig(out_dir=recipe().out_dir, output=str(tmp_path / "m")))
+    modes = {path.stat().st_mode for path in (tmp_path / "m").iterdir()}
+    (tmp_path / "file").touch()
+    assert modes == {(tmp_path / "file").stat().st_mode}
+
+
+def test_a_chat_models_end_tokens_and_template_travel(recipe: Recipe, data_dir: Path, tmp_path: Path) -> None:
+    """From one folder through a run into another."""
+    import transformers
+
+    write_model(tmp_path / "a", "llama", vocab_size=TOKENIZER.vocab_size)
+    config = {"bos_token_id": 7, "eos_token_id": [9, 5], "temperature": 0.7}
+    (tmp_path / "a" / "generation_config.json").write_text(json.dumps(config))
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    (tmp_path / "a" / "chat_template.jinja").write_text(template)
+    tokenizer = load_pretrained(str(tmp_path / "a")).tokenizer
+    assert (tokenizer.end_tokens, tokenizer.chat_template) == ({TOKENIZER.end_of_text, 5, 9}, template)
+    assert tokenizer.has_ids_of(TOKENIZER)
+    ids = TOKENIZER.encode("the quick brown fox jumps over the lazy dog " * 60)
+    write_dataset(data_dir / "fox", tokenizer, ids[:500], ids[500:])
+    train.train(recipe(init_from=str(tmp_path / "a"), dataset="fox"))
+    export(ExportConfig(out_dir=recipe().out_dir, output=str(tmp_path / "b")))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
+    chat = theirs.apply_chat_template([{"role": "user", "content": "the"}], tokenize=False)
+    assert chat == f"{TOKENIZER.decode([7])}the{TOKENIZER.decode([9])}"
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "b")
+    assert (generation.eos_token_id, generation.temperature, generation.bos_token_id) == ([9, 5], 0.7, 7)
+    assert load_pretrained(str(tmp_path / "b")).tokenizer.describe() == tokenizer.describe()
 
 
 def test_gpt2_in_the_tanh_form_keeps_it(tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from nanogpt import files
 from nanogpt.errors import UserError
-from nanogpt.files import atomic_write, locked, parse_json, read_json, write_json
+from nanogpt.files import atomic_folder, atomic_write, locked, parse_json, read_json, write_json
 
 
 def test_the_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -25,6 +26,31 @@ def test_the_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         broken()
     assert path.read_bytes() == b"one"
     assert os.listdir(path.parent) == ["b.bin"]
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    for content in ("old", "new"):
+        with atomic_folder(tmp_path / "a" / "b") as folder:
+            (folder / "file").write_text(content)
+    assert (tmp_path / "a" / "b" / "file").read_text() == "new"
+
+    def full() -> None:
+        with atomic_folder(tmp_path / "a" / "b") as folder:
+            (folder / "file").write_text("newest")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left"):
+        full()
+    assert (tmp_path / "a" / "b" / "file").read_text() == "new"
+    assert os.listdir(tmp_path / "a") == ["b"]
+
+
+def test_a_folder_is_on_the_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[str, bool]] = []
+    monkeypatch.setattr(files, "sync_folder", lambda path: synced.append((path.name, (tmp_path / "a").exists())))
+    with atomic_folder(tmp_path / "a") as folder:
+        (folder / "file").touch()
+    assert synced == [("file", False), (folder.name, False), (tmp_path.name, True)]
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:

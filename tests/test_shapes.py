@@ -39,8 +39,11 @@ def write_model(folder: Path, kind: str, max_shard_size: str = "1GB", **changes:
 
     config, model = {
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     }[kind]
+    changes = {"sliding_window": None, **changes} if kind == "mistral" else changes
     torch.manual_seed(0)
     theirs = model(config(**{**TINY, **changes}))
     for parameter in theirs.parameters():
@@ -71,6 +74,22 @@ def test_logits_and_gradients_equal_transformers(kind: str, changes: dict[str, A
     )
 
 
+@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
+def test_llama_under_other_names(kind: str, tmp_path: Path) -> None:
+    theirs = write_model(tmp_path / "m", kind)
+    ours = load_pretrained(str(tmp_path / "m")).model
+    assert ours.config.architecture == "llama"
+    x = random_ids(2, 100, vocab_size=300)
+    expected = theirs(x).logits
+    torch.testing.assert_close(ours(x, x)[0], expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-5)
+
+
+def test_attention_over_a_window_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path / "m", "mistral", sliding_window=16)
+    with pytest.raises(CheckpointError, match="sliding_window is 16, not None"):
+        load_pretrained(str(tmp_path / "m"))
+
+
 def test_mlp_biases_are_llamas_own(tmp_path: Path) -> None:
     theirs = write_model(tmp_path / "m", "llama", mlp_bias=True)
     ours = load_pretrained(str(tmp_path / "m")).model
@@ -86,8 +105,22 @@ def test_weights_in_several_files_are_the_same(tmp_path: Path) -> None:
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
     one, many = (load_pretrained(str(tmp_path / name)).model.state_dict() for name in ("one", "many"))
     assert all(torch.equal(tensor, many[name]) for name, tensor in one.items())
-    next(iter(sorted((tmp_path / "many").glob("*.safetensors")))).unlink()
-    with pytest.raises(CheckpointError, match="the weights lack"):
+    (tmp_path / "one" / "adapter_model.safetensors").write_bytes(b"of something else")
+    (tmp_path / "many" / "consolidated.safetensors").write_bytes(b"not in the index")
+    for name in ("one", "many"):
+        load_pretrained(str(tmp_path / name))
+    first = min((tmp_path / "many").glob("model-*.safetensors"))
+    first.rename(tmp_path / "many" / "first.safetensors")
+    with pytest.raises(CheckpointError, match=f"{first.name} is missing"):
+        load_pretrained(str(tmp_path / "many"))
+    (tmp_path / "many" / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"index\.json is damaged"):
+        load_pretrained(str(tmp_path / "many"))
+    (tmp_path / "many" / "model.safetensors.index.json").unlink()
+    (tmp_path / "many" / "consolidated.safetensors").rename(tmp_path / "many" / "optimizer.safetensors")
+    load_pretrained(str(tmp_path / "many"))  # whatever names they have
+    (tmp_path / "many" / "twice.safetensors").write_bytes((tmp_path / "many" / "first.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match="is in several files"):
         load_pretrained(str(tmp_path / "many"))
 
 

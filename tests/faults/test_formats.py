@@ -15,14 +15,16 @@ import torch
 
 from nanogpt import train
 from nanogpt.checkpoint import load_checkpoint
-from nanogpt.config import TrainConfig
+from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data import evaluation_batch, open_dataset
 from nanogpt.errors import CheckpointError, DamagedError, UserError
+from nanogpt.gguf import load_gguf, save_gguf
 from nanogpt.huggingface import load_pretrained
+from nanogpt.model import GPT
 from nanogpt.sample import sample
 from nanogpt.settings import SampleConfig
 from tests.conftest import random_ids
-from tests.test_shapes import write_model
+from tests.test_shapes import TOKENIZER, write_model
 
 Recipe = Callable[..., TrainConfig]
 TRIES = 60
@@ -99,6 +101,14 @@ def test_folders_of_hugging_face(file: str, tmp_path: Path) -> None:
     write_model(tmp_path / "m", "llama")
     x = random_ids(1, 8, vocab_size=300)
     try_all(tmp_path / "m" / file, lambda: load_pretrained(str(tmp_path / "m")).model(x))
+
+
+def test_gguf_files(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    shape = GPTConfig(block_size=8, vocab_size=300, n_layer=1, n_head=2, n_embd=8, architecture="llama", bias=False)
+    save_gguf(tmp_path / "m.gguf", "m", GPT(shape), TOKENIZER, "float32")
+    x = random_ids(1, 8, vocab_size=200)
+    try_all(tmp_path / "m.gguf", lambda: load_gguf(tmp_path / "m.gguf").model(x))
 
 
 class Bomb:
