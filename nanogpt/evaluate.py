@@ -68,7 +68,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             if found["bits_per_byte"] is not None:
                 print_row(name, "bits per byte", found["bits_per_byte"], of)
         elif name in BENCHMARKS:
-            result[name] = found = (lambada if name == "lambada" else hellaswag)(scorer, examples[name])
+            score = {"lambada": lambada, "hellaswag": hellaswag}[name]
+            result[name] = found = score(scorer, examples[name])
             n = found["examples"]
             for measure in [each for each in found if each != "examples"]:
                 value = found[measure]
