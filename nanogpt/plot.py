@@ -171,17 +171,14 @@ def in_one_unit(runs: Sequence[RunRecord]) -> tuple[Sequence[RunRecord], str]:
     abouts = [read_json(path / "dataset.json") for path in sets]
     if len(set(sets)) == 1 or (abouts[0] and all(about == abouts[0] for about in abouts)):
         return runs, "nats per token"
-    try:
-        factors = [
-            {
-                f"{split}/loss": about["tokens"][split] / about["bytes"][split] / math.log(2)
-                for split in ("train", "val")
-            }
-            for about in abouts
-        ]
-    except (KeyError, TypeError, ZeroDivisionError):
-        return runs, "nats per token of different data sets, which do not compare"
-    return [replace(run, factors=each) for run, each in zip(runs, factors, strict=True)], "bits per byte"
+    converted = []
+    for run, about in zip(runs, abouts, strict=True):
+        tokens, sizes = about.get("tokens", {}), about.get("bytes", {})
+        if not all(tokens.get(split) and sizes.get(split) for split in ("train", "val")):
+            return runs, "nats per token of different data sets, which do not compare"
+        factors = {f"{split}/loss": tokens[split] / sizes[split] / math.log(2) for split in ("train", "val")}
+        converted.append(replace(run, factors=factors))
+    return converted, "bits per byte"
 
 
 def draw(runs: Sequence[RunRecord], target: Path, unit: str = "nats per token") -> None:
@@ -233,17 +230,17 @@ def _add_legend(figure: Any, runs: Sequence[RunRecord]) -> None:
     """Say which line is which: a run has a colour, and training batches are thin where validation is not."""
     from matplotlib.lines import Line2D
 
-    bests = ["" if run.best is None else f", best {run.best:.4f}" for run in runs]
-    colors = ["dimgray", "dimgray"] if runs[1:] else ["C0", "C1"]
-    handles = [
-        Line2D([], [], color=colors[0], label="a training batch", **_TRAINING),
-        Line2D([], [], color=colors[1], label="validation", **_VALIDATION),
+    names = [run.name if run.best is None else f"{run.name}, best {run.best:.4f}" for run in runs]
+    training, validation = ("dimgray", "dimgray") if runs[1:] else ("C0", "C1")
+    lines = [
+        Line2D([], [], color=training, label="a training batch", **_TRAINING),
+        Line2D([], [], color=validation, label="validation", **_VALIDATION),
     ]
     if runs[1:]:
-        handles += [Line2D([], [], color=f"C{n}", linewidth=4, label=run.name + bests[n]) for n, run in enumerate(runs)]
+        lines += [Line2D([], [], color=f"C{n}", linewidth=4, label=name) for n, name in enumerate(names)]
     else:
-        figure.suptitle(runs[0].name + bests[0])
-    figure.axes[0].legend(handles=handles, fontsize=9)
+        figure.suptitle(names[0])
+    figure.axes[0].legend(handles=lines, fontsize=9)
 
 
 def compare(runs: Sequence[RunRecord], loss: float, unit: str) -> None:
