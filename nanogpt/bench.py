@@ -1,4 +1,4 @@
-"""How fast is a training step on this machine? One step, timed and profiled."""
+"""Time and profile one training step."""
 
 import json
 import logging
@@ -16,7 +16,6 @@ from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data import Dataset, get_batch
 from nanogpt.device import Device, choose_device
 from nanogpt.distributed import Distributed, full_tensor, gradient_sync, parallelize
-from nanogpt.errors import DataError
 from nanogpt.model import GPT
 from nanogpt.optim import make_optimizer, step_if_finite
 from nanogpt.settings import BenchConfig
@@ -29,7 +28,7 @@ log = logging.getLogger(__name__)
 def make_step(
     config: TrainConfig, dataset: Dataset, vocab_size: int, device: Device, dist: Distributed | None = None
 ) -> tuple[Callable[[int], Tensor], GPT, torch.optim.Optimizer]:
-    """Return a function that does step n as the loop in train.py does it, without its reports; model and optimizer."""
+    """Return a function that does step n as the loop in train.py does it, without logging; model and optimizer."""
     dist = dist or Distributed()
     torch.manual_seed(config.seed)
     model = GPT(config.model_config(vocab_size), config.zero_init)
@@ -60,10 +59,7 @@ def bench(config: BenchConfig) -> None:
     """Time the training step: ms per step, tokens/s, MFU, peak memory, then one line of JSON."""
     device = choose_device(config)
     if config.real_data:
-        try:
-            dataset = open_or_prepare(config, Distributed())
-        except DataError as error:
-            raise DataError(f"{error}; or time random tokens with --real_data=False") from error
+        dataset = open_or_prepare(config, Distributed())
         dataset.check_length(config.block_size)
         vocab_size = dataset.tokenizer.padded_vocab_size
     else:
@@ -95,22 +91,24 @@ def bench(config: BenchConfig) -> None:
         f"{max(times) * 1000:.2f}), {tokens_per_second:,.0f} tokens/s, "
         f"MFU: {f'{mfu * 100:.2f}%' if mfu else 'peak of this device not known'}, peak memory {memory / 2**30:.2f} GiB"
     )
-    result = {"ms": seconds * 1000, "ms_min": min(times) * 1000, "ms_max": max(times) * 1000, "n": len(times)}
-    result |= {"tokens_per_second": tokens_per_second, "peak_memory_bytes": memory}
-    about = {"mfu": mfu, "parameters": model.get_num_params(non_embedding=False), "device": device.name}
-    about |= {"dtype": str(device.dtype).removeprefix("torch."), "compile": device.compile}
-    print(json.dumps(result | about))
+    print(json.dumps({
+        "ms": seconds * 1000, "ms_min": min(times) * 1000, "ms_max": max(times) * 1000, "n": len(times),
+        "tokens_per_second": tokens_per_second, "peak_memory_bytes": memory, "mfu": mfu,
+        "parameters": model.get_num_params(non_embedding=False), "device": device.name,
+        "dtype": str(device.dtype).removeprefix("torch."), "compile": device.compile,
+    }))  # fmt: skip
 
 
 def profile_steps(step: Callable[[int], Tensor], device: Device) -> None:
     """Print where the time of 5 steps goes, and write a trace to bench_log/."""
     from torch.profiler import ProfilerActivity, profile
 
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    on_cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda
     with profile(activities=activities, with_flops=True) as profiler:
         for n in range(5):
             step(n)
-    column = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    column = "self_cuda_time_total" if on_cuda else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=column, row_limit=20))
     trace = Path("bench_log", "trace.json")
     trace.parent.mkdir(exist_ok=True)

@@ -58,23 +58,23 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     log.info(trained.name)
     scorer = Scorer(trained.model, trained.tokenizer, device, config.batch_size)
     result: dict[str, Any] = {"model": trained.name}
-    for name in tasks:
+    for name in [name for name in tasks if name not in others]:
         if name == "loss":
             found = split_measures(config, trained, device)
             result |= found
             of = f"{found['tokens']:,} targets of {found['dataset']}/{found['split']}, {found['block_size']} at a time"
-            print_row(name, "nats per token", found["loss"], of)
-            print_row(name, "perplexity", found["perplexity"], of)
-            if found["bits_per_byte"] is not None:
-                print_row(name, "bits per byte", found["bits_per_byte"], of)
-        elif name in BENCHMARKS:
-            result[name] = found = (lambada if name == "lambada" else hellaswag)(scorer, examples[name])
-            n = found["examples"]
-            for measure in [each for each in found if each != "examples"]:
-                value = found[measure]
-                error = math.sqrt(value * (1 - value) / n) if "accuracy" in measure else 0.0
-                print_row(name, measure.replace("_", ", "), value, f"{n:,} examples", error)
-    if manager:
+            measures = {"loss": "nats per token", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
+        else:
+            score = {"lambada": lambada, "hellaswag": hellaswag}[name]
+            result[name] = found = score(scorer, examples[name])
+            of = f"{found['examples']:,} examples"
+            measures = {measure: measure.replace("_", ", ") for measure in found if measure != "examples"}
+        for measure, words in measures.items():
+            value = found[measure]
+            if value is not None:
+                error = math.sqrt(value * (1 - value) / found["examples"]) if "accuracy" in measure else 0.0
+                print_row(name, words, value, of, error)
+    if others:
         result |= run_harness(scorer, others, manager, config.limit)
     print(json.dumps(result))
     return result

@@ -133,14 +133,10 @@ def plan(config: PlanConfig) -> None:
           f"vocabulary {shape.vocab_size}, context {shape.block_size}")  # fmt: skip
     print(f"machine: {config.gpus} x {name} on {config.nodes} node{'s' if config.nodes > 1 else ''}, each "
           f"{size / 1e9:.0f} GB and {flops / 1e12:,.2f} TFLOP/s ({source})")  # fmt: skip
-    print(
-        f"parallel: {parallel}; micro-batches of {rows} x {shape.block_size}, {-(-share // rows)} per step and device"
-    )
+    print(f"parallel: {parallel}; micro-batches of {rows} x {shape.block_size}, {-(-share // rows)} per step")
     print("memory per device:")
     for part, needs in asdict(needed).items():
-        print(
-            f"  {part:12} {needs / 1e9:8.2f} GB" + f" of {available / 1e9:.2f} GB that can be used" * (part == "peak")
-        )
+        print(f"  {part:12} {needs / 1e9:8.2f} GB" + f" of {available / 1e9:.2f} GB to be used" * (part == "peak"))
     if fits := needed.peak <= available:
         print(f"it fits; the largest micro-batch that would is batch_size={largest}{'+' if largest == 4096 else ''}")
     else:

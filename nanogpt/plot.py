@@ -39,7 +39,7 @@ _COUNTS_ONLY_WITH: dict[str, tuple[str, list[Any]]] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunRecord:
     """A run's folder, read once."""
 
@@ -48,20 +48,11 @@ class RunRecord:
     rows: list[dict[str, Any]]  # of metrics.jsonl
     factors: dict[str, float] = field(default_factory=dict)  # with which `curve` multiplies what is recorded
 
-    @property
-    def name(self) -> str:
-        """Name of the folder."""
-        return self.path.resolve().name
-
-    @property
-    def step(self) -> int:
-        """Steps done."""
-        return max((row["step"] for row in self.rows), default=0)
-
-    @property
-    def planned(self) -> int:
-        """Steps to do; 0 if unknown."""
-        return self.config["max_iters"] if isinstance(self.config.get("max_iters"), int) else 0
+    def __post_init__(self) -> None:
+        planned = self.config.get("max_iters")
+        self.name = self.path.resolve().name
+        self.step = max(row["step"] for row in self.rows)  # done
+        self.planned = planned if isinstance(planned, int) else 0  # 0: unknown
 
     @property
     def best(self) -> float | None:
@@ -95,10 +86,6 @@ class RunRecord:
         rows = (row for row in self.rows if row["step"] >= since)
         factor = self.factors.get(name, 1)
         return [(r[by], factor * r[name]) for r in rows if all(isinstance(r.get(k), int | float) for k in (by, name))]
-
-    def reached(self, loss: float) -> float | None:
-        """Return the seconds of training until the validation loss was `loss` or lower."""
-        return next((seconds for seconds, value in self.curve("val/loss", by="seconds") if value <= loss), None)
 
 
 def _is_alive(process: int, host: str, age: float) -> bool:
@@ -171,17 +158,14 @@ def in_one_unit(runs: Sequence[RunRecord]) -> tuple[Sequence[RunRecord], str]:
     abouts = [read_json(path / "dataset.json") for path in sets]
     if len(set(sets)) == 1 or (abouts[0] and all(about == abouts[0] for about in abouts)):
         return runs, "nats per token"
-    try:
-        factors = [
-            {
-                f"{split}/loss": about["tokens"][split] / about["bytes"][split] / math.log(2)
-                for split in ("train", "val")
-            }
-            for about in abouts
-        ]
-    except (KeyError, TypeError, ZeroDivisionError):
-        return runs, "nats per token of different data sets, which do not compare"
-    return [replace(run, factors=each) for run, each in zip(runs, factors, strict=True)], "bits per byte"
+    converted = []
+    for run, about in zip(runs, abouts, strict=True):
+        tokens, sizes = about.get("tokens", {}), about.get("bytes", {})
+        if not all(tokens.get(split) and sizes.get(split) for split in ("train", "val")):
+            return runs, "nats per token: different data, no comparison"
+        factors = {f"{split}/loss": tokens[split] / sizes[split] / math.log(2) for split in ("train", "val")}
+        converted.append(replace(run, factors=factors))
+    return converted, "bits per byte"
 
 
 def draw(runs: Sequence[RunRecord], target: Path, unit: str = "nats per token") -> None:
@@ -191,16 +175,18 @@ def draw(runs: Sequence[RunRecord], target: Path, unit: str = "nats per token") 
     figure = Figure(figsize=(14, 8), layout="constrained")
     longest = max(run.rows[-1].get("seconds") or 0.0 for run in runs)
     clock, length = ("hours", 3600) if longest > 7200 else ("minutes", 60) if longest > 120 else ("seconds", 1)
-    for axes, (by, names, label) in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
+    for axes, (by, names, quantity) in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
         for n, run in enumerate(runs):
             for name in names:
                 points = run.curve(name, by=by)
                 points = points[:: len(points) // 3000 + 1]  # more of them than pixels take long to draw
                 x, y = [x / length if by == "seconds" else x for x, _ in points], [y for _, y in points]
                 color = f"C{n}" if runs[1:] or name != "val/loss" else "C1"
-                axes.plot(x, y, color=color, **(_VALIDATION if name == "val/loss" else _TRAINING))
+                best = "" if run.best is None else f", best {run.best:.4f}"
+                label = f"{run.name}, validation{best}" if name == "val/loss" else f"{run.name}, a training batch"
+                axes.plot(x, y, color=color, label=label, **(_VALIDATION if name == "val/loss" else _TRAINING))
         axes.set_xlabel(f"{clock} of training" if by == "seconds" else by)
-        axes.set_ylabel(label or f"loss, {unit}")
+        axes.set_ylabel(quantity or f"loss, {unit}")
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_formatter(_short)
         axes.yaxis.set_major_formatter(_short)
@@ -208,7 +194,7 @@ def draw(runs: Sequence[RunRecord], target: Path, unit: str = "nats per token") 
             _focus(axes, runs)
         else:
             axes.set_ylim(bottom=0)
-    _add_legend(figure, runs)
+    figure.axes[0].legend(fontsize=9)
     with atomic_write(target) as file:
         figure.savefig(file, dpi=110, format=target.suffix.lstrip("."))
 
@@ -229,23 +215,6 @@ def _focus(axes: Any, runs: Sequence[RunRecord]) -> None:
         axes.set_title(f"begins at {first:.2f}, above this picture", fontsize=9, loc="left", color="dimgray")
 
 
-def _add_legend(figure: Any, runs: Sequence[RunRecord]) -> None:
-    """Say which line is which: a run has a colour, and training batches are thin where validation is not."""
-    from matplotlib.lines import Line2D
-
-    bests = ["" if run.best is None else f", best {run.best:.4f}" for run in runs]
-    colors = ["dimgray", "dimgray"] if runs[1:] else ["C0", "C1"]
-    handles = [
-        Line2D([], [], color=colors[0], label="a training batch", **_TRAINING),
-        Line2D([], [], color=colors[1], label="validation", **_VALIDATION),
-    ]
-    if runs[1:]:
-        handles += [Line2D([], [], color=f"C{n}", linewidth=4, label=run.name + bests[n]) for n, run in enumerate(runs)]
-    else:
-        figure.suptitle(runs[0].name + bests[0])
-    figure.axes[0].legend(handles=handles, fontsize=9)
-
-
 def compare(runs: Sequence[RunRecord], loss: float, unit: str) -> None:
     """Print the best losses, how long each run took to a loss that all reached, and the settings that differ."""
     bests = [run.best for run in runs if run.best is not None]
@@ -253,7 +222,7 @@ def compare(runs: Sequence[RunRecord], loss: float, unit: str) -> None:
     print(f"losses in {unit}")
     table = [("run", "steps", "best loss", f"training to {loss:.4f}")]
     for run in runs:
-        seconds = run.reached(loss)
+        seconds = next((seconds for seconds, value in run.curve("val/loss", by="seconds") if value <= loss), None)
         best = "" if run.best is None else f"{run.best:.4f}"
         table.append((run.name, f"{run.step:,}", best, "never" if seconds is None else duration(seconds)))
     print_table(table)

@@ -119,7 +119,7 @@ def test_different_data_sets_compare_in_bits_per_byte(tmp_path: Path, capsys: py
     assert f"{2 / math.log(2):.4f}" in printed
     (tmp_path / "words" / "dataset.json").unlink()
     plot(both)
-    assert "nats per token of different data sets, which do not compare" in capsys.readouterr().out
+    assert "nats per token: different data, no comparison" in capsys.readouterr().out
 
 
 def test_settings_without_effect_are_no_differences(tmp_path: Path) -> None:
