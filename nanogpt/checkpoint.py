@@ -561,8 +561,7 @@ def load_model(
         path = find_checkpoint(path, "auto")
     if path.suffix != ".pt" and not is_finished(path):
         load = load_gguf if path.suffix == ".gguf" else load_pretrained
-        pretrained = load(init_from, device, dropout=dropout)
-        return pretrained.model, pretrained.tokenizer
+        return load(init_from, device, dropout=dropout)
     log.info(f"loading {path}")
     loaded = load_checkpoint(path, data_dir)
     return loaded.build_model(device, dropout), loaded.tokenizer

@@ -18,8 +18,7 @@ from nanogpt.tokenizer import CharTokenizer, GPT2Tokenizer
 
 log = logging.getLogger(__name__)
 
-FILES = {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-         "tokenizer_config.json"}  # fmt: skip
+FILES = "README.md config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json".split()
 PRIVATE = ("out_dir", "data_dir", "text", "wandb_project", "wandb_run_name")  # settings that tell of a machine
 
 
@@ -58,7 +57,7 @@ def check_output(output: Path, config: ExportConfig) -> None:
     marked = output / "README.md" if output.is_dir() else output
     start = open(marked, "rb").read(4096) if marked.exists() else b""
     is_export = MARK.encode() in start or (output.is_dir() and b"tags: [nanogpt]" in start)
-    if not is_export or (output.is_dir() and not {path.name for path in output.iterdir()} <= FILES):
+    if not is_export or (output.is_dir() and not {path.name for path in output.iterdir()} <= set(FILES)):
         raise ConfigError(f"output={output} is there already, and not an earlier export; choose another name")
     if not config.force:
         raise ConfigError(f"output={output} is there already; --force replaces it")

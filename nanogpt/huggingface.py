@@ -9,7 +9,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,8 +54,7 @@ REQUIRED: dict[str, dict[str, Any]] = {  # what config.json must say, where it s
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Pretrained:
+class Pretrained(NamedTuple):
     """A model that was trained elsewhere, in evaluation mode."""
 
     model: GPT
@@ -173,63 +172,55 @@ class Part(NamedTuple):
 
 def layout(shape: GPTConfig) -> Iterator[Part]:
     """Yield all tensors of a model, in both worlds' names; the parts of one of ours follow one another."""
-    yield from gpt2_layout(shape) if shape.is_gpt2 else llama_layout(shape)
+    if shape.is_gpt2:
+        block = ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"]
+        yield Part("transformer.wte.weight", "transformer.wte.weight")
+        yield Part("transformer.wpe.weight", "transformer.wpe.weight")
+        for name in [f"h.{n}.{each}" for n in range(shape.n_layer) for each in block] + ["ln_f"]:
+            weight, bias = f"transformer.{name}.weight", f"transformer.{name}.bias"
+            yield Part(weight, weight, transposed=".c_" in name)
+            if shape.bias:
+                yield Part(bias, bias)
+    else:
+        yield Part("model.embed_tokens.weight", "transformer.wte.weight")
+        yield Part("model.norm.weight", "transformer.ln_f.weight")
+        for n in range(shape.n_layer):
+            for kind in ("weight", "bias"):
+                for theirs, ours, rows, has_bias in llama_block(shape):
+                    if kind == "weight" or has_bias:
+                        yield Part(f"model.layers.{n}.{theirs}.{kind}", f"transformer.h.{n}.{ours}.{kind}", rows)
     if not shape.tied_head:
         yield Part("lm_head.weight", "lm_head.weight")
 
 
-def gpt2_layout(shape: GPTConfig) -> Iterator[Part]:
-    """Yield those of a GPT-2, without the head."""
-    block = ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"]
-    yield Part("transformer.wte.weight", "transformer.wte.weight")
-    yield Part("transformer.wpe.weight", "transformer.wpe.weight")
-    for name in [f"h.{n}.{each}" for n in range(shape.n_layer) for each in block] + ["ln_f"]:
-        weight = f"transformer.{name}.weight"
-        yield Part(weight, weight, transposed=".c_" in name)
-        if shape.bias:
-            yield Part(f"transformer.{name}.bias", f"transformer.{name}.bias")
-
-
-def llama_layout(shape: GPTConfig) -> Iterator[Part]:
-    """Yield those of a Llama, or of what is built like one, without the head."""
+def llama_block(shape: GPTConfig) -> list[tuple[str, str, slice, bool]]:
+    """Return the modules of a block of Llama's kind: their name, ours, which rows of ours, whether they have a bias."""
     q, kv, hidden, whole = (
         shape.n_head * shape.head_size,
         shape.n_kv_head * shape.head_size,
         shape.n_hidden,
         slice(None),
     )
-    block = [
+    norms = [("self_attn.q_norm", "attn.q_norm", whole, False), ("self_attn.k_norm", "attn.k_norm", whole, False)]
+    return [
         ("input_layernorm", "ln_1", whole, False),
         ("self_attn.q_proj", "attn.c_attn", slice(0, q), shape.bias),
         ("self_attn.k_proj", "attn.c_attn", slice(q, q + kv), shape.bias),
         ("self_attn.v_proj", "attn.c_attn", slice(q + kv, q + 2 * kv), shape.bias),
-        ("self_attn.o_proj", "attn.c_proj", whole, shape.out_bias),
+        ("self_attn.o_proj", "attn.c_proj", whole, bool(shape.out_bias)),
         ("post_attention_layernorm", "ln_2", whole, False),
-        ("mlp.gate_proj", "mlp.c_fc", slice(0, hidden), shape.mlp_bias),
-        ("mlp.up_proj", "mlp.c_fc", slice(hidden, 2 * hidden), shape.mlp_bias),
-        ("mlp.down_proj", "mlp.c_proj", whole, shape.mlp_bias),
+        ("mlp.gate_proj", "mlp.c_fc", slice(0, hidden), bool(shape.mlp_bias)),
+        ("mlp.up_proj", "mlp.c_fc", slice(hidden, 2 * hidden), bool(shape.mlp_bias)),
+        ("mlp.down_proj", "mlp.c_proj", whole, bool(shape.mlp_bias)),
+        *(norms if shape.architecture == "qwen3" else []),
     ]
-    if shape.architecture == "qwen3":
-        block += [(f"self_attn.{name}", f"attn.{name}", whole, False) for name in ("q_norm", "k_norm")]
-    yield Part("model.embed_tokens.weight", "transformer.wte.weight")
-    yield Part("model.norm.weight", "transformer.ln_f.weight")
-    for n, kind in itertools.product(range(shape.n_layer), ("weight", "bias")):
-        for theirs, ours, rows, has_bias in block:
-            if kind == "weight" or has_bias:
-                yield Part(f"model.layers.{n}.{theirs}.{kind}", f"transformer.h.{n}.{ours}.{kind}", rows)
 
 
 def put_together(shape: GPTConfig, read: Callable[[Part], Tensor], device: str) -> dict[str, Tensor]:
     """Return the weights of a model under our names, in float32 on `device`; `read` reads them part by part."""
-
-    def checked(part: Part) -> Tensor:
-        tensor = read(part).float()
-        if part.rows.stop and len(tensor) != (expected := part.rows.stop - part.rows.start):
-            raise ValueError(f"{part.theirs} has shape {tuple(tensor.shape)}, but its config.json says {expected} rows")
-        return tensor
-
-    parts_of = itertools.groupby(layout(shape), key=lambda part: part.ours)
-    weights = {ours: torch.cat([checked(part) for part in parts]).to(device) for ours, parts in parts_of}
+    weights: dict[str, Tensor] = {}
+    for ours, parts in itertools.groupby(layout(shape), key=lambda part: part.ours):
+        weights[ours] = torch.cat([read(part).float() for part in parts]).to(device)
     if shape.tied_head:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
     return weights

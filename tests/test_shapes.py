@@ -170,7 +170,7 @@ def test_finetuning_a_folder(recipe: Recipe, data_dir: Path, tmp_path: Path) -> 
      ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"), ({"use_sliding_window": True}, "use_sliding_window"),
      ({"num_key_value_heads": 3}, "n_head=4 is not a multiple of n_kv_head=3"),
      ({"head_dim": 7}, "must be even"), ({"rope_parameters": {"rope_theta": -1.0}}, "rope_theta=-1.0"),
-     ({"num_key_value_heads": 4}, "config.json says"),
+     ({"num_key_value_heads": 4}, "size mismatch for transformer.h.0.attn.c_attn.weight"),
      ({"vocab_size": 200}, "entries, but the model knows 200")],
 )  # fmt: skip
 def test_what_cannot_be_rebuilt_is_one_message(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
