@@ -61,7 +61,7 @@ class Job:
     prompt_texts: list[str]  # of its tokens
     echo: bool  # begin with the prompt
     pieces: "asyncio.Queue[Piece]"  # where what is new of it goes; the jobs of a request share one
-    deadline: float = 0.0
+    deadline: float = 0.0  # until when it may wait; once it runs, until when it may run
     cancelled: bool = False
     held: list[TokenInfo] = field(default_factory=list)  # tokens whose text is not certain yet
     sampled: int = 0  # tokens
@@ -114,6 +114,8 @@ class Scheduler:
             if len(self.waiting) + len(jobs) > self.config.queue:
                 self.counters["refused_requests"] += 1
                 raise HTTPException(429, f"{len(self.waiting)} completions are waiting already; try again")
+            for job in jobs:
+                job.deadline = time.monotonic() + self.config.timeout
             self.waiting += jobs
             self.changed.notify()
 
@@ -158,6 +160,9 @@ class Scheduler:
     def admit(self) -> list[Job]:
         """Take the next job from the queue, and those that share its prompt, as far as rows are free."""
         with self.changed:
+            while self.waiting and time.monotonic() > self.waiting[0].deadline:
+                error = HTTPException(429, f"no row became free within {self.config.timeout} seconds; try again")
+                self.news.append(Piece(self.waiting.pop(0), error=error))
             groups = itertools.groupby(self.waiting[: self.engine.room], key=lambda job: id(job.request.prompt))
             jobs = list(next(groups)[1]) if self.waiting and self.engine.room else []
             del self.waiting[: len(jobs)]
@@ -333,13 +338,9 @@ def make_jobs(body: CompletionRequest, scheduler: Scheduler) -> list[Job]:
 
 async def choices_of(jobs: Sequence[Job], body: CompletionRequest, scheduler: Scheduler) -> AsyncIterator[Choice]:
     """Yield what is new of each choice, in OpenAI's form, until all have ended. Raises an HTTPException."""
-    running, timeout = set(jobs), scheduler.config.timeout
+    running = set(jobs)
     while running:
-        try:
-            async with asyncio.timeout(timeout):
-                piece = await jobs[0].pieces.get()
-        except TimeoutError:
-            raise HTTPException(429, f"no row became free within {timeout} seconds; try again") from None
+        piece = await jobs[0].pieces.get()
         if piece.error:
             raise piece.error
         logprobs = None if body.logprobs is None else logprobs_of(piece.tokens, body.logprobs, scheduler.tokenizer)
