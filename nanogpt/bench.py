@@ -16,6 +16,7 @@ from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data import Dataset, get_batch
 from nanogpt.device import Device, choose_device
 from nanogpt.distributed import Distributed, full_tensor, gradient_sync, parallelize
+from nanogpt.errors import DataError
 from nanogpt.model import GPT
 from nanogpt.optim import make_optimizer, step_if_finite
 from nanogpt.settings import BenchConfig
@@ -59,7 +60,10 @@ def bench(config: BenchConfig) -> None:
     """Time the training step: ms per step, tokens/s, MFU, peak memory, then one line of JSON."""
     device = choose_device(config)
     if config.real_data:
-        dataset = open_or_prepare(config, Distributed())
+        try:
+            dataset = open_or_prepare(config, Distributed())
+        except DataError as error:
+            raise DataError(f"{error}; or time random tokens with --real_data=False") from error
         dataset.check_length(config.block_size)
         vocab_size = dataset.tokenizer.padded_vocab_size
     else:

@@ -84,10 +84,12 @@ def memory(shape: GPTConfig, rows: int, *, bytes_of_dtype: int, parallel: str, p
     optimizer = (8 * total - 4 * muon * shape.n_layer * in_block) / share  # Muon keeps one moment, AdamW two
 
     # The peak is at the loss, in the last block (the head has its gradient) or in the first (all others have theirs).
+    # With checkpointing, nothing keeps autocast's copies of the weights after the forward pass.
     stay = gradients if accumulate or parallel == "ddp" else 0
     in_last_block = activations + block + max(stay, 4 * V * C / share)
-    most = max(activations + logits + stay, in_last_block, gradients + block)
-    peak = weights + optimizer + copies + most + _KERNELS
+    later = 0 if gradient_checkpointing and parallel != "fsdp" else copies
+    most = max(copies + activations + logits + stay, later + in_last_block, later + gradients + block)
+    peak = weights + optimizer + most + _KERNELS
     return Memory(weights, gradients, optimizer, copies, activations, logits, block, peak)
 
 

@@ -135,7 +135,6 @@ def test_an_optimizer_is_named_in_lower_case(optimizer: str) -> None:
         ("prepare", ["x", "--tokenizer=bpe:100"], "bpe:N (from 257)"),
         ("prepare", ["x", "--val_fraction=1"], "val_fraction=1.0: expected auto or a value between 0 and 1"),
         ("prepare", ["x", "--tokenizer=words"], "tokenizer='words': expected char, byte, gpt2, bpe:N"),
-        ("eval", ["--tasks=mmlu"], "--tasks=['mmlu']: expected loss, lambada, hellaswag"),
         ("sample", ["--init_from=gpt5"], "init_from='gpt5': expected"),
         ("serve", ["--port=70000"], "port=70000: expected 0 to 65535"),
         ("plan", ["--mfu=2"], "mfu=2.0: expected a value above 0, up to 1"),
