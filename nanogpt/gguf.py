@@ -199,7 +199,8 @@ def read_definition(keys: dict[str, Any]) -> dict[str, Any]:
         "model": {"type": "BPE", "vocab": vocabulary},
     }
     if kind == "gpt2":
-        name = keys.get("tokenizer.ggml.pre", "gpt-2")
+        # Old files do not say how: GPT-2's cut in one way, others in several.
+        name = keys.get("tokenizer.ggml.pre", "gpt-2" if keys["general.architecture"] == "gpt2" else "default")
         if (cut := CUTS.get(SAME_CUTS.get(name, name))) is None:
             raise ValueError(f"it cuts text in a way that is not known here: {name}; known: {', '.join(CUTS)}")
         normalizer, steps, ignores_merges = cut

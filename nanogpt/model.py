@@ -360,12 +360,12 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict[str, float] | None = None) -> "GPT":
-        """Load GPT-2's released weights, or others, on the CPU: see `nanogpt.huggingface`."""
-        from nanogpt.huggingface import load_pretrained
+        """Load GPT-2's released weights, or others, on the CPU: see `nanogpt.checkpoint.load_model`."""
+        from nanogpt.checkpoint import load_model
 
         if others := set(override_args or {}) - {"dropout"}:
             raise ConfigError(f"override_args: {', '.join(sorted(others))} can't be overridden; dropout can")
-        return load_pretrained(model_type, dropout=(override_args or {}).get("dropout", 0.0)).model
+        return load_model(model_type, dropout=(override_args or {}).get("dropout", 0.0))[0]
 
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
         """Append `max_new_tokens` sampled tokens to each row of idx (B, T): see `nanogpt.engine`."""
