@@ -421,10 +421,8 @@ def load_checkpoint(path: Path, data_dir: str = "data", *, sharded: bool = False
         data = Path(data_dir, str(content["config"].get("dataset")))
         tokenizer = from_description(ours["tokenizer"]) if ours else tokenizer_of_original(data)
         if not ours and tokenizer.vocab_size > model_config.vocab_size:
-            hint = f"{data / 'meta.pkl'} does not hold it either; put the meta.pkl of its data set there"
-            raise CheckpointError(
-                f"{path} comes without its vocabulary of {model_config.vocab_size} entries, and {hint}"
-            )
+            n_entries = model_config.vocab_size
+            raise CheckpointError(f"{path} has no vocabulary of {n_entries} entries: put its meta.pkl into {data}")
         # The original's compiled models have a prefix, its oldest ones attention masks.
         weights = {name.removeprefix("_orig_mod."): weight for name, weight in content["model"].items()}
         weights = {name: weight for name, weight in weights.items() if not name.endswith(".attn.bias")}

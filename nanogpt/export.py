@@ -1,6 +1,10 @@
 """The program behind `nanogpt export`: a trained model as other programs read it."""
 
 import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ from nanogpt import __version__
 from nanogpt.checkpoint import TrainedModel, load_trained, original_arguments, write_file
 from nanogpt.device import Device
 from nanogpt.errors import ConfigError, UserError
-from nanogpt.files import atomic_folder, atomic_write
+from nanogpt.files import atomic_write, sync_folder
 from nanogpt.gguf import MARK, modelfile, save_gguf
 from nanogpt.huggingface import save_pretrained
 from nanogpt.settings import ExportConfig
@@ -150,3 +154,25 @@ def save_original(path: Path, trained: TrainedModel) -> None:
     )
     if model.config.activation != "gelu":
         log.warning("the original computes the exact GELU in place of this model's tanh form: losses differ slightly")
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Make a folder that replaces `path` when the block ends well, and leaves no trace when it does not.
+
+    Raises `UserError` when the operating system refuses.
+    """
+    work = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        work.mkdir(parents=True)
+        yield work
+        for written in (*work.iterdir(), work):
+            sync_folder(written)  # and file
+        if path.exists():
+            shutil.rmtree(path)
+        work.rename(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

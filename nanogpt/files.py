@@ -1,9 +1,8 @@
-"""Files and folders that appear whole or not at all, JSON, and locks."""
+"""Files that appear whole or not at all, JSON, and locks."""
 
 import json
 import logging
 import os
-import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,28 +33,6 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     finally:
         with suppress(OSError):
             temporary.unlink()
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Make a folder that replaces `path` when the block ends well, and leaves no trace when it does not.
-
-    Raises `UserError` when the operating system refuses.
-    """
-    work = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        work.mkdir(parents=True)
-        yield work
-        for written in (*work.iterdir(), work):
-            sync_folder(written)  # and file
-        if path.exists():
-            shutil.rmtree(path)
-        work.rename(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -72,7 +72,9 @@ class Metrics:
             try:
                 self.trackers.append(kind(config, resumed))
             except ImportError:
-                log.warning(f"{kind.__name__} is not installed (pip install {kind.package}); training without it")
+                log.warning(
+                    f"{kind.__name__} is not installed (pip install {kind.__name__.lower()}); training without it"
+                )
             except Exception as error:  # not logged in, no network: each package has its own exceptions
                 log.warning(f"{kind.__name__} could not start ({error}); training without it")
 
@@ -154,8 +156,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class WandB:
     """Weights & Biases. A resumed run continues the one that it began there."""
 
-    package = "wandb"
-
     def __init__(self, config: TrainConfig, resumed: "TrainState | None") -> None:
         import wandb
 
@@ -163,13 +163,9 @@ class WandB:
         run_id = path.read_text() if resumed and path.exists() else secrets.token_hex(4)
         path.write_text(run_id)
         self.run = wandb.init(
-            project=config.wandb_project,
-            name=config.wandb_run_name,
-            dir=config.out_dir,
+            project=config.wandb_project, name=config.wandb_run_name, dir=config.out_dir, id=run_id, resume="allow",
             config=dataclasses.asdict(config),
-            id=run_id,
-            resume="allow",
-        )
+        )  # fmt: skip
 
     def log(self, state: "TrainState", values: dict[str, Any]) -> None:
         """Send `values`."""
@@ -182,8 +178,6 @@ class WandB:
 
 class TensorBoard:
     """Event files for TensorBoard in `out_dir`/tensorboard."""
-
-    package = "tensorboard"
 
     def __init__(self, config: TrainConfig, resumed: "TrainState | None") -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt import files
+from nanogpt import export
 from nanogpt.errors import UserError
-from nanogpt.files import atomic_folder, atomic_write, locked, parse_json, read_json, write_json
+from nanogpt.export import atomic_folder
+from nanogpt.files import atomic_write, locked, parse_json, read_json, write_json
 
 
 def test_the_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -47,7 +48,7 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
 
 def test_a_folder_is_on_the_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[tuple[str, bool]] = []
-    monkeypatch.setattr(files, "sync_folder", lambda path: synced.append((path.name, (tmp_path / "a").exists())))
+    monkeypatch.setattr(export, "sync_folder", lambda path: synced.append((path.name, (tmp_path / "a").exists())))
     with atomic_folder(tmp_path / "a") as folder:
         (folder / "file").touch()
     assert synced == [("file", False), (folder.name, False), (tmp_path.name, True)]
