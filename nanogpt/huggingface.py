@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nanogpt.config import GPT2_NAMES, GPTConfig, is_hub_name
@@ -252,6 +251,8 @@ def find_tensors(folder: Path) -> dict[str, Path]:
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
     """Open a safetensors file. Raises `ValueError` if it, or what is read from it, is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, "pt") as file:
             yield file
@@ -309,6 +310,7 @@ def save_pretrained(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch
 
     Raises `DataError` for a tokenizer that has no such form.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     shape, generation = replace(model.config, vocab_size=tokenizer.vocab_size), tokenizer.full_generation_config

@@ -8,7 +8,7 @@ import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
@@ -307,7 +307,8 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     def on_signal(number: int, frame: FrameType | None) -> None:
         received.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.write(2, b"\nstopping as soon as possible (Ctrl-C once more: at once)\n")  # print is not safe in a handler
+        with suppress(OSError):  # after SIGHUP, the terminal is gone
+            os.write(2, b"\nstopping as soon as possible (Ctrl-C once more: at once)\n")  # print is not safe here
 
     for number, handler in before.items():
         if number == signal.SIGINT or handler != signal.SIG_IGN:  # nohup ignores SIGHUP

@@ -115,7 +115,7 @@ def test_the_vocabulary_of_an_originals_checkpoint_is_found_or_named(tmp_path: P
         load_checkpoint(original_checkpoint(tmp_path, "openwebtext", vocab_size=50304)[0]).tokenizer, GPT2Tokenizer
     )
     path, _ = original_checkpoint(tmp_path, "letters")
-    with pytest.raises(CheckpointError, match=r"without its vocabulary of 4 entries, and data/letters/meta\.pkl"):
+    with pytest.raises(CheckpointError, match=r"has no vocabulary of 4 entries: put its meta\.pkl into data/letters"):
         load_checkpoint(path)
     write_meta(tmp_path / "elsewhere" / "letters" / "meta.pkl", CharTokenizer("abcd"))
     assert load_checkpoint(path, data_dir="elsewhere").tokenizer.vocab_size == 4

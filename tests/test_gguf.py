@@ -13,7 +13,6 @@ import torch
 from nanogpt import gguf as module
 from nanogpt.checkpoint import load_model
 from nanogpt.config import GPTConfig
-from nanogpt.engine import stream
 from nanogpt.errors import CheckpointError, ConfigError, DataError
 from nanogpt.gguf import CUTS, cut_of, load_gguf, modelfile, save_gguf
 from nanogpt.model import GPT
@@ -263,7 +262,7 @@ def test_a_real_file_answers(capsys: pytest.CaptureFixture[str]) -> None:
     ids = tokenizer.encode_prompt(prompt)
     assert ids == theirs(prompt, add_special_tokens=False).input_ids
     x = torch.tensor([ids])
-    answer = [token.item() for token in stream(ours, x, 20, temperature=0)]
+    answer = ours.generate(x, 20, temperature=0)[0, x.shape[1] :].tolist()
     end = next(n for n, token in enumerate(answer) if token in tokenizer.end_tokens)
     assert tokenizer.decode(answer[:end]) == "The capital of France is Paris."
     model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
