@@ -85,18 +85,11 @@ class Distributed:
 
     def check_same(self, settings: dict[str, Any]) -> None:
         """Raise `ConfigError` in all processes if one was started with other settings than the main one."""
-        if self.world_size == 1:
-            return
-        everyone = [settings] * self.world_size
-        c10d.all_gather_object(everyone, settings)
-        differing = [
-            f"{name} is {theirs[name]!r} in process {rank}, {value!r} in process 0"
-            for rank, theirs in enumerate(everyone)
-            for name, value in everyone[0].items()
-            if value != theirs[name]
-        ]
-        if differing:
-            raise ConfigError(f"the processes do not agree: {'; '.join(differing)}; start all with the same command")
+        main = self.broadcast_from_main(lambda: settings)
+        differing = [f"{key} is {settings[key]!r}, not {main[key]!r}" for key in main if settings[key] != main[key]]
+        if self.any(bool(differing)):
+            problem = "; ".join(differing) or "another one has other settings"
+            raise ConfigError(f"the processes do not agree: {problem}; start all with the same command")
 
 
 def this_process() -> Distributed:

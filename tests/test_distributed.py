@@ -167,8 +167,8 @@ def test_processes_that_were_started_differently_are_refused(data_dir: Path) -> 
     )
     result = launch(2, "two", script=script)
     assert result.returncode != 0
-    for difference in ("seed is 1 in process 1, 1337 in", "resume is 'auto' in process 1, 'never' in"):
-        assert difference in result.stderr.split("the processes do not agree: ")[1].split("; start all with")[0]
+    for difference in ("seed is 1, not 1337", "resume is 'auto', not 'never'"):
+        assert difference in result.stderr
     assert not Path("two").exists()
 
 
