@@ -128,9 +128,6 @@ class Checkpoint:
             load_shards(self.path, tensors_of(model, optimizer))
         if self.scaler and scaler.is_enabled():
             scaler.load_state_dict(self.scaler)
-        # If best.pt is missing, reset the best loss, so that the next evaluation writes it.
-        best = self.path.parents[1 if self.path.is_dir() else 0] / "best.pt"
-        self.state.best_val_loss = max(self.state.best_val_loss, peek(best)["best_val_loss"])
         self.weights, self.optimizer = {}, None  # the run holds them now
 
 
@@ -381,22 +378,20 @@ def load_latest(out_dir: str | Path, data_dir: str = "data", dist: Any = None, *
     """Return the newest checkpoint in `out_dir` that is not damaged; the main process finds out for all which it is."""
 
     def newest_good() -> Path:
-        paths = checkpoints_of(out_dir) or [find_checkpoint(out_dir, "last")]
-        for path, older in zip(paths, [*paths[1:], None], strict=True):
+        for path in checkpoints_of(out_dir) or [find_checkpoint(out_dir, "last")]:
             try:
                 verify_checksums(path)
-                break
+                return path
             except DamagedError as error:
-                if older is None:
-                    hint = (
-                        f"--init_from={Path(out_dir, 'best.pt')} starts a new run from the best model, if that is left"
-                    )
-                    raise DamagedError(f"{error}, and there is no other to resume from; {hint}") from error
-                log.warning(f"{error}; resuming from {older.name}, the one before it")
-        return path
+                log.warning(f"{error}; trying the one before it")
+        best = Path(out_dir, "best.pt")
+        raise DamagedError(f"all checkpoints are damaged; --init_from={best} starts a new run from the best model")
 
     path = dist.broadcast_from_main(newest_good) if dist else newest_good()
-    return load_checkpoint(path, data_dir, sharded=sharded, verify=False)
+    loaded = load_checkpoint(path, data_dir, sharded=sharded, verify=False)
+    if not Path(out_dir, "best.pt").exists():
+        loaded.state.best_val_loss = math.inf  # so that the next evaluation writes it
+    return loaded
 
 
 def load_checkpoint(path: Path, data_dir: str = "data", *, sharded: bool = False, verify: bool = True) -> Checkpoint:

@@ -263,7 +263,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_never_takes_the_place_of_a_good
     out = Path(recipe().out_dir)
     flip_a_bit(out / "ckpt.pt")
     assert load_latest(out).path.name == "ckpt.prev.pt"
-    assert caplog.text.count("resuming from ckpt.prev.pt, the one before it") == 1
+    assert caplog.text.count("trying the one before it") == 1
     good = (out / "ckpt.prev.pt").read_bytes()
     Checkpoints(recipe(), Distributed(), False, out / "ckpt.prev.pt")
     assert checkpoints_of(out) == [out / "ckpt.prev.pt"]
@@ -272,7 +272,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_never_takes_the_place_of_a_good
     assert load_latest(out).state.step == 4
     for path in checkpoints_of(out):
         flip_a_bit(path)
-    with pytest.raises(DamagedError, match="is damaged"):
+    with pytest.raises(DamagedError, match="all checkpoints are damaged"):
         load_latest(out)
 
 
