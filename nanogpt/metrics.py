@@ -168,11 +168,9 @@ class WandB:
         )  # fmt: skip
 
     def log(self, state: "TrainState", values: dict[str, Any]) -> None:
-        """Send `values`."""
         self.run.log({**values, "iter": state.step, "tokens": state.tokens}, step=state.step)
 
     def close(self, has_failed: bool) -> None:
-        """Send what is left."""
         self.run.finish(exit_code=int(has_failed))
 
 
@@ -186,7 +184,6 @@ class TensorBoard:
         self.writer = SummaryWriter(folder, purge_step=resumed.step + 1 if resumed else None)
 
     def log(self, state: "TrainState", values: dict[str, Any]) -> None:
-        """Write `values`, texts among them."""
         for name, value in values.items():
             if isinstance(value, str):
                 self.writer.add_text(name, f"```\n{value}\n```", state.step)
@@ -194,7 +191,6 @@ class TensorBoard:
                 self.writer.add_scalar(name, float(value), state.step)
 
     def close(self, has_failed: bool) -> None:
-        """Write what is left."""
         self.writer.close()
 
 
