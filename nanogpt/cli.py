@@ -25,6 +25,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from nanogpt import __version__, config, settings
 from nanogpt.errors import ConfigError, UserError
+from nanogpt.metrics import show_log_lines
 
 Config = TypeVar("Config", bound=config.Settings)
 Class = type[config.Settings]
@@ -48,13 +49,11 @@ VERBS: dict[str, tuple[Class, str, str]] = {
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
-def parse(
-    cls: type[Config], arguments: Sequence[str], usage: str, positional: str = "out_dir", notes: list[str] | None = None
-) -> Config:
+def parse(cls: type[Config], arguments: Sequence[str], usage: str, positional: str = "out_dir") -> Config:
     """Return the config that `[config.py …] [word] [--key=value | --key value | --flag] …` describes.
 
-    `positional` names the setting that a word without dashes sets; `notes` collects lines for the log. --help prints
-    and exits. Raises `ConfigError` with all problems together.
+    `positional` names the setting that a word without dashes sets. --help prints and exits. Raises `ConfigError` with
+    all problems together.
     """
     if "--help" in arguments or "-h" in arguments:
         print(help_text(cls, usage))
@@ -68,7 +67,7 @@ def parse(
             ignored = [name for name in found if hasattr(config.TrainConfig, name) and name not in values]
             if ignored:
                 ignored += ["init_from"] if "out_dir" in found and "init_from" in found else []
-                (notes if notes is not None else []).append(f"{file}: ignored, for training only: {', '.join(ignored)}")
+                log.info(f"{file}: ignored, for training only: {', '.join(ignored)}")
             found = {name: value for name, value in found.items() if name not in ignored}
         _assign(cls, values, found, file, problems)
     _assign(cls, values, options, "", problems)
@@ -261,14 +260,10 @@ def run(verb: str, arguments: Sequence[str] | None = None, program: str = "") ->
     cls, location, positional = VERBS[verb]
     word = f" [{positional}]" if positional else ""
     usage = f"{program or f'python {os.path.basename(sys.argv[0])}'} [config.py …]{word} [--key=value …]"
-    notes: list[str] = []
     with exit_codes():
-        chosen = parse(cls, sys.argv[1:] if arguments is None else arguments, usage, positional, notes)
-        from nanogpt.metrics import show_log_lines
-
+        show_log_lines()
+        chosen = parse(cls, sys.argv[1:] if arguments is None else arguments, usage, positional)
         show_log_lines(getattr(chosen, "verbosity", "normal"))
-        for note in notes:
-            log.info(note)
         module, _, function = location.partition(":")
         result = getattr(importlib.import_module(module), function)(chosen)
         gc.freeze()  # spares the interpreter 0.4 s of collecting torch's modules at its end
