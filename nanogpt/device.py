@@ -75,8 +75,6 @@ class Device:
         if self.type != "cuda" or self.dtype == torch.float32:
             return None
         name = torch.cuda.get_device_name(self.name)
-        if "Laptop" in name:  # slower than the card of the same name
-            return None
         return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
@@ -88,17 +86,14 @@ def choose_device(config: Machine, local_rank: int | None = None) -> Device:
     """
     device, dtype = config.device, config.dtype
     kind, _, index = device.partition(":")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device={device}, but torch {torch.__version__} finds no CUDA GPU; use --device=cpu")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("--device=mps, but torch finds no Apple GPU here; use --device=cpu")
+        kind = next(kind for kind in available if available[kind])
+    if not available[kind]:
+        raise ConfigError(f"--device={device}, but torch {torch.__version__} finds none here; use --device=cpu")
     name = kind
     if kind == "cuda":
         count = torch.cuda.device_count()
-        if index and local_rank is not None and count > 1:
-            raise ConfigError(f"--device={device} is one GPU for all; with --device=cuda each process takes its own")
         name = f"cuda:{index or (local_rank or 0) % count}"
         if int(index or 0) >= count:
             raise ConfigError(f"--device={device}, but this machine has cuda:0 to cuda:{count - 1}")

@@ -64,12 +64,12 @@ def test_a_launcher_may_show_each_process_one_gpu(monkeypatch: pytest.MonkeyPatc
 def test_a_gpu_that_is_not_there_or_is_one_for_all_is_refused() -> None:
     with pytest.raises(ConfigError, match="this machine has cuda:0 to cuda:1"):
         choose_device(Machine(device="cuda:2"))
-    with pytest.raises(ConfigError, match="cuda:1 is one GPU for all; with --device=cuda each process takes its own"):
-        choose_device(Machine(device="cuda:1"), local_rank=0)
 
 
 @pytest.mark.usefixtures("no_gpu")
-@pytest.mark.parametrize(("name", "message"), [("cuda", "finds no CUDA GPU"), ("mps", "no Apple GPU")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("cuda", "--device=cuda, but torch"), ("mps", "--device=mps, but torch")]
+)
 def test_an_impossible_device_is_refused(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         choose_device(Machine(device=name))
@@ -88,7 +88,7 @@ def test_mps_computes_in_float32_unless_asked(monkeypatch: pytest.MonkeyPatch) -
     ("name", "peak"),
     [
         ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA GB200", 2500e12),
-        ("Tesla K80", None), ("NVIDIA L40", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Tesla K80", None), ("NVIDIA L40", None),
     ],
 )  # fmt: skip
 def test_known_gpus_have_a_peak(monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None) -> None:

@@ -281,7 +281,7 @@ def test_a_data_set_that_needs_no_network_prepares_itself(recipe: Recipe) -> Non
         ({"block_size": 900}, DataError, "the val split has 720 tokens"),
         ({"mask_documents": True}, ConfigError, "has no token that ends a document"),
         ({"init_from": "resume"}, CheckpointError, "train a model first"),
-        ({"device": "cuda"}, ConfigError, "finds no CUDA GPU"),
+        ({"device": "cuda"}, ConfigError, "finds none here"),
     ],
 )
 def test_what_only_data_and_machine_can_show_is_one_message(
