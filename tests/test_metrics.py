@@ -85,13 +85,6 @@ def test_only_the_main_process_writes(recipe: Recipe) -> None:
     assert not Path(recipe().out_dir).exists()
 
 
-def test_foreign_lines_are_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    assert read_metrics(path) == []
-    path.write_bytes(b'{"step": 1}\n[]\n3\n\xff\n{"step": "x"}\n\n{"step": 2}\n')
-    assert [row["step"] for row in read_metrics(path)] == [1, 2]
-
-
 def test_tensorboard_shows_one_unbroken_curve(recipe: Recipe) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     train.train(recipe(tensorboard_log=True, max_iters=4))
