@@ -271,7 +271,7 @@ def test_files_of_another_kind_are_refused(content: str | None, message: str) ->
 def test_published_files_are_checked_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NANOGPT_DOWNLOADS", str(tmp_path))
     (tmp_path / "lambada_test.jsonl").write_text('{"text": "not the published one"}')
-    with pytest.raises(DataError, match=r"is not the file expected.*--lambada=FILE"):
+    with pytest.raises(DataError, match=r"33 bytes that are not the file expected.*--lambada=FILE"):
         read_examples("lambada", EvalConfig())
     content, examples = b'{"text": "as if it were"}', [("as if it", [" were"], 0)]
     about = ("http://nowhere/lambada_test.jsonl", hashlib.sha256(content).hexdigest(), "a text")
@@ -282,6 +282,6 @@ def test_published_files_are_checked_and_kept(monkeypatch: pytest.MonkeyPatch, t
     assert read_examples("lambada", EvalConfig()) == examples
     kept = Path("data/lambada/lambada_test.jsonl")
     kept.write_text('{"text": "my own"}')
-    with pytest.raises(DataError, match=r"lambada_test\.jsonl is not the file expected.*"):
+    with pytest.raises(DataError, match=r"lambada_test\.jsonl has 18 bytes that are not the file"):
         read_examples("lambada", EvalConfig())
     assert kept.read_text() == '{"text": "my own"}'

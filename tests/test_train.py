@@ -230,7 +230,7 @@ def test_a_slow_run_says_how_long_it_takes(
     train.train(recipe(max_iters=1, eval_iters=3))
     captured = capsys.readouterr()
     assert "evaluating: 1 of 6 batches, 5 h left" in captured.out
-    hint = "this model is slow on this machine; for processors the README has smaller runs, such as config/train_shake"
+    hint = "this model is slow on this machine; the README has smaller runs for CPUs, such as config/train_shake"
     assert captured.err.count(hint) == 2  # once an evaluation
 
 
