@@ -318,7 +318,8 @@ def run_harness(scorer: Scorer, names: list[str], manager: Any, limit: int) -> d
                 ids = tokenizer.encode(prompt).tolist()[-max(1, block_size - new) :] or [tokenizer.end_of_text or 0]
                 row = scorer.device.put(torch.tensor([ids]))
                 text = tokenizer.decode(scorer.model.generate(row, new, temperature=0.0)[0, len(ids) :].tolist())
-                stops = [settings.get("until", [])] if isinstance(settings.get("until"), str) else settings["until"]
+                until = settings.get("until") or []
+                stops = [until] if isinstance(until, str) else until
                 ends = [text.find(stop) for stop in stops if stop and stop in text]
                 texts.append(text[: min(ends, default=None)])
             return texts

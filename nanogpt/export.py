@@ -141,7 +141,7 @@ def save_original(path: Path, trained: TrainedModel) -> None:
     """Write what the original's sample.py loads. Raises `ConfigError` for a model or a tokenizer that it lacks."""
     model, tokenizer, state = trained.model, trained.tokenizer, trained.state
     arguments, unknown = original_arguments(model.config)
-    # Only the original can have a vocabulary whose way to cut text nobody else knows.
+    # Only the original can have a vocabulary whose way to cut text no other program knows.
     instead = "" if tokenizer.kind == "vocabulary" else "; --to=hf carries this model"
     if unknown:
         raise ConfigError(f"the original nanoGPT has no {', '.join(unknown)}: it knows GPT-2's shape only{instead}")

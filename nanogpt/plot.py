@@ -115,8 +115,8 @@ def list_runs(config: RunsConfig) -> None:
     runs = []
     for path in folder.rglob("metrics.jsonl"):
         is_old = any(re.fullmatch(r"previous-\d+", part) for part in path.relative_to(folder).parts)
-        if (config.previous or not is_old) and read_metrics(path):
-            runs.append(open_run(path.parent))
+        if (config.previous or not is_old) and (rows := read_metrics(path)):
+            runs.append(RunRecord(path.parent, read_json(path.parent / "config.json"), rows))
     if not runs:
         raise CheckpointError(f"no runs in or below {folder.resolve()}")
     table = [("run", "state", "steps", "best loss", "last record")]

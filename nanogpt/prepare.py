@@ -98,11 +98,12 @@ def prepare(config: PrepareConfig) -> None:
 
 def prepare_missing(config: TrainConfig) -> None:
     """Prepare what a run trains on, if that is not there and needs no network. Raises `DataError` if it needs one."""
+    from nanogpt.data import is_prepared  # with torch, which building does without
+
     for name in mixture(config.dataset):
         folder = Path(config.data_dir, name)
-        files = [folder / f"{split}.bin" for split in SPLITS]
         changed = os.path.getmtime(config.text) if config.text else 0.0
-        if all(file.exists() and file.stat().st_mtime > changed for file in files):
+        if is_prepared(folder) and os.path.getmtime(folder / "train.bin") > changed:
             continue
         chosen = PrepareConfig(name=name, data_dir=config.data_dir)
         if config.text:

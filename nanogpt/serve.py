@@ -95,8 +95,6 @@ class Scheduler:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, config: ServeConfig, threads: int = 0) -> None:
         self.engine, self.tokenizer, self.config, self.threads = engine, tokenizer, config, threads
-        # The ids that end a text. End tokens that a model brings along belong in this set, too.
-        self.end_tokens = tokenizer.end_tokens
         self.waiting: list[Job] = []
         self.running: dict[Row, Job] = {}
         self.news: list[Piece] = []
@@ -331,7 +329,7 @@ def make_jobs(body: CompletionRequest, scheduler: Scheduler) -> list[Job]:
     jobs, pieces = [], asyncio.Queue[Piece]()
     for index, ids in enumerate(ids for ids in prompts for _ in range(n)):
         texts = list(itertools.islice(tokenizer.decode_stream(ids), len(ids)))
-        request = Request(ids, max_tokens, sampling, body.seed + index % n, scheduler.end_tokens, body.logprobs)
+        request = Request(ids, max_tokens, sampling, body.seed + index % n, tokenizer.end_tokens, body.logprobs)
         jobs.append(Job(request, index, TextStream(tokenizer, ids, stop), texts, body.echo, pieces))
     return jobs
 

@@ -362,8 +362,11 @@ def from_definition(definition: str, eos_token: str) -> Tokenizer:
     for ours in (ByteTokenizer(), CharTokenizer(sorted(tokenizer.engine.get_vocab()))):
         if ours.kind != "vocabulary" and ours.definition == tokenizer.definition:
             return ours
-    is_gpt2s = hashlib.sha256(b"\n".join(tokenizer.token_bytes)).hexdigest() == GPT2_SHA256
-    return GPT2Tokenizer() if is_gpt2s and tokenizer._encoding else tokenizer
+    # Spelling out the bytes of a large vocabulary takes time, so its size is asked first.
+    is_gpt2s = tokenizer.vocab_size == GPT2Tokenizer.vocab_size and tokenizer._encoding is not None
+    if is_gpt2s and hashlib.sha256(b"\n".join(tokenizer.token_bytes)).hexdigest() == GPT2_SHA256:
+        return GPT2Tokenizer()
+    return tokenizer
 
 
 def make_tokenizer(setting: str, characters: Iterable[str], texts: Iterable[str]) -> Tokenizer:
