@@ -267,7 +267,7 @@ def test_an_export_is_uploaded(to: str, recipe: Recipe, tmp_path: Path, monkeypa
     monkeypatch.setattr(Api, "create_repo", lambda *_, **__: 1 / 0)
     with pytest.raises(UserError, match=r"other is written, but not uploaded to me/m \(division.*hf auth login"):
         export(ExportConfig(**settings, output=str(tmp_path / "other")))
-    with pytest.raises(ConfigError, match="push=here: expected USER/NAME"):
+    with pytest.raises(ConfigError, match="push='here': expected USER/NAME"):
         parse(ExportConfig, ["--output=x", "--push=here"], "")
 
 
