@@ -297,6 +297,8 @@ def find_checkpoint(out_dir: str | Path, which: str) -> Path:
         if step > best_step and loss < best_loss:
             log.info(f"{kept[0]} is newer and better than best.pt: taking it")
             return kept[0]
+        if step > best_step:
+            log.info(f"taking best.pt, of step {best_step}; --checkpoint=last takes {kept[0]}, of step {step}")
     found += kept if which != "best" else []
     if not found:
         there = f"{out_dir} has no {which} checkpoint" if Path(out_dir).is_dir() else f"there is no folder {out_dir}"

@@ -3,6 +3,7 @@
 Defaults < config files < command line. Programs are imported when they run: --help and mistakes answer without torch.
 """
 
+import argparse
 import builtins
 import difflib
 import gc
@@ -18,7 +19,6 @@ import types
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -81,31 +81,36 @@ def parse(cls: type[Config], arguments: Sequence[str], usage: str, positional: s
 def _read_words(cls: Class, arguments: Sequence[str], positional: str, problems: list[str]) -> tuple[list[str], Values]:
     """Return the config files on a command line, and for each option its text, or for a list its texts."""
     hints = get_type_hints(cls)
-    lists = [name for name, hint in hints.items() if get_origin(hint) is list]
-    flags = [name for name, hint in hints.items() if bool in (hint, *get_args(hint))]
-    words, files, options = list(arguments), [], dict[str, list[str]]()
-    while words:
-        word = words.pop(0)
+    # No value is required or converted here, because argparse would exit at the first mistake.
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    flags, values = set(), (*_BOOLEANS, "auto")
+    for name, hint in hints.items():
+        names = {f"--{name}", f"--{name.replace('_', '-')}"}
+        flags |= names if bool in (hint, *get_args(hint)) else set()
+        many: dict[str, Any] = {"nargs": "*", "action": "extend"} if get_origin(hint) is list else {"nargs": "?"}
+        parser.add_argument(*names, dest=name, **many)
+    # A flag gets a value here, so that argparse does not take the file in `--eval_only config/a.py` for one.
+    pairs = zip(arguments, [*arguments[1:], ""], strict=False)
+    words = [f"{word}=True" if word in flags and after.lower() not in values else word for word, after in pairs]
+    known, others = parser.parse_known_args(words)
+    options, files = vars(known), []
+    for word in others:
         name, equals, text = word.partition("=")
-        texts = [text] if equals else []
         if word.startswith("-"):
-            name = name.removeprefix("--").replace("-", "_")
-            if name in flags and not (words and words[0].lower() in (*_BOOLEANS, "auto")):
-                texts = texts or ["True"]  # the file in `--eval_only config/a.py` is not its value
-            elif not equals:
-                texts = list(takewhile(lambda each: not each.startswith("--"), words))[: None if name in lists else 1]
-                words = words[len(texts) :]
-                texts = texts or [""] * (name not in hints)  # _assign reports an unknown name
+            options[name.removeprefix("--")] = text  # There is no such setting, as _assign reports.
         elif word.endswith(".py"):
             files.append(word)
-            continue
+        elif issubclass(cls, config.TrainConfig) and os.path.isfile(word):
+            options["text"] = word
+        elif positional in hints and not (equals and name in hints):
+            is_list = get_origin(hints[positional]) is list
+            options[positional] = [*options.get(positional, []), word] if is_list else word
         else:
-            texts = [word] if positional in hints and not (equals and name in hints) else []
-            name = "text" if issubclass(cls, config.TrainConfig) and os.path.isfile(word) else positional
-        if not texts:
             problems.append(f"{word}: expected config files (*.py) and --key=value only")
-        options.setdefault(name, []).extend(texts)
-    return files, {name: texts if name in lists else texts[-1] for name, texts in options.items() if texts}
+    for name in [name for name, text in options.items() if text in (None, [])]:
+        problems.append(f"--{name}: a value is missing: --{name}=…")
+        del options[name]
+    return files, options
 
 
 def _run_config_file(path: str, values: Values, problems: list[str]) -> Values:
@@ -114,7 +119,7 @@ def _run_config_file(path: str, values: Values, problems: list[str]) -> Values:
     names: dict[str, Any] = {"__builtins__": {**vars(builtins), **values}}
     try:
         exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), names)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [f", line {each.lineno}" for each in traceback.extract_tb(error.__traceback__) if each.filename == path]
         problems.append(f"config file {path}{''.join(lines)}: {type(error).__name__}: {error}")
         return {}

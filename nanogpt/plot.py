@@ -26,6 +26,12 @@ _PANELS = [  # over what, which columns of metrics.jsonl, and what to write besi
 ]  # fmt: skip
 
 
+# Settings that do not change what a model learns.
+_WITHOUT_EFFECT = """out_dir model text resume eval_only log_interval always_save_checkpoint checkpoint_interval
+    keep_checkpoints sample_interval plot dry_run wandb_log wandb_project wandb_run_name tensorboard_log backend
+    dist_timeout verbosity""".split()
+
+
 class RunRecord:
     """A run's folder, read once. Raises `CheckpointError` if nothing is recorded there."""
 
@@ -114,7 +120,7 @@ def plot(config: PlotConfig) -> None:
         seconds = [seconds for seconds, value in run.curve("val/loss", by="seconds") if value <= loss]
         table.append((run.name, f"{run.step:,}", f"{run.best:.4f}", duration(seconds[0]) if seconds else "never"))
     print_table(table)
-    shared = set.intersection(*(set(run.config) for run in runs)) - {"out_dir"}
+    shared = set.intersection(*(set(run.config) for run in runs)) - set(_WITHOUT_EFFECT)
     values = {name: [str(run.config[name]) for run in runs] for name in sorted(shared)}
     if changed := [(name, *each) for name, each in values.items() if len(set(each)) > 1]:
         print()
@@ -165,6 +171,8 @@ def draw(runs: Sequence[RunRecord], target: Path, unit: str = "nats per token") 
             axes.set_ylim(bottom=0)
         elif late:  # All the room is for the losses after the first twentieth of the runs.
             axes.set_ylim(min(late) - 0.05, max(late) + 0.05)
+            begin = max(run.curve(name)[0][1] for run in runs for name in LOSSES if run.curve(name))
+            axes.set_title(f"begins at {begin:.2f}" * (begin > max(late)), fontsize=9, loc="left", color="dimgray")
     figure.axes[0].legend(fontsize=9)
     with atomic_write(target) as file:
         figure.savefig(file, dpi=110, format=target.suffix.lstrip("."))

@@ -157,6 +157,10 @@ class PlotConfig(Settings):
     output: str = ""  # .png, .svg or .pdf to write; empty: loss.png in the run folder, comparison.png for several
     loss: float = 0.0  # compare the time to this validation loss; 0: to the worst of the runs' best ones
 
+    def problems(self) -> Iterator[str]:
+        if self.output and not self.output.endswith((".png", ".svg", ".pdf")):
+            yield f"output={self.output}: expected a name that ends in .png, .svg or .pdf"
+
 
 class RunsConfig(Settings):
     """List the runs in a folder and below: state, steps, best loss, age."""

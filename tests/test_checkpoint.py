@@ -194,6 +194,7 @@ def test_a_run_that_another_program_has_continued_is_not_taken_for_its_old_best(
     del content["nanogpt"]  # as the original writes it
     torch.save({**content, "iter_num": 9}, trained / "ckpt.pt")
     assert find_checkpoint(trained, "auto").name == "best.pt"  # which is as good
+    assert "ckpt.pt, of step 9" in caplog.text
     torch.save({**content, "iter_num": 9, "best_val_loss": torch.tensor(0.5)}, trained / "ckpt.pt")
     assert find_checkpoint(trained, "auto").name == "ckpt.pt"
     assert "newer and better than best.pt" in caplog.text

@@ -112,8 +112,8 @@ def test_different_data_sets_compare_in_bits_per_byte(capsys: pytest.CaptureFixt
 
 def test_several_runs_in_one_picture(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    write_run(Path("one"), [4.0, 3.0, 2.5], learning_rate=0.1, n_layer=2, out_dir="one")
-    write_run(Path("two"), [4.0, 2.0], learning_rate=0.2, n_layer=2, out_dir="two")
+    write_run(Path("one"), [4.0, 3.0, 2.5], learning_rate=0.1, n_layer=2, out_dir="one", log_interval=1)
+    write_run(Path("two"), [4.0, 2.0], learning_rate=0.2, n_layer=2, out_dir="two", log_interval=5)
     plot(parse(PlotConfig, ["one", "two", "--output=both.svg"], ""))
     assert Path("both.svg").read_bytes().startswith(b"<?xml")
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
