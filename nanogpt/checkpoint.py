@@ -287,22 +287,22 @@ def find_checkpoint(out_dir: str | Path, which: str) -> Path:
 
     Raises `CheckpointError` if there is none.
     """
-    if which not in ("auto", "best", "last"):
-        return Path(which)
     best, kept = Path(out_dir, "best.pt"), checkpoints_of(out_dir)
-    found = [best] if which != "last" and best.exists() else []
-    if found and kept and which == "auto":
-        # Another program, such as the original, may have continued the run: it leaves its best model in ckpt.pt.
-        (best_step, best_loss), (step, loss) = progress_of(best), progress_of(kept[0])
-        if step > best_step and loss < best_loss:
-            log.info(f"{kept[0]} is newer and better than best.pt: taking it")
-            return kept[0]
-        if step > best_step:
-            log.info(f"taking best.pt, of step {best_step}; --checkpoint=last takes {kept[0]}, of step {step}")
-    found += kept if which != "best" else []
+    candidates = {"auto": [best, *kept], "best": [best], "last": kept}
+    if which not in candidates:
+        return Path(which)
+    found = [path for path in candidates[which] if path.exists()]
     if not found:
         there = f"{out_dir} has no {which} checkpoint" if Path(out_dir).is_dir() else f"there is no folder {out_dir}"
         raise CheckpointError(f"{there}; train a model first, or name its folder with --out_dir=…")
+    if which == "auto" and len(found) > 1 and found[0] == best:
+        # Another program, such as the original, may have continued the run: it leaves its best model in ckpt.pt.
+        (best_step, best_loss), (step, loss) = progress_of(best), progress_of(found[1])
+        if step > best_step and loss < best_loss:
+            log.info(f"{found[1]} is newer and better than best.pt: taking it")
+            return found[1]
+        if step > best_step:
+            log.info(f"taking best.pt, of step {best_step}; --checkpoint=last takes {found[1]}, of step {step}")
     return found[0]
 
 
