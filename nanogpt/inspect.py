@@ -39,7 +39,7 @@ def inspect(config: InspectConfig) -> None:
     """
     trained = load_trained(config, Device("cpu", "cpu", torch.float32, compile=False))
     model, tokenizer = trained.model, trained.tokenizer
-    ids = prompt_ids(read_prompt(config.text, "text"), tokenizer)
+    ids = prompt_ids(read_prompt(config.text), tokenizer)
     if len(ids) < 2:
         raise ConfigError(f"text has {len(ids)} tokens, and the first one has no loss: expected at least 2")
     if len(ids) > model.config.block_size:
