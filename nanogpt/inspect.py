@@ -33,7 +33,7 @@ def inspect(config: InspectConfig) -> None:
     """Print the parameters of a model; of a text, write the loss of each token and draw where each head looks."""
     trained = load_trained(config, Device("cpu", "cpu", torch.float32, compile=False))
     model, tokenizer = trained.model, trained.tokenizer
-    ids = prompt_ids(read_prompt(config.text, "text"), tokenizer)[: model.config.block_size]
+    ids = prompt_ids(read_prompt(config.text), tokenizer)[: model.config.block_size]
     if len(ids) < 2:
         raise ConfigError(f"text has {len(ids)} tokens, and the first one has no loss: expected at least 2")
     print(f"{trained.name}, {model.get_num_params() / 1e6:.2f}M parameters")

@@ -62,15 +62,11 @@ class SampleConfig(SourceConfig, Machine):
     top_p: float = 1.0  # draw from the most probable tokens that together reach this probability; 1: from all
     min_p: float = 0.0  # drop tokens less probable than this share of the highest probability
     stop: list[str] = field(default_factory=list)  # texts that end a sample and are left out, such as '\n\n'
-    stop_at_eos: bool | Literal["auto"] = "auto"  # end a sample at the model's end token; auto: unless ignore_end
-    ignore_end: bool = False  # the same as stop_at_eos=False: continue after <|endoftext|>
+    stop_at_eos: bool = True  # end a sample at the model's end token, such as <|endoftext|>
+    ignore_end: bool = False  # the same as stop_at_eos=False, by its name in version 1.0
     window: Literal["half", "slide"] = "half"  # a full context loses its older half; slide: one token (slow, exact)
     logprobs: int = -1  # list the logprob of each new token and of this many alternatives; -1: no
     int8: bool = False  # quantize weights to 8 bits with a scale per row
-
-    @property
-    def stops_at_eos(self) -> bool:
-        return not self.ignore_end if self.stop_at_eos == "auto" else self.stop_at_eos
 
 
 class ServeConfig(SourceConfig, Machine):
