@@ -5,6 +5,7 @@ appends their ids in order to files in data/NAME/.preparing/, and the journal pl
 that the same command resumes after a kill. A complete data set moves to data/NAME/.
 """
 
+import codecs
 import copy
 import functools
 import glob
@@ -40,6 +41,7 @@ from nanogpt.settings import PrepareConfig, recipe_for_text, unescape
 from nanogpt.tokenizer import Tokenizer, from_description, make_tokenizer, mirrored, well_formed, write_meta
 
 log = logging.getLogger(__name__)
+warn_once = functools.lru_cache(log.warning)  # A file is read several times.
 Result = TypeVar("Result")
 Piece = tuple[str, bool] | str  # text, and whether a document ends with it; or why one is skipped
 Unit = list[tuple[str, str, bool]]  # split, text, and whether a document ends with it
@@ -49,6 +51,8 @@ SPLITS = ("train", "val")
 UNIT = 1 << 22  # characters of a unit of work
 BLOCK = 1 << 20  # characters that are encoded at once; a longer document comes in pieces
 LONGEST_LINE = 1 << 28  # characters of a JSON line; a longer one is skipped
+JSON_LINES = r"(?i)\.(jsonl|jsonlines|jl|ndjson)(\.gz|\.zst)?$"
+JSON = r"(?i)\.json(\.gz|\.zst)?$"  # lines as well, or one array, or no data at all
 ENOUGH = 10  # documents to expect in validation; where there are fewer, the end of the text is validation
 
 # What is known by name, with the settings that differ from the defaults. Shakespeare is one text, as in the original.
@@ -197,9 +201,9 @@ def hub_sources(name: str) -> dict[str, int]:
         tree = functools.partial(HfApi().list_repo_tree, repository, below, recursive=True, repo_type="dataset")
         listed = with_retries(what, lambda: list(tree()), instead, pauses=())  # The library itself tries again.
         sizes = {root + each.path: getattr(each, "size", 0) for each in listed}
-    held_out = re.compile(r"(?<![a-z])(test|val|valid|validation|dev|eval)(?![a-z])", re.IGNORECASE)
+    held_out = re.compile(r"(?<![a-z])(test|val|valid|validation|dev|eval|dataset_infos)(?![a-z])", re.IGNORECASE)
     paths = [path for path in sorted(sizes) if path.startswith(root + start) and not held_out.search(path, len(root))]
-    for kind in (r"\.parquet$", r"\.(jsonl|ndjson)(\.gz|\.zst)?$", r"\.txt(\.gz|\.zst)?$"):
+    for kind in (r"\.parquet$", JSON_LINES, JSON, r"\.txt(\.gz|\.zst)?$"):
         if found := [path for path in paths if re.search(kind, path)]:
             return {path: sizes[path] for path in found}
     return {}
@@ -250,13 +254,17 @@ def read_pieces(path: Path, config: PrepareConfig) -> Iterator[Piece]:
         file = io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
     # Without a byte-order mark, and with all kinds of newlines as \n, as in Python's text mode.
     with io.TextIOWrapper(file, encoding="utf-8-sig") as reader:
-        if b"\0" in file.peek(1 << 13):
+        begin = file.peek(1 << 13).removeprefix(codecs.BOM_UTF8)
+        if b"\0" in begin:
             raise UnicodeError("it holds a zero byte")
-        if re.search(r"\.(jsonl|ndjson)(\.gz|\.zst)?$", path.name.lower()):
-            for row in json_rows(reader):
+        has_array, has_lines = re.match(rb"\s*\[\s*\{", begin), re.match(rb'\s*\{[ \t]*"[^"\n]*"[ \t]*:', begin)
+        if re.search(JSON_LINES, path.name) or (re.search(JSON, path.name) and (has_array or has_lines)):
+            for row in array_rows(reader) if has_array else json_rows(reader):
                 yield from field_of(row, config.field)
-        else:
-            yield from in_pieces(iter(lambda: reader.read(BLOCK), ""), unescape(config.separator))
+            return
+        if has_lines:
+            warn_once(f"{path} is read as plain text, but begins like JSON lines, whose files end in .jsonl")
+        yield from in_pieces(iter(lambda: reader.read(BLOCK), ""), unescape(config.separator))
 
 
 def in_pieces(texts: Iterable[str], separator: str = "") -> Iterator[Piece]:
@@ -302,6 +310,25 @@ def json_rows(reader: TextIO) -> Iterator[Any]:
                 yield None
         while line and not line.endswith("\n"):  # the rest of a line that is too long
             line = reader.readline(BLOCK)
+
+
+def array_rows(reader: TextIO) -> Iterator[Any]:
+    """Yield the values in one JSON array, while only a part of it is in memory. Raises `ValueError`."""
+    text, end, decode = reader.read(BLOCK).lstrip(), 1, json.JSONDecoder().raw_decode
+    while True:
+        while text[end : end + 1] and text[end] in " \t\n,":
+            end += 1
+        if text[end : end + 1] == "]":
+            return
+        try:
+            row, end = decode(text, end)
+        except ValueError:  # The value may end in what comes next, of which we read more each time.
+            more = reader.read(max(BLOCK, len(text) - end)) if len(text) - end < LONGEST_LINE else ""
+            if not more:
+                raise
+            text, end = text[end:] + more, 0
+        else:
+            yield row
 
 
 def field_of(row: Any, field: str) -> Iterator[Piece]:

@@ -46,7 +46,7 @@ def texts(count: int, seed: int = 0) -> list[str]:
 def write(name: str, text: str) -> str:
     """A file in the packing that its name says, .gz and .zst in several parts as pigz and pzstd write them."""
     parts = [text[n : n + len(text) // 3 + 1].encode() for n in range(0, len(text), len(text) // 3 + 1)]
-    pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(Path(name).suffix, bytes)
+    pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(Path(name).suffix.lower(), bytes)
     Path(name).parent.mkdir(exist_ok=True)
     Path(name).write_bytes(b"".join(pack(part) for part in parts))
     return name
@@ -140,9 +140,11 @@ def test_pystdlib_is_the_library_without_tests() -> None:
 # Where the files of known data sets lie, and what else does.
 LAYOUTS = {
     "fineweb-edu": [f"sample/10BT/{n:03}_00000.parquet" for n in range(3)],
+    "allenai/c4": [f"en/c4-train.{n:05}-of-00002.json.gz" for n in range(2)],
     "roneneldan/TinyStories": [f"data/train-{n:05}-of-00002-2d5a1467fff1081b.parquet" for n in range(2)],
 }
-OTHERS = ["data/CC-MAIN-2024-10/000.parquet", "data/validation-00000-of-00001.parquet", "notes-train.txt", "README.md"]
+OTHERS = ["data/CC-MAIN-2024-10/000.parquet", "data/validation-00000-of-00001.parquet", "notes-train.txt", "README.md",
+          "en/c4-validation.00000-of-00001.json.gz", "dataset_infos.json"]  # fmt: skip
 
 
 @pytest.fixture
@@ -150,8 +152,9 @@ def hub(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     """A hub with the layout of a data set, 150 rows in each of its shards."""
     shards = {}
     for n, path in enumerate(LAYOUTS[request.param]):
-        write_parquet("shard", id=list(range(150)), text=texts(150, seed=n))
-        shards[path] = Path("shard").read_bytes()
+        rows = texts(150, seed=n)
+        shard = write_jsonl("x.gz", rows) if path.endswith("gz") else write_parquet("x", id=list(range(150)), text=rows)
+        shards[path] = Path(shard).read_bytes()
     repository = module.DATASETS.get(request.param, {}).get("input", [request.param])[0].partition(":")[0]
     hub = Hub({**shards, **dict.fromkeys(OTHERS["/" in request.param :], b"not to be read")}, repository)
     for name, value in {
@@ -224,10 +227,31 @@ def test_the_mirror_folder_comes_before_the_hub_and_stays(tmp_path: Path, monkey
     assert Path(file).exists()
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.JSONL.gz", "x.ndjson.zst", "x.parquet"])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.JSONL.gz", "x.ndjson.zst", "x.jl", "x.jsonlines.GZ", "x.json",
+                                  "x.JSON.gz", "x.json.zst", "x.parquet"])  # fmt: skip
 def test_rows_are_documents(name: str) -> None:
     write_parquet(name, n=[1, 2, 3], text=TEXTS) if name == "x.parquet" else write(name, JSON_LINES)
     assert read(name) == TEXTS
+
+
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl.gz"])
+def test_an_array_of_objects_has_the_rows_that_json_reads(name: str, indent: int | None) -> None:
+    rows = [{"text": text, "more": [1, "]", {}]} for text in [*texts(40), "x" * 5000, '[\\"{']]
+    write(name, json.dumps([*rows, 5], indent=indent) + "\n")
+    assert read(name) == [row["text"] for row in json.loads(json.dumps(rows))]
+    write(name, json.dumps(rows, indent=indent)[:-99])
+    with pytest.raises(DataError, match=f"{name} cannot be read: "):
+        read(name)
+
+
+def test_json_that_is_no_data_is_text_and_text_that_looks_like_data_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    settings = json.dumps({"compilerOptions": {"strict": True}}, indent=2)
+    assert read(write("x.json", settings)) == [settings]
+    assert caplog.messages == []
+    assert read(write("x.txt", JSON_LINES)) == [JSON_LINES]
+    assert caplog.messages == ["x.txt is read as plain text, but begins like JSON lines, whose files end in .jsonl"]
 
 
 @pytest.mark.parametrize("name", ["x.md", "x", "x.txt.gz", "x.py.zst"])
