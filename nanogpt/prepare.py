@@ -252,6 +252,15 @@ def read_pieces(path: Path, config: PrepareConfig) -> Iterator[Piece]:
         import pyarrow
 
         file = io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
+        try:
+            file.peek()
+        except OSError as error:
+            if "too much memory" not in str(error):
+                raise
+            import zstandard  # With `zstd --long=31`, 2 GB of text must be at hand, for which pyarrow has no setting.
+
+            unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+            file = io.BufferedReader(unpacker.stream_reader(path.open("rb"), read_across_frames=True))
     # Without a byte-order mark, and with all kinds of newlines as \n, as in Python's text mode.
     with io.TextIOWrapper(file, encoding="utf-8-sig") as reader:
         begin = file.peek(1 << 13).removeprefix(codecs.BOM_UTF8)

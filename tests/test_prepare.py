@@ -254,6 +254,15 @@ def test_json_that_is_no_data_is_text_and_text_that_looks_like_data_is_named(cap
     assert caplog.messages == ["x.txt is read as plain text, but begins like JSON lines, whose files end in .jsonl"]
 
 
+def test_a_zst_file_with_a_window_of_two_gigabytes_is_read() -> None:
+    setting = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=setting).compressobj()
+    packed = packer.compress(JSON_LINES.encode()) + packer.flush()
+    assert zstandard.get_frame_parameters(packed).window_size == 1 << 31
+    Path("x.jsonl.zst").write_bytes(packed * 2)
+    assert read("x.jsonl.zst") == TEXTS * 2
+
+
 @pytest.mark.parametrize("name", ["x.md", "x", "x.txt.gz", "x.py.zst"])
 def test_a_text_file_is_a_document_or_what_stands_between_separators(name: str) -> None:
     expected = [text.strip() for text in TEXTS]
