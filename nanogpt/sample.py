@@ -123,7 +123,7 @@ def follow(engine: Engine, row: Row, stream: TextStream) -> str:
 def read_prompt(text: str, setting: str) -> str:
     """Return the text of a setting, or of the file that it names as FILE:PATH. Raises `ConfigError`."""
     try:
-        return Path(text.removeprefix("FILE:")).read_text("utf-8") if text.startswith("FILE:") else text
+        return Path(text.removeprefix("FILE:")).read_text("utf-8-sig") if text.startswith("FILE:") else text
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--{setting}={text}: cannot read the prompt: {error}") from error
 

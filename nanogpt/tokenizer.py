@@ -304,7 +304,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     bos, eos = [str((token.get("content") if isinstance(token, dict) else token) or "") for token in named]
     template, separate = settings.get("chat_template"), file.with_name("chat_template.jinja")
     try:
-        tokenizer = from_definition(file.read_text(encoding="utf-8"), eos)
+        tokenizer = from_definition(file.read_text(encoding="utf-8-sig"), eos)
         template = separate.read_text(encoding="utf-8") if separate.exists() else template
     except Exception as error:  # the library raises plain `Exception`
         instead = "transformers writes one with AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)"

@@ -58,8 +58,9 @@ def test_the_seed_decides_and_greedy_needs_none(run: Callable[..., list[str]]) -
 
 
 def test_a_prompt_from_a_file(run: Callable[..., list[str]], tmp_path: Path) -> None:
-    (tmp_path / "prompt.txt").write_text("jumps over\n")
-    assert run(start="FILE:prompt.txt", max_new_tokens=0) == ["jumps over\n"] * 3
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "prompt.txt").write_text("jumps over\n", encoding=encoding)
+        assert run(start="FILE:prompt.txt", max_new_tokens=0) == ["jumps over\n"] * 3
 
 
 def test_it_needs_no_data_and_no_particular_folder(
