@@ -38,10 +38,9 @@ from nanogpt.config import TrainConfig, mixture
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.files import atomic_write, locked, parse_json, read_json, sync_folder, write_json
 from nanogpt.settings import PrepareConfig, recipe_for_text, unescape
-from nanogpt.tokenizer import Tokenizer, from_description, make_tokenizer, mirrored, well_formed, write_meta
+from nanogpt.tokenizer import Tokenizer, from_description, make_tokenizer, mirrored, warn_once, well_formed, write_meta
 
 log = logging.getLogger(__name__)
-warn_once = functools.lru_cache(log.warning)  # A file is read several times.
 Result = TypeVar("Result")
 Piece = tuple[str, bool] | str  # text, and whether a document ends with it; or why one is skipped
 Unit = list[tuple[str, str, bool]]  # split, text, and whether a document ends with it

@@ -138,6 +138,16 @@ def test_a_learned_vocabulary_has_the_librarys_ids_and_is_the_same_every_time() 
             assert each.encode(text).tolist() == library.encode(text).ids
 
 
+def test_a_vocabulary_is_learned_from_text_without_blanks(caplog: pytest.LogCaptureFixture) -> None:
+    dna = "".join(random.Random(0).choices("ACGT", k=300_000))
+    tokenizer = train_bpe([dna, " " * 300_000], 400)  # which took minutes
+    assert "words of at most 256 characters" in caplog.text
+    theirs = tokenizers.Tokenizer.from_str(tokenizer.definition)
+    assert tokenizer.encode(dna).tolist() == theirs.encode(dna).ids
+    assert tokenizer.vocab_size == 400
+    assert len(theirs.encode(dna)) < 0.4 * len(dna)
+
+
 def test_special_tokens_are_text_in_a_corpus_and_special_in_a_prompt() -> None:
     for tokenizer in (BPE, GPT2Tokenizer(), ByteTokenizer()):
         assert tokenizer.end_of_text is not None
