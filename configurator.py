@@ -11,7 +11,7 @@ def _override(variables, word):
     """Apply one word of the command line. Raises ValueError."""
     if not word.startswith("--"):
         print(f"Overriding config with {word}:")
-        with open(word, encoding="utf-8") as file:
+        with open(word, encoding="utf-8-sig") as file:
             source = file.read()
         print(source)
         exec(compile(source, word, "exec"), variables)

@@ -118,7 +118,7 @@ def _run_config_file(path: str, values: Values, problems: list[str]) -> Values:
     # Values are readable like Python's builtins, so that `names` holds only what the file assigns.
     names: dict[str, Any] = {"__builtins__": {**vars(builtins), **values}}
     try:
-        exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), names)
+        exec(compile(Path(path).read_text(encoding="utf-8-sig"), path, "exec"), names)
     except (Exception, SystemExit) as error:
         lines = [f", line {each.lineno}" for each in traceback.extract_tb(error.__traceback__) if each.filename == path]
         problems.append(f"config file {path}{''.join(lines)}: {type(error).__name__}: {error}")

@@ -5,6 +5,8 @@ appends their ids in order to files in data/NAME/.preparing/, and the journal pl
 that the same command resumes after a kill. A complete data set moves to data/NAME/.
 """
 
+import codecs
+import copy
 import functools
 import glob
 import gzip
@@ -13,7 +15,6 @@ import io
 import itertools
 import json
 import logging
-import math
 import multiprocessing
 import os
 import random
@@ -26,10 +27,9 @@ import time
 import urllib.request
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -38,20 +38,20 @@ from nanogpt.config import TrainConfig, mixture
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.files import atomic_write, locked, parse_json, read_json, sync_folder, write_json
 from nanogpt.settings import PrepareConfig, recipe_for_text, unescape
-from nanogpt.tokenizer import Tokenizer, from_description, make_tokenizer, mirrored, well_formed, write_meta
+from nanogpt.tokenizer import Tokenizer, from_description, make_tokenizer, mirrored, warn_once, well_formed, write_meta
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
-Piece = tuple[str, bool]  # text, and whether the document ends with it: a long one comes in pieces
-Unit = list[tuple[str, str, bool]]  # split, text, and whether the document ends with it
-Encoded = tuple[dict[str, bytes], dict[str, dict[str, int]]]  # ids by split, counts by kind and split
-Start = dict[str, Any] | None  # what is read up to the end of a source, where a unit ends with one
+Piece = tuple[str, bool] | str  # text, and whether a document ends with it; or why one is skipped
+Unit = list[tuple[str, str, bool]]  # split, text, and whether a document ends with it
+State = dict[str, Any]  # how far reading is, as JSON
 
-SPLITS, COUNTED = ("train", "val"), ("tokens", "documents", "bytes")
+SPLITS = ("train", "val")
 UNIT = 1 << 22  # characters of a unit of work
 BLOCK = 1 << 20  # characters that are encoded at once; a longer document comes in pieces
 LONGEST_LINE = 1 << 28  # characters of a JSON line; a longer one is skipped
-BPE_TEXT = 1 << 28  # characters, at most, that a vocabulary is learned from
+JSON_LINES = r"(?i)\.(jsonl|jsonlines|jl|ndjson)(\.gz|\.zst)?$"
+JSON = r"(?i)\.json(\.gz|\.zst)?$"  # lines as well, or one array, or no data at all
 ENOUGH = 10  # documents to expect in validation; where there are fewer, the end of the text is validation
 
 # What is known by name, with the settings that differ from the defaults. Shakespeare is one text, as in the original.
@@ -64,7 +64,6 @@ DATASETS: dict[str, dict[str, Any]] = {
     "fineweb-edu": {"input": ["HuggingFaceFW/fineweb-edu:sample/10BT/"], "val_fraction": 0.001},
     "climbmix": {"input": ["karpathy/climbmix-400b-shuffle"], "val_fraction": 0.0005},
 }
-NEEDS_NO_NETWORK = {"pystdlib"}
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -73,7 +72,12 @@ def prepare(config: PrepareConfig) -> None:
     """Build the data set `config.name`, or describe it. Raises `ConfigError` and `DataError`."""
     folder = Path(config.data_dir, config.name)
     if config.describe:
-        describe(folder)
+        from nanogpt.data import open_dataset  # with torch, which building does without
+
+        dataset = open_dataset(folder)
+        begins = dataset.tokenizer.decode(dataset.train[:100].tolist())
+        for key, value in {"begins": begins, **dataset.description, "tokenizer": dataset.tokenizer}.items():
+            print(f"{key}: {str(value)[:300]}")
         return
     if config.name not in DATASETS and not config.input:
         known = ", ".join(DATASETS)
@@ -81,16 +85,11 @@ def prepare(config: PrepareConfig) -> None:
     defaults = {"input": [], "tokenizer": "gpt2", "val_fraction": 0.05, **DATASETS.get(config.name, {})}
     unset = [key for key in defaults if getattr(config, key) in ([], "", "auto")]
     config = replace(config, **{key: defaults[key] for key in unset})
+    sources = find_sources(config.input) or known_sources(config.name, folder)
     with locked(folder / ".lock", f"the data set {folder}"):
-        try:
-            about = build(folder, config, find_sources(config.input) or known_sources(config.name, folder))
-        finally:
-            with suppress(OSError):  # nothing is left of a refused request
-                (folder / ".lock").unlink()
-                folder.rmdir()
+        about = build(folder, config, sources)
     for split in SPLITS:
-        count = f"{about['documents'][split]:,} documents" if about["documents"][split] else "a part of a document"
-        log.info(f"{split} has {about['tokens'][split]:,} tokens in {count}")
+        log.info(f"{split} has {about['tokens'][split]:,} tokens in {about['documents'][split]:,} documents")
     for reason, count in about["skipped"].items():
         log.info(f"skipped {count:,} {reason if count == 1 else reason.replace(': ', 's: ', 1)}")
     print(f"wrote {folder}/train.bin, val.bin and dataset.json")
@@ -105,42 +104,28 @@ def prepare_missing(config: TrainConfig) -> None:
         changed = os.path.getmtime(config.text) if config.text else 0.0
         if is_prepared(folder) and os.path.getmtime(folder / "train.bin") > changed:
             continue
-        chosen = PrepareConfig(name=name, data_dir=config.data_dir)
+        chosen: dict[str, Any] = {}
         if config.text:
-            chosen = replace(chosen, input=[config.text], tokenizer=recipe_for_text(config.text)[0])
-        elif name not in NEEDS_NO_NETWORK:
+            chosen = {"input": [config.text], "tokenizer": recipe_for_text(config.text)[0]}
+        elif name != "pystdlib":
             command = f"python -m nanogpt prepare {name} --data_dir={config.data_dir}"
             command += "" if name in DATASETS else " --input=PATH"
             raise DataError(f"{folder} holds no train.bin and val.bin; prepare the data set with: {command}")
         log.info(f"preparing the data set {folder}")
-        prepare(chosen)
+        prepare(PrepareConfig(name=name, data_dir=config.data_dir, **chosen))
 
 
-def describe(folder: Path) -> None:
-    """Print what a data set is, and the beginning of its splits in tokens."""
-    from nanogpt.data import open_dataset  # with torch, which building does without
-
-    dataset = open_dataset(folder)
-    for split in SPLITS:
-        ids = dataset.split(split)[:24].tolist()
-        print(f"{split} begins: " + " ".join(f"{i}:{dataset.tokenizer.decode([i])!r}" for i in ids))
-    for key, value in {**dataset.description, "tokenizer": dataset.tokenizer}.items():
-        print(f"{key}: {str(value)[:300]}")
-
-
-def with_retries(what: str, get: Callable[[], Result], instead: str) -> Result:
-    """Return what `get` returns. Raises `DataError` if `what` is refused, or the network fails three times."""
-    for pause in (1, 3, 0):
-        try:
-            return get()
-        except Exception as error:  # each library has its own
-            response: Any = getattr(error, "response", error)  # of httpx; urllib's errors are responses
-            status = getattr(response, "status_code", None) or getattr(response, "code", None) or 500
-            if not pause or (400 <= status < 500 and status != 429):
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                raise DataError(f"{what} could not be read ({reason}); {instead}") from error
-            time.sleep(pause)
-    raise AssertionError("unreachable")
+def with_retries(what: str, get: Callable[[], Result], instead: str, pauses: Sequence[float] = (1, 3)) -> Result:
+    """Return what `get` returns. Raises `DataError` if `what` is refused, or `get` fails again after all pauses."""
+    try:
+        return get()
+    except Exception as error:  # each library has its own
+        status = getattr(getattr(error, "response", error), "status_code", getattr(error, "code", 500))
+        if not pauses or (400 <= status < 500 and status != 429):
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise DataError(f"{what} could not be read ({reason}); {instead}") from error
+    time.sleep(pauses[0])
+    return with_retries(what, get, instead, pauses[1:])
 
 
 def download(path: Path, name: str, url: str, sha256: str, option: str = "input") -> Path:
@@ -192,7 +177,7 @@ def known_sources(name: str, folder: Path) -> dict[str, int]:
         left_out = re.compile(re.escape(root) + r"(/.*)?/(site-packages|dist-packages|test|tests|idle_test)/")
         return {path: size for path, size in find_sources([f"{root}/**/*.py"]).items() if not left_out.match(path)}
     path = folder / "input.txt"  # where the original keeps it, and where people put a text of their own
-    if name in ("shakespeare_char", "shakespeare") and not path.is_file():
+    if name.startswith("shakespeare") and not path.is_file():
         download(path, "tinyshakespeare.txt", SHAKESPEARE_URL, SHAKESPEARE_SHA256)
     return find_sources([str(path)])
 
@@ -203,8 +188,8 @@ def hub_sources(name: str) -> dict[str, int]:
     They lie in `$NANOGPT_DOWNLOADS/ORGANISATION/NAME` or on the Hugging Face hub. Raises `DataError`.
     """
     repository, _, start = name.partition(":")
-    if mirrored(repository).is_dir():
-        root = f"{mirrored(repository)}/"
+    root = f"{mirrored(repository)}/"
+    if os.path.isdir(root):
         sizes = find_sources([root])
     else:
         from huggingface_hub import HfApi
@@ -212,13 +197,12 @@ def hub_sources(name: str) -> dict[str, int]:
         root, below = f"hf://{repository}/", start.rpartition("/")[0] or None
         instead = "get its parquet or jsonl files by other means, and pass their folder as --input=FOLDER"
         what = f"there is no {name} on this machine, and the data set of that name"
-        ask = functools.partial(HfApi().list_repo_tree, repository, below, recursive=True, repo_type="dataset")
-        sizes = {
-            root + each.path: getattr(each, "size", 0) for each in with_retries(what, lambda: list(ask()), instead)
-        }
-    held_out = re.compile(r"(?<![a-z])(test|val|valid|validation|dev|eval)(?![a-z])", re.IGNORECASE)
+        tree = functools.partial(HfApi().list_repo_tree, repository, below, recursive=True, repo_type="dataset")
+        listed = with_retries(what, lambda: list(tree()), instead, pauses=())  # The library itself tries again.
+        sizes = {root + each.path: getattr(each, "size", 0) for each in listed}
+    held_out = re.compile(r"(?<![a-z])(test|val|valid|validation|dev|eval|dataset_infos)(?![a-z])", re.IGNORECASE)
     paths = [path for path in sorted(sizes) if path.startswith(root + start) and not held_out.search(path, len(root))]
-    for kind in (r"\.parquet$", r"\.(jsonl|ndjson)(\.gz|\.zst)?$", r"\.txt(\.gz|\.zst)?$"):
+    for kind in (r"\.parquet$", JSON_LINES, JSON, r"\.txt(\.gz|\.zst)?$"):
         if found := [path for path in paths if re.search(kind, path)]:
             return {path: sizes[path] for path in found}
     return {}
@@ -238,54 +222,57 @@ def local_path(source: str, work: Path) -> Path:
     return folder / path
 
 
-def documents(source: str, config: PrepareConfig, work: Path, skipped: Counter[str]) -> Iterator[Piece]:
-    """Yield the documents of a file, but blank ones; `skipped` counts by reason what is left out.
+def documents(source: str, config: PrepareConfig, work: Path) -> Iterator[Piece]:
+    """Yield the documents of a file. Raises `DataError` for what can't be read.
 
-    Raises `DataError` for what can't be read. A file that is no text is left out, unless it is named in the settings.
+    A file that is no text from its beginning is skipped, unless it is named in the settings.
     """
-    path, begins = local_path(source, work), True
+    path, piece = local_path(source, work), None
     try:
-        for text, ends in read_pieces(path, config, skipped):
-            if begins and ends and not text.strip():
-                skipped["document: it is empty"] += 1
-            else:
-                yield text, ends
-            begins = ends
+        for piece in read_pieces(path, config):
+            yield piece
     except UnicodeError as error:
-        if source in config.input or not begins:
+        if piece or source in config.input:
             raise DataError(f"{path} is not UTF-8 text: {error}") from error
-        skipped["file: it is not UTF-8 text"] += 1
+        yield "file: it is not UTF-8 text"
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def read_pieces(path: Path, config: PrepareConfig, skipped: Counter[str]) -> Iterator[Piece]:
+def read_pieces(path: Path, config: PrepareConfig) -> Iterator[Piece]:
     """Yield the documents of a file, of the kind that its name says."""
     packing = path.suffix.lower()
     if packing == ".parquet":
-        for row in parquet_rows(path, config.field, skipped):
-            yield from in_pieces([row])
+        for row in parquet_rows(path, config.field):
+            yield from field_of(row, config.field)
         return
     file: Any = gzip.open(path) if packing == ".gz" else path.open("rb")
     if packing == ".zst":
         import pyarrow
 
         file = io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
+        try:
+            file.peek()
+        except OSError as error:
+            if "too much memory" not in str(error):
+                raise
+            import zstandard  # With `zstd --long=31`, 2 GB of text must be at hand, for which pyarrow has no setting.
+
+            unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+            file = io.BufferedReader(unpacker.stream_reader(path.open("rb"), read_across_frames=True))
     # Without a byte-order mark, and with all kinds of newlines as \n, as in Python's text mode.
     with io.TextIOWrapper(file, encoding="utf-8-sig") as reader:
-        if re.search(r"\.(jsonl|ndjson)(\.gz|\.zst)?$", path.name.lower()):
-            for row in json_rows(reader, config.field, skipped):
-                yield from in_pieces([row])
-        else:
-            yield from in_pieces(blocks(reader), unescape(config.separator))
-
-
-def blocks(reader: TextIO) -> Iterator[str]:
-    """Yield a text in blocks. Raises `UnicodeError` where it is none."""
-    while text := reader.read(BLOCK):
-        if "\0" in text:
+        begin = file.peek(1 << 13).removeprefix(codecs.BOM_UTF8)
+        if b"\0" in begin:
             raise UnicodeError("it holds a zero byte")
-        yield text
+        has_array, has_lines = re.match(rb"\s*\[\s*\{", begin), re.match(rb'\s*\{[ \t]*"[^"\n]*"[ \t]*:', begin)
+        if re.search(JSON_LINES, path.name) or (re.search(JSON, path.name) and (has_array or has_lines)):
+            for row in array_rows(reader) if has_array else json_rows(reader):
+                yield from field_of(row, config.field)
+            return
+        if has_lines:
+            warn_once(f"{path} is read as plain text, but begins like JSON lines, whose files end in .jsonl")
+        yield from in_pieces(iter(lambda: reader.read(BLOCK), ""), unescape(config.separator))
 
 
 def in_pieces(texts: Iterable[str], separator: str = "") -> Iterator[Piece]:
@@ -293,21 +280,23 @@ def in_pieces(texts: Iterable[str], separator: str = "") -> Iterator[Piece]:
 
     Pieces are cut between a letter and a blank, where no usual tokenizer joins anything.
     """
-    rest = ""
+    rest, is_begun = "", False
     for text in texts:
         *whole, rest = (rest + text).split(separator) if separator else [rest + text]
-        yield from ((document, True) for document in whole)
+        for document in whole:
+            yield (document, True) if is_begun or document.strip() else "document: it is empty"
+            is_begun = False
         while len(rest) > BLOCK + len(separator):  # What may begin a separator stays in `rest`.
-            cuts = [match.end() for match in re.finditer(r"[^\W_](?=[ \n])", rest[:BLOCK][-4096:])]
-            cut = max(BLOCK - 4096, 0) + cuts[-1] if cuts else BLOCK
+            found = re.match(r"(?s).*[^\W_](?=[ \n])", rest[:BLOCK])  # the last one: it looks back from the end
+            cut = found.end() if found else BLOCK
             yield rest[:cut], False
-            rest = rest[cut:]
+            rest, is_begun = rest[cut:], True
     if rest or not separator:
-        yield rest, True
+        yield (rest, True) if is_begun or rest.strip() else "document: it is empty"
 
 
-def parquet_rows(path: Path, field: str, skipped: Counter[str]) -> Iterator[str]:
-    """Yield the texts of a column. Raises `DataError`, with the names of the columns, if it is none of text."""
+def parquet_rows(path: Path, field: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a column. Raises `DataError`, with the names of the columns, if it is none of text."""
     from pyarrow import parquet
 
     file = parquet.ParquetFile(path)
@@ -316,28 +305,49 @@ def parquet_rows(path: Path, field: str, skipped: Counter[str]) -> Iterator[str]
         names = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
         raise DataError(f"{path}: no column {field!r} of text; choose one with --field=NAME (columns: {names})")
     for batch in file.iter_batches(100, columns=[field]):
-        if nulls := batch.column(0).null_count:
-            skipped[f"row: the field {field!r} is null"] += nulls
-        yield from (text for text in batch.column(0).to_pylist() if text is not None)
+        yield from batch.to_pylist()
 
 
-def json_rows(reader: TextIO, field: str, skipped: Counter[str]) -> Iterator[str]:
-    """Yield the texts in a field of JSON lines."""
+def json_rows(reader: TextIO) -> Iterator[Any]:
+    """Yield the values of JSON lines, and None for what is none."""
     while line := reader.readline(LONGEST_LINE):
-        try:
-            row = parse_json(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict) and isinstance(row.get(field), str):
-            yield well_formed(row[field])
-        elif isinstance(row, dict):
-            kinds = {int: "a number", float: "a number", type(None): "null"}
-            kind = kinds.get(type(row[field]), "no text") if field in row else "missing"
-            skipped[f"row: the field {field!r} is {kind}"] += 1
-        elif not line.isspace():
-            skipped["row: no JSON object"] += 1
+        if not line.isspace():
+            try:
+                yield parse_json(line)
+            except ValueError:
+                yield None
         while line and not line.endswith("\n"):  # the rest of a line that is too long
             line = reader.readline(BLOCK)
+
+
+def array_rows(reader: TextIO) -> Iterator[Any]:
+    """Yield the values in one JSON array, while only a part of it is in memory. Raises `ValueError`."""
+    text, end, decode = reader.read(BLOCK).lstrip(), 1, json.JSONDecoder().raw_decode
+    while True:
+        while text[end : end + 1] and text[end] in " \t\n,":
+            end += 1
+        if text[end : end + 1] == "]":
+            return
+        try:
+            row, end = decode(text, end)
+        except ValueError:  # The value may end in what comes next, of which we read more each time.
+            more = reader.read(max(BLOCK, len(text) - end)) if len(text) - end < LONGEST_LINE else ""
+            if not more:
+                raise
+            text, end = text[end:] + more, 0
+        else:
+            yield row
+
+
+def field_of(row: Any, field: str) -> Iterator[Piece]:
+    """Yield the text in a field of a row, or why there is none."""
+    if not isinstance(row, dict):
+        yield "row: no JSON object"
+    elif isinstance(text := row.get(field), str):
+        yield from in_pieces([well_formed(text)])
+    else:
+        kinds = {int: "a number", float: "a number", type(None): "null" if field in row else "missing"}
+        yield f"row: the field {field!r} is {kinds.get(type(text), 'no text')}"
 
 
 def build(folder: Path, config: PrepareConfig, sources: dict[str, int]) -> dict[str, Any]:
@@ -347,10 +357,8 @@ def build(folder: Path, config: PrepareConfig, sources: dict[str, int]) -> dict[
     """
     work = folder / ".preparing"
     times = [os.stat(path).st_mtime_ns for path in sources if not path.startswith("hf://")]
-    settings = [3, config.tokenizer, config.field, config.separator, config.limit, config.val_fraction]
+    settings = [4, config.tokenizer, config.field, config.separator, config.limit, config.val_fraction]
     request = hashlib.sha256(json.dumps([settings, sources, times]).encode()).hexdigest()
-    if (folder / "train.bin").exists():
-        log.info(f"the data set that {folder} holds will be replaced")
     plan = read_json(work / "plan.json")
     if plan.get("request") == request:
         log.info(f"resuming from what {work} holds")
@@ -363,19 +371,15 @@ def build(folder: Path, config: PrepareConfig, sources: dict[str, int]) -> dict[
         encode(work, config, plan, sources, tokenizer)
     except (OSError, BrokenProcessPool) as error:  # a full disk; a worker killed for want of memory
         raise DataError(f"{error}; what is finished in {work} is kept: the same command resumes") from error
-    (work / "plan.json").unlink()
     if min(plan["counts"]["tokens"].values()) < 2:
-        shutil.rmtree(work)
         raise DataError(f"{plan['counts']['tokens']} tokens are too few: more text, or another --val_fraction")
+    (work / "plan.json").unlink()
     listed = [{"path": path, "bytes": size} for path, size in itertools.islice(sources.items(), 1000)]
-    skipped = plan["start"]["skipped"]
-    about = {**plan["counts"], "skipped": skipped, "source_files": len(sources), "sources": listed}
+    about = {**plan["counts"], "skipped": plan["state"]["skipped"], "source_files": len(sources), "sources": listed}
     write_description(work, tokenizer, about)  # This also makes it durable that the journal is gone.
-    # Old ids go first, then comes the description, then the new ids: each is only ever read with its own tokenizer.
-    names = ["dataset.json", "meta.pkl", "train.bin", "val.bin"]
-    for name in reversed(names):
+    # The description goes first: ids that are not its own have another number than it says.
+    for name in ("dataset.json", "meta.pkl", "train.bin", "val.bin"):
         (folder / name).unlink(missing_ok=True)
-    for name in names:
         if (work / name).exists():
             os.replace(work / name, folder / name)
     sync_folder(folder)
@@ -393,75 +397,71 @@ def write_description(folder: Path, tokenizer: Tokenizer, about: dict[str, Any])
 
 def make_plan(work: Path, config: PrepareConfig, sources: dict[str, int]) -> dict[str, Any]:
     """Write the tokenizer to `work`, and return a plan: with where validation begins, and with nothing done."""
-
-    def texts(paths: Iterable[str], skipped: Counter[str], rest: float = math.inf) -> Iterator[Piece]:
-        for text, ends in itertools.chain.from_iterable(documents(path, config, work, skipped) for path in paths):
-            rest -= len(text)
-            if rest < 0:
-                return
-            yield text, ends
-
-    enough = ENOUGH / float(config.val_fraction)
+    enough, is_char = ENOUGH / float(config.val_fraction), config.tokenizer == "char"
     count, size, characters, skipped = 0, 0, set[str](), Counter[str]()
-    for text, ends in texts(sources, skipped):
+    for piece in itertools.chain.from_iterable(documents(path, config, work) for path in sources):
+        if isinstance(piece, str):
+            skipped[piece] += 1
+            continue
+        text, ends = piece
         count, size = count + ends, size + len(text)
-        if config.tokenizer == "char":
+        if is_char:
             characters.update(text)
-        if count == (config.limit or -1) or (count >= enough and config.tokenizer != "char"):
+        if count == (config.limit or -1) or (count >= enough and not is_char):
             break
     if not size:
         raise DataError(f"there is no text to read; skipped: {dict(skipped) or 'nothing'}; see --field and --input")
 
     # Files of one language or subject often lie side by side: a vocabulary is learned from files in any order.
     shuffled = random.Random(0).sample(list(sources), len(sources))
-    sample = (text for text, _ in texts(shuffled, Counter(), BPE_TEXT))
-    path = Path(config.tokenizer)
-    if "/" in config.tokenizer and not path.exists():
-        path = hub_folder(config.tokenizer, ["tokenizer*.json"], option="tokenizer")
-    tokenizer = make_tokenizer(str(path), characters, sample)
+    pieces = (piece for path in shuffled for piece in documents(path, config, work))
+    texts = (piece[0] for piece in pieces if isinstance(piece, tuple))
+    setting = config.tokenizer
+    if "/" in setting and not os.path.exists(setting):
+        setting = str(hub_folder(setting, ["tokenizer*.json"], option="tokenizer"))
+    tokenizer = make_tokenizer(setting, characters, texts)
     log.info(f"{tokenizer}")
     write_json(work / "tokenizer.json", tokenizer.describe())
     cut = None if count >= enough else int(size * (1 - float(config.val_fraction)))
-    start: dict[str, Any] = {"sources": 0, "documents": 0, "characters": 0, "skipped": {}}
-    return {"cut": cut, "start": start, "units": 0, "counts": {key: dict.fromkeys(SPLITS, 0) for key in COUNTED}}
+    state = {"sources": 0, "pieces": 0, "documents": 0, "characters": 0, "split": "", "skipped": {}}
+    counts = {key: dict.fromkeys(SPLITS, 0) for key in ("tokens", "documents", "bytes")}
+    return {"cut": cut, "state": state, "counts": counts}
 
 
-def read_units(
-    work: Path, config: PrepareConfig, plan: dict[str, Any], sources: list[str]
-) -> Iterator[tuple[Unit, Start]]:
-    """Yield units of work from `plan["start"]` on, and where one ends with a source, the start for what follows."""
-    start, cut, limit = plan["start"], plan["cut"], config.limit or -1
-    skipped, count, position = Counter[str](start["skipped"]), start["documents"], start["characters"]
-    unit, size, split = Unit(), 0, ""
-    for number, source in enumerate(sources[start["sources"] :], start["sources"] + 1):
-        begins = True
-        for text, ends in documents(source, config, work, skipped):
+def read_units(work: Path, config: PrepareConfig, plan: State, sources: list[str]) -> Iterator[tuple[Unit, State]]:
+    """Yield units of work from `plan["state"]` on, each with the state behind it."""
+    state, cut, unit, size = copy.deepcopy(plan["state"]), plan["cut"], Unit(), 0
+    while state["sources"] < len(sources) and state["documents"] != (config.limit or -1):
+        pieces = documents(sources[state["sources"]], config, work)
+        for piece in itertools.islice(pieces, state["pieces"], None):
+            state["pieces"] += 1
+            if isinstance(piece, str):
+                state["skipped"][piece] = state["skipped"].get(piece, 0) + 1
+                continue
+            text, ends = piece
             if cut is not None:
-                split = "train" if position < cut else "val"
-                if position < cut < position + len(text):
-                    unit.append(("train", text[: cut - position], False))
-                    position, text, split = cut, text[cut - position :], "val"
-            elif begins:
+                if 0 < (before := cut - state["characters"]) < len(text):
+                    unit.append(("train", text[:before], False))
+                    state["characters"], text = cut, text[before:]
+                state["split"] = "train" if state["characters"] < cut else "val"
+            elif not state["split"]:  # A hash decides, of the first piece of a document.
                 share = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32
-                split = "val" if share < float(config.val_fraction) else "train"
-            unit.append((split, text, ends))
-            begins, position, count, size = ends, position + len(text), count + ends, size + len(text)
-            if count == limit:
-                break
+                state["split"] = "val" if share < float(config.val_fraction) else "train"
+            unit.append((state["split"], text, ends))
+            size += len(text)
+            state["characters"] += len(text)
+            if ends:
+                state |= {"documents": state["documents"] + 1, "split": ""}
+                if state["documents"] == config.limit:
+                    break
             if size >= UNIT:
-                yield unit, None
+                yield unit, copy.deepcopy(state)
                 unit, size = [], 0
-        is_last = count == limit or number == len(sources)
-        if is_last or source.startswith("hf://") or size > UNIT / 2:  # Small files share a unit.
-            yield unit, {"sources": number, "documents": count, "characters": position, "skipped": dict(skipped)}
-            unit, size = [], 0
-        if is_last:
-            return
+        state |= {"sources": state["sources"] + 1, "pieces": 0}
+    yield unit, state
 
 
-def encode(
-    work: Path, config: PrepareConfig, plan: dict[str, Any], sources: dict[str, int], tokenizer: Tokenizer
-) -> None:
+def encode(work: Path, config: PrepareConfig, plan: State, sources: dict[str, int], tokenizer: Tokenizer) -> None:
     """Encode the units that are not done, and append their ids in order; `plan` and plan.json say how far that is."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_proc = config.num_proc or cores
@@ -474,31 +474,32 @@ def encode(
     # Shakespeare is one text without end, as in the original.
     end_of_text = None if config.name.startswith("shakespeare") else tokenizer.end_of_text
     setting = json.dumps(tokenizer.describe()), end_of_text
-    names, pending = list(sources), deque[tuple[Future[Encoded], Start]]()
-    units = itertools.islice(read_units(work, config, plan, names), plan["units"], None)
+    names, counts, pending = list(sources), plan["counts"], deque[tuple[Future[dict[str, bytearray]], Unit, State]]()
+    units = read_units(work, config, plan, names)
     with pool, tqdm(unit="B", unit_scale=True, disable=None, desc="encoding") as bar:
         while True:
-            for unit, start in itertools.islice(units, 2 * num_proc + 1 - len(pending)):  # read only so far ahead
-                pending.append((pool.submit(encode_unit, unit, *setting), start))
+            for unit, state in itertools.islice(units, 2 * num_proc + 1 - len(pending)):  # read only so far ahead
+                pending.append((pool.submit(encode_unit, unit, *setting), unit, state))
             if not pending:
                 return
-            future, start = pending.popleft()
-            ids, counts = future.result()
-            for split in SPLITS:
+            future, unit, state = pending.popleft()
+            for split, ids in future.result().items():
                 with open(work / f"{split}.bin", "ab") as file:
-                    file.truncate(plan["counts"]["tokens"][split] * tokenizer.dtype.itemsize)
-                    file.write(ids[split])
+                    file.truncate(counts["tokens"][split] * tokenizer.dtype.itemsize)
+                    file.write(ids)
                     file.flush()
                     os.fsync(file.fileno())
-                for key in COUNTED:
-                    plan["counts"][key][split] += counts[key][split]
-            plan["units"] += 1  # since `start`
-            if start:
-                plan["start"], plan["units"] = start, 0
+                counts["tokens"][split] += len(ids) // tokenizer.dtype.itemsize
+            for split, text, ends in unit:
+                counts["documents"][split] += ends
+                counts["bytes"][split] += len(text.encode())
+            finished = names[plan["state"]["sources"] : state["sources"]]
+            plan["state"] = state
             write_json(work / "plan.json", plan)
-            if start and (source := names[start["sources"] - 1]).startswith("hf://"):
-                local_path(source, work).unlink()
-            bar.update(sum(counts["bytes"].values()))
+            for source in finished:
+                if source.startswith("hf://"):
+                    local_path(source, work).unlink()
+            bar.update(sum(counts["bytes"].values()) - bar.n)
 
 
 def start_worker() -> None:
@@ -518,15 +519,10 @@ def tokenizer_of(description: str) -> Tokenizer:
     return from_description(json.loads(description))
 
 
-def encode_unit(unit: Unit, description: str, end_of_text: int | None) -> Encoded:
-    """Return the ids of each split, and how much that is."""
-    tokenizer = tokenizer_of(description)
+def encode_unit(unit: Unit, description: str, end_of_text: int | None) -> dict[str, bytearray]:
+    """Return the ids of each split."""
+    tokenizer, ids = tokenizer_of(description), {split: bytearray() for split in SPLITS}
     closing = b"" if end_of_text is None else end_of_text.to_bytes(tokenizer.dtype.itemsize, "little")
-    ids: dict[str, list[bytes]] = {split: [] for split in SPLITS}
-    counts = {key: dict.fromkeys(SPLITS, 0) for key in COUNTED}
     for split, text, ends in unit:
-        ids[split].append(tokenizer.encode(text).astype(tokenizer.dtype, copy=False).tobytes() + closing * ends)
-        counts["tokens"][split] += len(ids[split][-1]) // tokenizer.dtype.itemsize
-        counts["documents"][split] += ends
-        counts["bytes"][split] += len(text.encode())
-    return {split: b"".join(ids[split]) for split in SPLITS}, counts
+        ids[split] += tokenizer.encode(text).astype(tokenizer.dtype, copy=False).tobytes() + closing * ends
+    return ids

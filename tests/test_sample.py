@@ -47,8 +47,9 @@ def test_samples_continue_the_prompt(run: Callable[..., list[str]], tmp_path: Pa
     assert [len(text) for text in samples] == [45] * 3
     assert all(text.startswith("the q") for text in samples)
     assert len(set(samples)) > 1
-    (tmp_path / "prompt.txt").write_text("jumps over\n")
-    assert run(start="FILE:prompt.txt", max_new_tokens=0) == ["jumps over\n"] * 3
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "prompt.txt").write_text("jumps over\n", encoding=encoding)
+        assert run(start="FILE:prompt.txt", max_new_tokens=0) == ["jumps over\n"] * 3
 
 
 def test_the_seed_decides_and_greedy_needs_none(run: Callable[..., list[str]]) -> None:

