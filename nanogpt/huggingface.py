@@ -33,6 +33,8 @@ OURS = """vocab_size block_size n_embd n_layer n_head n_hidden norm_eps tied_hea
 GPT2 = "vocab_size n_positions n_embd n_layer n_head n_inner layer_norm_epsilon tie_word_embeddings".split()
 LLAMA = """vocab_size max_position_embeddings hidden_size num_hidden_layers num_attention_heads intermediate_size
     rms_norm_eps tie_word_embeddings num_key_value_heads head_dim attention_bias mlp_bias""".split()
+# Other names of GPT-2's, which transformers reads as well.
+ALIASES = dict(zip(LLAMA[1:5], GPT2[1:5], strict=True))
 # For each model_type: its fields, with transformers' defaults in the order of OURS. None follows from the others.
 FIELDS: dict[str, dict[str, Any]] = {
     "gpt2": dict(zip(GPT2, (50257, 1024, 768, 12, 12, None, 1e-5, True), strict=False)),
@@ -89,6 +91,8 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
     kind = config["model_type"]
     if kind not in FIELDS:
         raise ValueError(f"model_type is {kind!r}; known: {', '.join(FIELDS)}")
+    if kind == "gpt2":
+        config = {ALIASES.get(name, name): value for name, value in config.items()}
     values = {**FIELDS[kind], "sliding_window": 4096, **config}  # Mistral's window is on by default
     for name, required in REQUIRED[kind].items():
         if values.get(name, required) != required:
@@ -98,11 +102,12 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
         if (activation := config.get("activation_function", "gelu_new")) not in ACTIVATIONS:
             raise ValueError(f"activation_function is {activation!r}; known: {', '.join(ACTIVATIONS)}")
         return GPTConfig(**shape, activation=ACTIVATIONS[activation])  # type: ignore[arg-type]
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if rope_type not in ("default", "llama3"):
         raise ValueError(f"rope_type is {rope_type!r}; known: default, llama3")
     shape["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta") or 10_000.0
+    rope = {SCALING[3]: shape["block_size"], **rope}
     return GPTConfig(**shape, rope_scaling=[rope[key] for key in SCALING] if rope_type == "llama3" else [])
 
 

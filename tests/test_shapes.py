@@ -17,7 +17,7 @@ from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data import document_ids_of, open_dataset
 from nanogpt.errors import CheckpointError
 from nanogpt.evaluate import evaluate
-from nanogpt.huggingface import load_pretrained
+from nanogpt.huggingface import FIELDS, OURS, SCALING, load_pretrained, read_config
 from nanogpt.model import GPT
 from nanogpt.prepare import prepare
 from nanogpt.sample import sample
@@ -74,6 +74,36 @@ def test_logits_and_gradients_equal_transformers(kind: str, changes: dict[str, A
     gradient = theirs.model.embed_tokens.weight.grad
     atol = 1e-4 * gradient.abs().max().item()
     torch.testing.assert_close(ours.transformer.wte.weight.grad, gradient, atol=atol, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral", "qwen2", "qwen3"])
+def test_what_a_config_leaves_out_is_transformers_default(kind: str) -> None:
+    import transformers
+
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    other = {"rope_parameters": {"rope_theta": 7.0}}
+    of_gpt2 = {"num_attention_heads": 6, "num_hidden_layers": 3, "hidden_size": 48, "max_position_embeddings": 9}
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    rotary = [
+        {},
+        sizes,
+        {"head_dim": 64},
+        {"rope_scaling": rope},
+        {"rope_scaling": rope, **other},
+        other,
+        {"rope_theta": 3.0},
+    ]
+    for config in [{}, of_gpt2] if kind == "gpt2" else rotary:
+        config = {**config, **({"sliding_window": None} if kind == "mistral" else {})}
+        theirs = transformers.AutoConfig.for_model(kind, **json.loads(json.dumps(config)))
+        ours = read_config({**config, "model_type": kind})
+        for name, field in zip(FIELDS[kind], OURS, strict=False):
+            if (value := getattr(theirs, name, None)) is not None:
+                assert getattr(ours, field) == value, name
+        if kind != "gpt2":
+            expected = theirs.rope_parameters
+            assert ours.rope_theta == expected["rope_theta"]
+            assert ours.rope_scaling == [expected[name] for name in SCALING if name in expected]
 
 
 def test_weights_in_several_files_are_the_same(tmp_path: Path) -> None:
