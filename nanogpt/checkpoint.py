@@ -418,6 +418,7 @@ def load_checkpoint(path: Path, data_dir: str = "data", *, sharded: bool = False
         if not ours and tokenizer.vocab_size > model_config.vocab_size:
             n_entries = model_config.vocab_size
             raise CheckpointError(f"{path} has no vocabulary of {n_entries} entries: put its meta.pkl into {data}")
+        tokenizer.vocab_size = min(tokenizer.vocab_size, model_config.vocab_size)  # another model's may have more
         # The original's compiled models have a prefix, its oldest ones attention masks.
         weights = {name.removeprefix("_orig_mod."): weight for name, weight in content["model"].items()}
         weights = {name: weight for name, weight in weights.items() if not name.endswith(".attn.bias")}

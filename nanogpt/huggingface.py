@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nanogpt.config import GPT2_NAMES, GPTConfig, is_hub_name
-from nanogpt.errors import CheckpointError, ConfigError, DataError
+from nanogpt.errors import CheckpointError, ConfigError
 from nanogpt.files import read_json, write_json
 from nanogpt.model import GPT
 from nanogpt.prepare import hub_folder
@@ -75,8 +75,11 @@ def load_pretrained(name: str, device: str = "cpu", *, dropout: float = 0.0) -> 
         # GPT-2's oldest folders have its vocabulary in another form.
         is_gpt2 = shape.is_gpt2 and shape.vocab_size == 50257 and not (folder / "tokenizer.json").exists()
         tokenizer = GPT2Tokenizer() if is_gpt2 else read_tokenizer(folder)
-        if tokenizer.vocab_size > shape.vocab_size:
-            raise DataError(f"its tokenizer has {tokenizer.vocab_size} entries, but the model knows {shape.vocab_size}")
+        if tokenizer.vocab_size > shape.vocab_size:  # people add a <pad>, and leave the embedding as it is
+            log.warning(
+                f"its tokenizer has {tokenizer.vocab_size} entries, of which the model knows {shape.vocab_size}"
+            )
+            tokenizer.vocab_size = shape.vocab_size
         tensors = find_tensors(folder)
         if shape.tied_head:
             tensors.pop("lm_head.weight", None)

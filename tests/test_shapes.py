@@ -9,21 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 
 from nanogpt import train
 from nanogpt.checkpoint import load_checkpoint
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data import document_ids_of, open_dataset
-from nanogpt.errors import CheckpointError
+from nanogpt.errors import CheckpointError, DataError
 from nanogpt.evaluate import evaluate
+from nanogpt.export import export
 from nanogpt.huggingface import FIELDS, OURS, SCALING, load_pretrained, read_config
 from nanogpt.model import GPT
 from nanogpt.prepare import prepare
 from nanogpt.sample import sample
-from nanogpt.settings import EvalConfig, PrepareConfig, SampleConfig
-from nanogpt.tokenizer import train_bpe
-from tests.conftest import ROOT, random_ids
+from nanogpt.settings import EvalConfig, ExportConfig, PrepareConfig, SampleConfig
+from nanogpt.tokenizer import read_tokenizer, train_bpe
+from tests.conftest import ROOT, random_ids, write_dataset
 
 Recipe = Callable[..., TrainConfig]
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
@@ -128,6 +130,36 @@ def test_weights_in_several_files_are_the_same(tmp_path: Path) -> None:
         load_pretrained(str(tmp_path / "many"))
 
 
+def test_a_token_that_the_embedding_lacks_is_an_error_only_where_it_is_used(
+    recipe: Recipe, data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import transformers
+
+    theirs = write_model(tmp_path / "m", "llama", vocab_size=TOKENIZER.vocab_size)
+    engine = tokenizers.Tokenizer.from_str(TOKENIZER.definition)
+    engine.add_special_tokens(["<pad>"])
+    engine.save(str(tmp_path / "m" / "tokenizer.json"))
+    model, tokenizer = load_pretrained(str(tmp_path / "m"))
+    assert "its tokenizer has 290 entries, of which the model knows 289" in caplog.text
+    x = random_ids(1, 20, vocab_size=289)
+    torch.testing.assert_close(model(x, x)[0], theirs(x).logits, atol=1e-4, rtol=1e-4)
+    ids = tokenizer.encode("the quick brown fox " * 99)
+    write_dataset(data_dir / "fox", read_tokenizer(tmp_path / "m"), ids, ids)
+    train.train(recipe(init_from=str(tmp_path / "m"), dataset="fox"))
+    for source in ({"init_from": str(tmp_path / "m")}, {"out_dir": "out"}):
+        sample(SampleConfig(**source, start="the", num_samples=1, max_new_tokens=3, device="cpu"))
+        with pytest.raises(DataError, match="the prompt has token 289, but the model knows 289"):
+            sample(SampleConfig(**source, start="the <pad>", device="cpu"))
+    export(ExportConfig(out_dir="out", output="again"))
+    assert len(transformers.AutoTokenizer.from_pretrained("again")) == 290
+    assert transformers.AutoModelForCausalLM.from_pretrained("again").config.vocab_size == 289
+    ids[:] = 289
+    write_dataset(data_dir / "pad", read_tokenizer(tmp_path / "m"), ids, ids)
+    for init_from in (str(tmp_path / "m"), "out"):
+        with pytest.raises(DataError, match="holds token 289, but the vocabulary ends at 288"):
+            train.train(recipe(init_from=init_from, dataset="pad", out_dir="new"))
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_masked_documents_equal_each_document_alone(architecture: str) -> None:
     shape: Any = {"block_size": 32, "vocab_size": 61, "n_layer": 2, "n_head": 4, "n_embd": 32, "n_kv_head": 2}
@@ -147,8 +179,7 @@ def test_masked_documents_equal_each_document_alone(architecture: str) -> None:
      ({"use_sliding_window": True}, "use_sliding_window"),
      ({"num_key_value_heads": 3}, "n_head=4 is not a multiple of n_kv_head=3"),
      ({"head_dim": 7}, "must be even"), ({"rope_parameters": {"rope_theta": -1.0}}, "rope_theta=-1.0"),
-     ({"num_key_value_heads": 4}, "size mismatch for transformer.h.0.attn.c_attn.weight"),
-     ({"vocab_size": 200}, "entries, but the model knows 200")],
+     ({"num_key_value_heads": 4}, "size mismatch for transformer.h.0.attn.c_attn.weight")],
 )  # fmt: skip
 def test_what_cannot_be_rebuilt_is_one_message(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     write_model(tmp_path / "m", "mistral" if "sliding_window" in changes else "qwen3")
