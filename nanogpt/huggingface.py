@@ -81,8 +81,12 @@ def load_pretrained(name: str, device: str = "cpu", *, dropout: float = 0.0) -> 
             )
             tokenizer.vocab_size = shape.vocab_size
         tensors = find_tensors(folder)
-        if shape.tied_head:
-            tensors.pop("lm_head.weight", None)
+        if shape.tied_head and (head := tensors.pop("lm_head.weight", None)):
+            first = next(layout(shape))
+            embedding = tensors.setdefault(short_name(first.theirs), head)
+            if not torch.equal(read_tensor(first, embedding), read_tensor(first, head)):
+                log.warning("config.json says that embedding and head share a matrix; there are two, and both are used")
+                shape.tied_head, tensors["lm_head.weight"] = False, head
         return build_model(shape, tensors, short_name, read_tensor, device), tokenizer
     except Exception as error:  # whatever a damaged file leads to
         what = f"{error} is missing" if isinstance(error, KeyError) else error

@@ -160,6 +160,27 @@ def test_a_token_that_the_embedding_lacks_is_an_error_only_where_it_is_used(
             train.train(recipe(init_from=init_from, dataset="pad", out_dir="new"))
 
 
+@pytest.mark.parametrize(
+    ("change", "tied_head"),
+    [(lambda tensors: tensors["lm_head.weight"].mul_(2), False), (lambda tensors: None, True),
+     (lambda tensors: tensors.pop("model.embed_tokens.weight"), True)],
+)  # fmt: skip
+def test_a_head_beside_a_tied_embedding(change: Callable[[Any], Any], tied_head: bool, tmp_path: Path) -> None:
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    write_model(tmp_path / "m", "llama", tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    change(tensors)
+    save_file(tensors, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    ours = load_pretrained(str(tmp_path / "m"))[0]
+    assert ours.config.tied_head == tied_head
+    x = random_ids(1, 20, vocab_size=300)
+    torch.testing.assert_close(ours(x, x)[0], theirs(x).logits, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_masked_documents_equal_each_document_alone(architecture: str) -> None:
     shape: Any = {"block_size": 32, "vocab_size": 61, "n_layer": 2, "n_head": 4, "n_embd": 32, "n_kv_head": 2}
