@@ -212,8 +212,8 @@ def build_model(
 
 
 def short_name(name: str) -> str:
-    """Return the name of a tensor without the network around it, which GPT-2's oldest files do not name."""
-    return name.removeprefix("transformer.").removeprefix("model.")
+    """Return the name of a tensor without the network's in front, which some files lack, and the names of wrappers."""
+    return name.replace("_orig_mod.", "").replace("module.", "").removeprefix("transformer.").removeprefix("model.")
 
 
 def find_tensors(folder: Path) -> dict[str, tuple[Path, str]]:

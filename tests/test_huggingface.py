@@ -68,6 +68,21 @@ def test_the_released_files_old_names_are_understood(folder: Path) -> None:
         assert torch.equal(tensor, expected[name])
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
+def test_what_ddp_and_compile_put_before_names_is_left_out(prefix: str, folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    expected = load_pretrained(str(folder))[0].state_dict()
+    tensors = load_file(folder / "model.safetensors")
+    save_file({prefix + name: tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    arguments = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "bias": True, "vocab_size": 50257}
+    weights = {prefix + name: tensor for name, tensor in expected.items()}
+    progress = {"iter_num": 1, "best_val_loss": 1.0, "config": {"dataset": "openwebtext"}, "optimizer": None}
+    torch.save({"model": weights, "model_args": arguments, **progress}, "ckpt.pt")
+    for loaded in (load_pretrained(str(folder))[0], load_checkpoint(Path("ckpt.pt")).build_model()):
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+
+
 def test_gpt2_by_name_comes_from_the_mirror(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mirror" / "openai-community").mkdir(parents=True)
     folder.rename(tmp_path / "mirror" / "openai-community" / "gpt2")
@@ -120,7 +135,7 @@ def change_config(**changes: Any) -> Callable[[Path], None]:
         (change_config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True, not False"),
         (change_config(layer_norm_epsilon="1e-5"), "norm_eps is '1e-5', expected float"),
         (change_config(n_layer=2.0), "n_layer is 2.0, expected int"),
-        (change_config(n_inner=63), "size mismatch for transformer.h.0.mlp.c_fc.weight"),
+        (change_config(n_inner=63), "6 tensors do not fit the shape, as transformer.h.0.mlp.c_fc.bias: expected [63]"),
         (change_config(n_head=3), "n_embd=16 is not a multiple of n_head=3"),
         (change_config(n_layer=3), "'h.2.ln_1.weight' is missing"),
         (change_config(n_layer=1), "have no place in the model"),
