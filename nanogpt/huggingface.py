@@ -98,6 +98,10 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
     kind = config["model_type"]
     if kind not in FIELDS:
         raise ValueError(f"model_type is {kind!r}; known: {', '.join(FIELDS)}")
+    if config.get("quantization_config"):
+        raise ValueError(
+            "it has a quantization_config, and quantized weights can't be read; take the unquantized model"
+        )
     if kind == "gpt2":
         config = {ALIASES.get(name, name): value for name, value in config.items()}
     values = {**FIELDS[kind], "sliding_window": 4096, **config}  # Mistral's window is on by default
@@ -248,6 +252,8 @@ def read_tensor(part: Part, place: tuple[Path, str]) -> Tensor:
     path, name = place
     with safe_open(path, "pt") as file:  # opened anew: what was mapped for the last one is let go
         tensor: Tensor = file.get_tensor(name)
+    if not tensor.is_floating_point() or tensor.itemsize < 2:
+        raise ValueError(f"{name} is quantized ({tensor.dtype}), which can't be read; take the unquantized model")
     return tensor.t() if part.transposed else tensor
 
 
