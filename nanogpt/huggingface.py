@@ -221,27 +221,28 @@ def short_name(name: str) -> str:
 
 
 def find_tensors(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Return the file and the full name of each tensor in `folder`: of the model, not of an adapter beside it."""
+    """Return the file and the full name of each tensor in `folder`: of the model, not of what lies beside it."""
     from safetensors import SafetensorError, safe_open
 
-    whole, others = folder / "model.safetensors", ("adapter", "optimizer", "scheduler")
+    whole, others = folder / "model.safetensors", ("adapter", "optimizer", "scheduler", "consolidated")
     index = {} if whole.exists() else read_json(folder / "model.safetensors.index.json").get("weight_map", {})
-    all_files = [path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith(others)]
-    paths = [whole] if whole.exists() else sorted({folder / file for file in index.values()}) or all_files
-    if not paths:
-        pickled = ": its weights are pickled, and a pickle can run any code" if list(folder.glob("*.bin")) else ""
-        raise ValueError(f"no *.safetensors there{pickled}; safetensors are what transformers' save_pretrained writes")
+    named = [whole] if whole.exists() else sorted({folder / file for file in index.values()})
+    usual = sorted(folder.glob("model*.safetensors"))
+    rest = [path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith(others)]
     found: dict[str, tuple[Path, str]] = {}
-    for path in paths:
+    for path in named or usual or rest:
         try:
             names: list[str] = safe_open(path, "pt").keys()  # type: ignore[no-untyped-call]
         except SafetensorError as error:
             raise ValueError(f"{path.name} is damaged: {error}") from error
-        for name in (name for name in names if not index or index.get(name) == path.name):
+        for name in (name for name in names if not index or folder / index.get(name, "") == path):
             if (short := short_name(name)) in found:
                 raise ValueError(f"{name} is in several files: remove those that are not of this model")
             if not name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")):  # those are computed
                 found[short] = (path, name)
+    if not found:
+        pickled = ": its weights are pickled, and a pickle can run any code" if list(folder.glob("*.bin")) else ""
+        raise ValueError(f"no model's *.safetensors there{pickled}; transformers' save_pretrained writes safetensors")
     return found
 
 

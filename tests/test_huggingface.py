@@ -132,7 +132,7 @@ def convert(folder: Path, dtype: torch.dtype) -> None:
         (lambda f: (f / "config.json").write_text("{"), "no checkpoint of a run, and no config.json of a model"),
         (lambda f: (f / "config.json").write_text('{"dataset": "tiny"}'), "no checkpoint of a run"),
         (lambda f: f.rename(f.with_name("gone")), "no checkpoint of a run, and no config.json of a model"),
-        (lambda f: (f / "model.safetensors").unlink(), "no *.safetensors there"),
+        (lambda f: (f / "model.safetensors").unlink(), "no model's *.safetensors there"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "a pickle can run any code"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "model.safetensors is damaged"),
         (lambda f: os.truncate(f / "model.safetensors", 5000), "model.safetensors is damaged"),

@@ -108,26 +108,85 @@ def test_what_a_config_leaves_out_is_transformers_default(kind: str) -> None:
             assert ours.rope_scaling == [expected[name] for name in SCALING if name in expected]
 
 
-def test_weights_in_several_files_are_the_same(tmp_path: Path) -> None:
-    write_model(tmp_path / "one", "qwen3")
-    write_model(tmp_path / "many", "qwen3", max_shard_size="20KB")
-    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
-    one, many = (load_pretrained(str(tmp_path / name))[0].state_dict() for name in ("one", "many"))
-    assert all(torch.equal(tensor, many[name]) for name, tensor in one.items())
-    (tmp_path / "one" / "adapter_model.safetensors").write_bytes(b"of something else")
-    (tmp_path / "many" / "consolidated.safetensors").write_bytes(b"not in the index")
-    for name in ("one", "many"):
-        load_pretrained(str(tmp_path / name))
-    first = min((tmp_path / "many").glob("model-*.safetensors"))
-    first.rename(tmp_path / "many" / "first.safetensors")
-    with pytest.raises(CheckpointError, match=f"No such file.*{first.name}"):
-        load_pretrained(str(tmp_path / "many"))
-    (tmp_path / "many" / "model.safetensors.index.json").unlink()
-    (tmp_path / "many" / "consolidated.safetensors").rename(tmp_path / "many" / "optimizer.safetensors")
-    load_pretrained(str(tmp_path / "many"))  # whatever names they have
-    (tmp_path / "many" / "twice.safetensors").write_bytes((tmp_path / "many" / "first.safetensors").read_bytes())
-    with pytest.raises(CheckpointError, match="is in several files"):
-        load_pretrained(str(tmp_path / "many"))
+def write_weights(folder: Path, *names: str) -> None:
+    """Files in which every tensor of the model in `folder` is 1: not its weights."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = {name: torch.ones_like(tensor) for name, tensor in load_file(folder / "model.safetensors").items()}
+    for name in names:
+        save_file(tensors, folder / name)
+
+
+def write_shards(folder: Path) -> list[Path]:
+    """The model in `folder` in several files in place of one, with an index; returns them."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    return sorted(folder.glob("model-*.safetensors"))
+
+
+def hide_index(folder: Path, shards: list[Path]) -> None:
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def rename_all(folder: Path, shards: list[Path]) -> None:
+    hide_index(folder, shards)
+    for n, shard in enumerate(shards):
+        shard.rename(folder / f"weights.{n}.safetensors")
+
+
+def add_whole(folder: Path, shards: list[Path]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for shard in shards:
+        shard.write_bytes(b"older")
+
+
+@pytest.mark.parametrize("change", [lambda folder, shards: None, hide_index, rename_all, add_whole])
+def test_of_a_folders_files_the_models_count(change: Callable[[Path, list[Path]], None], tmp_path: Path) -> None:
+    """As in transformers: the whole file, else what the index names; and where that finds nothing, what is there."""
+    import transformers
+
+    theirs = write_model(tmp_path / "m", "qwen3")
+    beside = [f"{name}.safetensors" for name in ("adapter_model", "optimizer", "consolidated")]
+    write_weights(tmp_path / "m", *beside)
+    expected = load_pretrained(str(tmp_path / "m"))[0]
+    x = random_ids(1, 20, vocab_size=300)
+    torch.testing.assert_close(expected(x, x)[0], theirs(x).logits, atol=1e-4, rtol=1e-4)
+    shards = write_shards(tmp_path / "m")
+    assert len(shards) > 2
+    change(tmp_path / "m", shards)
+    weights = load_pretrained(str(tmp_path / "m"))[0].state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in expected.state_dict().items())
+    if change in (hide_index, rename_all):
+        return
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert torch.equal(theirs.model.norm.weight, weights["transformer.ln_f.weight"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(lambda shards: shards[1].unlink(), "No such file or directory: .*model-00002"),
+     (lambda shards: shards[1].write_bytes(b"x" * 100), "model-00002.*is damaged"),
+     (lambda shards: shards[1].write_bytes(shards[0].read_bytes()), "weight' is missing"),
+     (lambda shards: hide_index(shards[0].parent, shards) or shards[1].unlink(), "is missing"),
+     (lambda shards: hide_index(shards[0].parent, shards) or
+      Path(shards[0].parent, "model-4.safetensors").write_bytes(shards[0].read_bytes()), "is in several files"),
+     (lambda shards: rename_all(shards[0].parent, shards) or
+      [path.rename(path.with_name(f"adapter_{path.name}")) for path in Path("m").glob("*.safetensors")],
+      r"no model's \*\.safetensors there")],
+)  # fmt: skip
+def test_files_that_are_not_all_there_are_one_message(
+    damage: Callable[[list[Path]], Any], message: str, tmp_path: Path
+) -> None:
+    write_model(tmp_path / "m", "llama")
+    damage(write_shards(tmp_path / "m"))
+    with pytest.raises(CheckpointError, match=message):
+        load_pretrained(str(tmp_path / "m"))
 
 
 def test_a_token_that_the_embedding_lacks_is_an_error_only_where_it_is_used(
