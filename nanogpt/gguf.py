@@ -6,6 +6,7 @@ other names. Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import json
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,14 @@ def load_gguf(path: str | Path, device: str = "cpu", *, dropout: float = 0.0) ->
 
     log.info(f"loading {path}")
     try:
-        reader = gguf.GGUFReader(path)
-        keys = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        readers = [gguf.GGUFReader(each) for each in parts_of(Path(path))]
+        keys = {name: field.contents() for name, field in readers[0].fields.items()}
+        tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
         shape = replace(read_shape(keys, tensors), dropout=dropout)
         tensors.pop("rope_freqs.weight", None)
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[model_type(shape).upper()], min(shape.n_layer, len(tensors)))
         tokenizer = read_tokenizer(keys)
+        tokenizer.vocab_size = min(tokenizer.vocab_size, shape.vocab_size)  # it may know more than the model
 
         def read(part: Part, stored: Any) -> Tensor:
             tensor = torch.tensor(gguf.quants.dequantize(stored.data, stored.tensor_type))
@@ -77,6 +79,13 @@ def load_gguf(path: str | Path, device: str = "cpu", *, dropout: float = 0.0) ->
     except Exception as error:  # the library raises many kinds
         what = f"{error} is missing" if isinstance(error, KeyError) else error
         raise CheckpointError(f"{path} cannot be read: {what}") from error
+
+
+def parts_of(path: Path) -> list[Path]:
+    """Return the files of a model: llama.cpp splits large ones, and the first has all keys."""
+    if not (split := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)):
+        return [path]
+    return [path.with_name(f"{split[1]}-{n:05}-of-{split[2]}.gguf") for n in range(1, int(split[2]) + 1)]
 
 
 def read_shape(keys: dict[str, Any], tensors: dict[str, Any]) -> GPTConfig:
@@ -124,7 +133,8 @@ def swap_channels(tensor: Tensor, shape: GPTConfig, part: Part, order: tuple[int
 
 def read_tokenizer(keys: dict[str, Any]) -> Tokenizer:
     """Return the tokenizer of a GGUF file, with its end tokens and its chat template. Raises `ValueError`."""
-    texts, ends = keys["tokenizer.ggml.tokens"], [keys[name] for name in ENDS if name in keys]
+    texts = keys["tokenizer.ggml.tokens"]
+    ends = [keys[name] for name in ENDS if keys.get(name, len(texts)) < len(texts)]  # others are left out, as there
     tokenizer: Tokenizer
     if keys["tokenizer.ggml.model"] != "rwkv":
         tokenizer = from_definition(read_definition(keys), texts[ends[0]] if ends else "")

@@ -1,5 +1,6 @@
 """GGUF files: read back by the library, by transformers and by ourselves, and run by llama.cpp where it is at hand."""
 
+import functools
 import importlib.util
 import json
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 from nanogpt import gguf as module
@@ -215,6 +217,42 @@ def test_an_unusable_file_is_one_message(
     with pytest.raises(CheckpointError) as caught:
         load_gguf(tmp_path / "m.gguf")
     assert message in str(caught.value)
+
+
+def test_a_split_file_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("qwen3", BPE)
+    monkeypatch.setattr(gguf, "GGUFWriter", functools.partial(gguf.GGUFWriter, split_max_tensors=9))
+    save_gguf(tmp_path / "m.gguf", "m", model, BPE, "float32")
+    files = sorted(tmp_path.glob("m-0000?-of-00003.gguf"))
+    assert len(files) == 3
+    x = random_ids(1, 20, vocab_size=BPE.vocab_size)
+    for file in files:
+        loaded, tokenizer = load_model(str(file))
+        torch.testing.assert_close(loaded(x, x)[0], model(x, x)[0][..., : BPE.vocab_size])
+        assert tokenizer.encode(TEXT).tolist() == BPE.encode(TEXT).tolist()
+    files[1].unlink()
+    with pytest.raises(CheckpointError, match=r"No such file.*m-00002-of-00003"):
+        load_gguf(files[0])
+
+
+def test_tokens_as_others_write_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An end that is no token, a token of the user's, and a token more than the embedding has rows."""
+    engine = tokenizers.Tokenizer.from_str(BPE.definition)
+    engine.add_tokens(["<think>"])
+    tokenizer = BPETokenizer(engine.to_str(), BPE.end_of_text)
+    real = gguf.GGUFWriter.write_header_to_file
+
+    def changed(writer: Any) -> None:
+        tokens, types = (writer.kv_data[0][f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type"))
+        tokens.value, types.value = [*tokens.value, "<pad>"], [*types.value, gguf.TokenType.CONTROL]
+        writer.add_uint32("tokenizer.ggml.eos_token_id", 32000)
+        real(writer)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", changed)
+    save_gguf(tmp_path / "m.gguf", "m", make("qwen3", tokenizer), tokenizer, "float32")
+    again = load_gguf(tmp_path / "m.gguf")[1]
+    assert again.encode_prompt("the<think>the") == [*BPE.encode("the"), BPE.vocab_size, *BPE.encode("the")]
+    assert (again.end_tokens, again.vocab_size) == ({BPE.end_of_text}, tokenizer.vocab_size)
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"x" * 100])
