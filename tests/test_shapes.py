@@ -146,7 +146,14 @@ def add_whole(folder: Path, shards: list[Path]) -> None:
         shard.write_bytes(b"older")
 
 
-@pytest.mark.parametrize("change", [lambda folder, shards: None, hide_index, rename_all, add_whole])
+def add_stale(folder: Path, shards: list[Path]) -> None:
+    """Another model's embedding, in a file that the index names for other tensors."""
+    from safetensors.torch import load_file, save_file
+
+    save_file({**load_file(shards[-1]), "model.embed_tokens.weight": torch.ones(320, 32)}, shards[-1])
+
+
+@pytest.mark.parametrize("change", [lambda folder, shards: None, hide_index, rename_all, add_whole, add_stale])
 def test_of_a_folders_files_the_models_count(change: Callable[[Path, list[Path]], None], tmp_path: Path) -> None:
     """As in transformers: the whole file, else what the index names; and where that finds nothing, what is there."""
     import transformers
@@ -162,7 +169,7 @@ def test_of_a_folders_files_the_models_count(change: Callable[[Path, list[Path]]
     change(tmp_path / "m", shards)
     weights = load_pretrained(str(tmp_path / "m"))[0].state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in expected.state_dict().items())
-    if change in (hide_index, rename_all):
+    if change in (hide_index, rename_all, add_stale):
         return
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert torch.equal(theirs.model.norm.weight, weights["transformer.ln_f.weight"])
@@ -217,6 +224,22 @@ def test_a_token_that_the_embedding_lacks_is_an_error_only_where_it_is_used(
     for init_from in (str(tmp_path / "m"), "out"):
         with pytest.raises(DataError, match="holds token 289, but the vocabulary ends at 288"):
             train.train(recipe(init_from=init_from, dataset="pad", out_dir="new"))
+
+
+def test_a_tokenizer_config_may_have_tokens_and_templates_of_its_own(tmp_path: Path) -> None:
+    import transformers
+
+    write_model(tmp_path / "m", "llama")
+    token = {"special": True, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    names = {str(289 + n): {"content": f"<|{name}|>", **token} for n, name in enumerate(["user", "assistant"])}
+    templates = [{"name": "tool_use", "template": "other"}, {"name": "default", "template": "{{ bos_token }}x"}]
+    config = {"added_tokens_decoder": names, "chat_template": templates}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
+    (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours, theirs = load_pretrained(str(tmp_path / "m"))[1], transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
+    text = "the<|assistant|>quick<|user|>fox"
+    assert ours.encode_prompt(text) == theirs(text).input_ids
+    assert (ours.vocab_size, ours.chat_template) == (len(theirs), theirs.get_chat_template())
 
 
 @pytest.mark.parametrize(
