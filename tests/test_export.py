@@ -11,6 +11,7 @@ from unittest.mock import MagicMock, call
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nanogpt import cli, train
 from nanogpt import export as module
@@ -66,8 +67,6 @@ def test_transformers_goes_on_as_we_do(shape: str, recipe: Recipe, tmp_path: Pat
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_in_and_out_and_in_again_changes_no_bit(kind: str, tied: bool, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     changes: dict[str, Any] = {"vocab_size": TOKENIZER.vocab_size, "tie_word_embeddings": tied}
     if kind == "gpt2":
         write_gpt2(tmp_path / "a", **changes)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nanogpt import train
 from nanogpt.checkpoint import load_checkpoint
@@ -55,28 +56,18 @@ def test_logits_equal_transformers(tmp_path: Path, activation: str) -> None:
     assert all(tensor.is_meta for tensor in on_meta.values())
 
 
-def test_the_released_files_old_names_are_understood(folder: Path) -> None:
-    """OpenAI's checkpoints on the hub have no `transformer.` in front, and attention masks among the weights."""
-    from safetensors.torch import load_file, save_file
-
-    tensors = {k.removeprefix("transformer."): v for k, v in load_file(folder / "model.safetensors").items()}
-    tensors.pop("lm_head.weight", None)
-    tensors["h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
-    expected = load_pretrained(str(folder))[0].state_dict()
-    save_file(tensors, folder / "model.safetensors")
-    for name, tensor in load_pretrained(str(folder))[0].state_dict().items():
-        assert torch.equal(tensor, expected[name])
-
-
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
-def test_what_ddp_and_compile_put_before_names_is_left_out(prefix: str, folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
+@pytest.mark.parametrize(
+    "prefix", ["", "module.transformer.", "_orig_mod.transformer.", "module._orig_mod.transformer."]
+)
+def test_names_are_understood_with_more_or_less_in_front(prefix: str, folder: Path) -> None:
+    """OpenAI's files on the hub have no `transformer.`, but attention masks; DDP and torch.compile add prefixes."""
     expected = load_pretrained(str(folder))[0].state_dict()
     tensors = load_file(folder / "model.safetensors")
-    save_file({prefix + name: tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    renamed = {prefix + name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    renamed[f"{prefix}h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
+    save_file(renamed, folder / "model.safetensors")
     arguments = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "bias": True, "vocab_size": 50257}
-    weights = {prefix + name: tensor for name, tensor in expected.items()}
+    weights = {prefix.removesuffix("transformer.") + name: tensor for name, tensor in expected.items()}
     progress = {"iter_num": 1, "best_val_loss": 1.0, "config": {"dataset": "openwebtext"}, "optimizer": None}
     torch.save({"model": weights, "model_args": arguments, **progress}, "ckpt.pt")
     for loaded in (load_pretrained(str(folder))[0], load_checkpoint(Path("ckpt.pt")).build_model()):
@@ -116,8 +107,6 @@ def change_config(**changes: Any) -> Callable[[Path], None]:
 
 
 def convert(folder: Path, dtype: torch.dtype) -> None:
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(folder / "model.safetensors")
     save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, folder / "model.safetensors")
 

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
+from safetensors.torch import load_file, save_file
 
 from nanogpt import train
 from nanogpt.checkpoint import load_checkpoint
@@ -36,6 +39,7 @@ VARIANTS: list[dict[str, Any]] = [
     {}, {"tie_word_embeddings": True}, {"attention_bias": True}, {"num_key_value_heads": 1},
     {"num_key_value_heads": 4}, {"rope_parameters": LLAMA3}, {"rms_norm_eps": 1e-3}, {"head_dim": 8},
 ]  # fmt: skip
+INDEX = "m/model.safetensors.index.json"
 TOKENIZER = train_bpe(["the quick brown fox jumps over the lazy dog"] * 9, 300)
 
 
@@ -108,71 +112,32 @@ def test_what_a_config_leaves_out_is_transformers_default(kind: str) -> None:
             assert ours.rope_scaling == [expected[name] for name in SCALING if name in expected]
 
 
-def write_weights(folder: Path, *names: str) -> None:
-    """Files in which every tensor of the model in `folder` is 1: not its weights."""
-    from safetensors.torch import load_file, save_file
-
-    tensors = {name: torch.ones_like(tensor) for name, tensor in load_file(folder / "model.safetensors").items()}
-    for name in names:
-        save_file(tensors, folder / name)
-
-
-def write_shards(folder: Path) -> list[Path]:
-    """The model in `folder` in several files in place of one, with an index; returns them."""
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    (folder / "model.safetensors").unlink()
-    model.save_pretrained(folder, max_shard_size="20KB")
-    return sorted(folder.glob("model-*.safetensors"))
-
-
-def hide_index(folder: Path, shards: list[Path]) -> None:
-    (folder / "model.safetensors.index.json").unlink()
-
-
-def rename_all(folder: Path, shards: list[Path]) -> None:
-    hide_index(folder, shards)
-    for n, shard in enumerate(shards):
-        shard.rename(folder / f"weights.{n}.safetensors")
-
-
-def add_whole(folder: Path, shards: list[Path]) -> None:
-    from safetensors.torch import load_file, save_file
-
-    tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    for shard in shards:
-        shard.write_bytes(b"older")
-
-
-def add_stale(folder: Path, shards: list[Path]) -> None:
-    """Another model's embedding, in a file that the index names for other tensors."""
-    from safetensors.torch import load_file, save_file
-
-    save_file({**load_file(shards[-1]), "model.embed_tokens.weight": torch.ones(320, 32)}, shards[-1])
-
-
-@pytest.mark.parametrize("change", [lambda folder, shards: None, hide_index, rename_all, add_whole, add_stale])
-def test_of_a_folders_files_the_models_count(change: Callable[[Path, list[Path]], None], tmp_path: Path) -> None:
-    """As in transformers: the whole file, else what the index names; and where that finds nothing, what is there."""
-    import transformers
-
+@pytest.mark.parametrize(
+    ("has_whole", "thirds", "has_index"),
+    [(True, "model-{}", True), (True, "model-{}", False), (False, "model-{}", True), (False, "model-{}", False),
+     (False, "weights.{}", False), (False, "weights.{}", True)],
+)  # fmt: skip
+def test_of_a_folders_files_the_models_count(has_whole: bool, thirds: str, has_index: bool, tmp_path: Path) -> None:
+    """The whole file, else of each file what the index names, else model*, else what is there; nothing beside it."""
     theirs = write_model(tmp_path / "m", "qwen3")
-    beside = [f"{name}.safetensors" for name in ("adapter_model", "optimizer", "consolidated")]
-    write_weights(tmp_path / "m", *beside)
-    expected = load_pretrained(str(tmp_path / "m"))[0]
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    wrong = {name: torch.ones_like(tensor) for name, tensor in tensors.items()}
+    files = dict.fromkeys(("adapter_model", "optimizer", "consolidated"), wrong)
+    index: dict[str, str] = {}
+    for n in range(3):
+        part = {name: (wrong if has_whole else tensors)[name] for name in sorted(tensors)[n::3]}
+        files[thirds.format(n)] = {**wrong, **part} if has_index else part
+        index |= dict.fromkeys(part, f"{thirds.format(n)}.safetensors")
+    if has_whole:
+        files["model"] = tensors
+    for name, content in files.items():
+        save_file(content, tmp_path / "m" / f"{name}.safetensors")
+    if has_index:
+        (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     x = random_ids(1, 20, vocab_size=300)
-    torch.testing.assert_close(expected(x, x)[0], theirs(x).logits, atol=1e-4, rtol=1e-4)
-    shards = write_shards(tmp_path / "m")
-    assert len(shards) > 2
-    change(tmp_path / "m", shards)
-    weights = load_pretrained(str(tmp_path / "m"))[0].state_dict()
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in expected.state_dict().items())
-    if change in (hide_index, rename_all, add_stale):
-        return
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
-    assert torch.equal(theirs.model.norm.weight, weights["transformer.ln_f.weight"])
+    ours = load_pretrained(str(tmp_path / "m"))[0]
+    torch.testing.assert_close(ours(x, x)[0], theirs(x).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -180,20 +145,15 @@ def test_of_a_folders_files_the_models_count(change: Callable[[Path, list[Path]]
     [(lambda shards: shards[1].unlink(), "No such file or directory: .*model-00002"),
      (lambda shards: shards[1].write_bytes(b"x" * 100), "model-00002.*is damaged"),
      (lambda shards: shards[1].write_bytes(shards[0].read_bytes()), "weight' is missing"),
-     (lambda shards: hide_index(shards[0].parent, shards) or shards[1].unlink(), "is missing"),
-     (lambda shards: hide_index(shards[0].parent, shards) or
-      Path(shards[0].parent, "model-4.safetensors").write_bytes(shards[0].read_bytes()), "is in several files"),
-     (lambda shards: rename_all(shards[0].parent, shards) or
-      [path.rename(path.with_name(f"adapter_{path.name}")) for path in Path("m").glob("*.safetensors")],
-      r"no model's \*\.safetensors there")],
+     (lambda shards: [shard.rename(f"m/adapter{shard.name}") for shard in shards], "No such file"),
+     (lambda shards: shutil.copy(shards[0], "m/model-0.safetensors") and os.remove(INDEX), "is in several files"),
+     (lambda shards: [os.remove(path) for path in (INDEX, *shards)], r"no model's \*\.safetensors there")],
 )  # fmt: skip
-def test_files_that_are_not_all_there_are_one_message(
-    damage: Callable[[list[Path]], Any], message: str, tmp_path: Path
-) -> None:
-    write_model(tmp_path / "m", "llama")
-    damage(write_shards(tmp_path / "m"))
+def test_files_that_are_not_all_there_are_one_message(damage: Callable[[list[Path]], Any], message: str) -> None:
+    write_model(Path("m"), "llama", max_shard_size="20KB")
+    damage(sorted(Path("m").glob("model-*.safetensors")))
     with pytest.raises(CheckpointError, match=message):
-        load_pretrained(str(tmp_path / "m"))
+        load_pretrained("m")
 
 
 def test_a_token_that_the_embedding_lacks_is_an_error_only_where_it_is_used(
@@ -249,7 +209,6 @@ def test_a_tokenizer_config_may_have_tokens_and_templates_of_its_own(tmp_path: P
 )  # fmt: skip
 def test_a_head_beside_a_tied_embedding(change: Callable[[Any], Any], tied_head: bool, tmp_path: Path) -> None:
     import transformers
-    from safetensors.torch import load_file, save_file
 
     write_model(tmp_path / "m", "llama", tie_word_embeddings=True)
     tensors = load_file(tmp_path / "m" / "model.safetensors")
