@@ -91,8 +91,9 @@ def gpt_config(shape: str) -> GPTConfig:
 
 def planned(shape: str, rows: int, on_cpu: bool) -> dict[str, Any]:
     """Return what `nanogpt plan` is asked about a training process."""
-    return {"shape": gpt_config(shape), "rows": rows, "bytes_of_dtype": 4 if on_cpu else 2, "parallel": "none",
-            "processes": 1, "accumulate": False, "gradient_checkpointing": False, "on_cpu": on_cpu}  # fmt: skip
+    with torch.device("meta"):
+        model = GPT(gpt_config(shape))
+    return {"model": model, "rows": rows, "dtype": torch.float32 if on_cpu else torch.bfloat16, "on_cpu": on_cpu}
 
 
 def speed(side: str, shape: str, rows: int, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -117,7 +118,7 @@ def speed(side: str, shape: str, rows: int, arguments: argparse.Namespace, folde
     return {
         "rows": rows, "tokens_per_second": statistics.median(speeds), "spread": [speeds[0], speeds[-1]],
         "mfu": flops / peak if peak else None, "memory": answers[-1]["memory"], "first_step_seconds": first,
-        "planned_memory": memory(**planned(shape, rows, on_cpu)).peak if side == "ours" else None,
+        "planned_memory": memory(**planned(shape, rows, on_cpu))["peak"] if side == "ours" else None,
         "compile": answers[-1].get("compile"),
     }  # fmt: skip
 

@@ -25,6 +25,7 @@ from nanogpt.config import TrainConfig
 from nanogpt.data import Dataset
 from nanogpt.device import choose_device
 from nanogpt.distributed import init_distributed
+from nanogpt.model import GPT
 from nanogpt.plan import memory
 from nanogpt.tokenizer import ByteTokenizer
 
@@ -113,11 +114,12 @@ def main() -> None:
         result[f"{side}_peak_bytes"] = statistics.median(row["peak"] for row in rows[side])
         config = config_of(arguments, parallel)
         share = config.rows // processes
+        with torch.device("meta"):
+            model = GPT(config.model_config(VOCABULARY))
         result[f"{side}_planned_bytes"] = memory(
-            config.model_config(VOCABULARY), min(share, config.batch_size),
-            bytes_of_dtype=choose_device(config).dtype.itemsize, parallel=parallel if processes > 1 else "none",
-            processes=processes, accumulate=share > config.batch_size, gradient_checkpointing=False,
-        ).peak  # fmt: skip
+            model, min(share, config.batch_size), dtype=choose_device(config).dtype,
+            parallel=parallel if processes > 1 else "none", processes=processes, accumulate=share > config.batch_size,
+        )["peak"]  # fmt: skip
         if processes > 1:
             paired = [2 * row["seconds"] / one["seconds"] - 1 for row, one in zip(rows[side], rows["one"], strict=True)]
             result[f"{side}_overhead"] = statistics.median(paired)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanogpt.config import GPTConfig, TrainConfig
+from nanogpt.config import TrainConfig
 from nanogpt.data import Dataset, get_batch
 from nanogpt.device import Device, choose_device
 from nanogpt.distributed import Distributed, full_tensor, gradient_sync, parallelize
@@ -65,56 +65,41 @@ def bench(config: BenchConfig) -> None:
         except DataError as error:
             raise DataError(f"{error}; or time random tokens with --real_data=False") from error
         dataset.check_length(config.block_size)
-        vocab_size = dataset.tokenizer.padded_vocab_size
     else:
-        tokenizer, vocab_size = GPT2Tokenizer(), GPTConfig.vocab_size
-        n_tokens = 4 * config.batch_size * (config.block_size + 1)
+        tokenizer, n_tokens = GPT2Tokenizer(), 4 * config.batch_size * (config.block_size + 1)
         ids = np.random.default_rng(config.seed).integers(tokenizer.vocab_size, size=n_tokens, dtype=np.uint16)
         dataset = Dataset(Path(), ids, ids, tokenizer, {})
-    step, model, _ = make_step(config, dataset, vocab_size, device)
-    for n in range(config.warmup_steps):
-        log.info(f"warm-up {n + 1}/{config.warmup_steps}: loss {step(n).item():.4f}")
+    step, model, _ = make_step(config, dataset, dataset.tokenizer.padded_vocab_size, device)
     times = []
-    for n in range(config.steps):
+    for n in range(config.warmup_steps + config.steps):
         device.synchronize()
         began = time.perf_counter()
-        loss = step(config.warmup_steps + n)
+        loss = step(n)
         device.synchronize()
         times.append(time.perf_counter() - began)
-        log.info(f"{n + 1}/{config.steps}: loss {loss.item():.4f}, {times[-1] * 1000:.2f}ms")
+        log.info(f"step {n}: loss {loss.item():.4f}, {times[-1] * 1000:.2f}ms")
     if config.profile:
-        profile_steps(step, device)
+        with torch.profiler.profile(with_flops=True) as profiler:
+            for n in range(5):
+                step(n)
+        column = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        print(profiler.key_averages().table(sort_by=column, row_limit=20))
+        trace = Path("bench_log", "trace.json")
+        trace.parent.mkdir(exist_ok=True)
+        profiler.export_chrome_trace(str(trace))
+        print(f"wrote {trace}: open it in chrome://tracing or ui.perfetto.dev")
 
-    seconds = statistics.median(times)
-    tokens_per_second = config.rows * config.block_size / seconds
-    peak = device.peak_flops()
-    mfu = model.flops_per_token() * tokens_per_second / peak if peak else None
-    memory = device.peak_memory()
+    ms = [seconds * 1000 for seconds in times[config.warmup_steps :]]
+    median = statistics.median(ms)
+    speed = config.rows * config.block_size / median * 1000
+    peak, memory = device.peak_flops(), device.peak_memory()
+    mfu = model.flops_per_token() * speed / peak if peak else None
     print(
-        f"time per iteration: {seconds * 1000:.2f}ms (median of {len(times)}, {min(times) * 1000:.2f} to "
-        f"{max(times) * 1000:.2f}), {tokens_per_second:,.0f} tokens/s, "
-        f"MFU: {f'{mfu * 100:.2f}%' if mfu else 'peak of this device not known'}, peak memory {memory / 2**30:.2f} GiB"
+        f"time per step: {median:.2f}ms (median of {len(ms)}, {min(ms):.2f} to {max(ms):.2f}), {speed:,.0f} tokens/s,"
+        f" MFU: {f'{mfu:.2%}' if mfu else 'peak of this device unknown'}, peak memory {memory / 2**30:.2f} GiB"
     )
     print(json.dumps({
-        "ms": seconds * 1000, "ms_min": min(times) * 1000, "ms_max": max(times) * 1000, "n": len(times),
-        "tokens_per_second": tokens_per_second, "peak_memory_bytes": memory, "mfu": mfu,
-        "parameters": model.get_num_params(non_embedding=False), "device": device.name,
-        "dtype": str(device.dtype).removeprefix("torch."), "compile": device.compile,
+        "ms": median, "ms_min": min(ms), "ms_max": max(ms), "n": len(ms), "tokens_per_second": speed,
+        "peak_memory_bytes": memory, "mfu": mfu, "parameters": model.get_num_params(non_embedding=False),
+        "device": device.name, "dtype": str(device.dtype).removeprefix("torch."), "compile": device.compile,
     }))  # fmt: skip
-
-
-def profile_steps(step: Callable[[int], Tensor], device: Device) -> None:
-    """Print where the time of 5 steps goes, and write a trace to bench_log/."""
-    from torch.profiler import ProfilerActivity, profile
-
-    on_cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda
-    with profile(activities=activities, with_flops=True) as profiler:
-        for n in range(5):
-            step(n)
-    column = "self_cuda_time_total" if on_cuda else "self_cpu_time_total"
-    print(profiler.key_averages().table(sort_by=column, row_limit=20))
-    trace = Path("bench_log", "trace.json")
-    trace.parent.mkdir(exist_ok=True)
-    profiler.export_chrome_trace(str(trace))
-    print(f"wrote {trace}: open it in chrome://tracing or ui.perfetto.dev")

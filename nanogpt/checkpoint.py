@@ -35,8 +35,8 @@ from torch.optim import Optimizer
 from nanogpt.config import GPTConfig, TrainConfig, steps_and_seconds
 from nanogpt.data import tokenizer_of_original
 from nanogpt.device import Device
-from nanogpt.distributed import full_tensor, shard_like
-from nanogpt.errors import CheckpointError, ConfigError, DamagedError, UserError
+from nanogpt.distributed import Distributed, full_tensor, shard_like
+from nanogpt.errors import CheckpointError, DamagedError, UserError
 from nanogpt.files import atomic_write, locked, read_json, sync_folder, write_json
 from nanogpt.gguf import load_gguf
 from nanogpt.huggingface import load_pretrained
@@ -89,59 +89,37 @@ class Checkpoint:
 
     def build_model(self, device: str = "cpu", dropout: float = 0.0) -> GPT:
         """Return the model in evaluation mode, on `device`; on `meta` if `is_sharded`."""
-        try:
-            model = GPT.from_weights(replace(self.model_config, dropout=dropout), self.weights)
-        except RuntimeError as error:
-            raise CheckpointError(f"{self.path}: the weights do not fit the model they came with: {error}") from error
+        model = GPT.from_weights(replace(self.model_config, dropout=dropout), self.weights)
         return (model if self.is_sharded else model.to(device)).eval()
 
     def restore(self, model: GPT, optimizer: Optimizer, scaler: GradScaler) -> None:
         """Bring back optimizer state, loss scale, and weights that are still on disk. All processes must call.
 
-        Settings of the optimizer stay as they are. Raises `CheckpointError` if its state is not this model's.
+        Settings of the optimizer stay as they are. Raises `CheckpointError` if the state is another optimizer's.
         """
         if self.optimizer is None:
             raise CheckpointError(f"{self.path} has no optimizer state: it can be sampled, but not resumed")
-        saved = self.optimizer["state"]
-        try:
-            if saved:  # empty if the run was stopped before its first step
-                allocate_state(optimizer)
-            sizes = [
-                [len(g["params"]) for g in each] for each in (self.optimizer["param_groups"], optimizer.param_groups)
-            ]
-            if sizes[0] != sizes[1]:
-                raise ValueError(f"it is of groups of {sizes[0]} parameters, and not of {sizes[1]}")
-            # AdamW's kernel would write beyond a moment that is too small, so values go into memory of the right size.
-            for number, state in optimizer.state_dict()["state"].items():
-                for name, tensor in state.items():
-                    value = saved[number][name]
-                    if value.shape != tensor.shape:
-                        raise ValueError(f"{name} has shape {tuple(value.shape)}, not {tuple(tensor.shape)}")
-                    if not value.is_meta:
-                        tensor.copy_(shard_like(tensor, value))
-        except (LookupError, ValueError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{self.path}: its optimizer state does not fit: {error!r}; resume with the optimizer of the run, or "
-                "start a new run from its weights with --init_from=FILE"
-            ) from error
+        saved = self.config.get("optimizer", "adamw")  # The original has no other.
+        if type(optimizer).__name__.lower() != saved:
+            raise CheckpointError(f"{self.path} is of a run with optimizer={saved}; --init_from=FILE starts a new run")
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        states: dict[int, dict[str, Any]] = {}
+        for number, values in self.optimizer["state"].items():
+            parameter, states[number] = parameters[number], {}
+            for name, value in values.items():
+                # Early versions of the original ordered parameters by name. AdamW's kernel does not compare sizes: it
+                # would write beyond the end of a moment that is too small.
+                if name.startswith("exp_avg") and value.shape != parameter.shape:
+                    raise CheckpointError(f"{self.path}: {name} of parameter {number} is not of the parameter's shape")
+                if value.is_meta:  # to be read below
+                    value = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty(value.shape)
+                states[number][name] = shard_like(parameter, value)
+        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
         if self.path.is_dir():
             load_shards(self.path, tensors_of(model, optimizer))
         if self.scaler and scaler.is_enabled():
             scaler.load_state_dict(self.scaler)
         self.weights, self.optimizer = {}, None  # the run holds them now
-
-
-def allocate_state(optimizer: Optimizer) -> None:
-    """Let any optimizer make the tensors of its state, by a step without gradient and learning rate."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
 
 
 class Checkpoints:
@@ -150,7 +128,7 @@ class Checkpoints:
     The main process writes whole files. In a sharded run every process writes its shard, and all must call.
     """
 
-    def __init__(self, config: TrainConfig, dist: Any, is_sharded: bool, resumed_from: Path | None = None) -> None:
+    def __init__(self, config: TrainConfig, dist: Distributed, is_sharded: bool) -> None:
         self.config, self.dist, self.is_sharded, self.folder = config, dist, is_sharded, Path(config.out_dir)
         self.steps, self.seconds = steps_and_seconds(config.checkpoint_interval) or (0, 0.0)
         self.last = time.monotonic()
@@ -159,16 +137,11 @@ class Checkpoints:
         # The threads that write talk to each other while the training does: they need a group of their own.
         timeout = timedelta(minutes=config.dist_timeout)
         self.group = torch.distributed.new_group(backend="gloo", timeout=timeout) if is_sharded else None
-        kept = checkpoints_of(self.folder)
-        if resumed_from in kept and dist.is_main:
-            # Newer ones are damaged: the next checkpoint would push them over the good one before them.
-            for path in kept[: kept.index(resumed_from)]:
-                remove(path)
 
     def is_due(self, step: int) -> bool:
         """Return whether `checkpoint_interval` asks for a checkpoint after `step` steps."""
         is_due = step % self.steps == 0 if self.steps else 0 < self.seconds < time.monotonic() - self.last
-        return bool(self.dist.any(is_due)) if self.is_sharded else is_due
+        return self.dist.any(is_due) if self.is_sharded else is_due
 
     def save(
         self, model: GPT, optimizer: Optimizer, scaler: GradScaler, state: TrainState, tokenizer: Tokenizer,
@@ -182,8 +155,7 @@ class Checkpoints:
         self.last = time.monotonic()
         if not self.is_sharded and not self.dist.is_main:
             return
-        fields = asdict(model.config)
-        arguments, unknown = original_arguments(model.config)
+        fields, (arguments, unknown) = asdict(model.config), original_arguments(model.config)
         content: dict[str, Any] = {
             "model_args": fields if unknown else arguments, "iter_num": state.step,
             "best_val_loss": state.best_val_loss, "config": asdict(self.config),
@@ -192,13 +164,16 @@ class Checkpoints:
         }  # fmt: skip
         weights, shards = {}, None
         if is_best or not self.is_sharded:
-            weights = on_cpu(model.state_dict(), keep=self.dist.is_main)
-            if model.config.tied_head:
+            for name, weight in model.state_dict().items():
+                full = full_tensor(weight)  # an all-gather, for which all processes are needed
+                if self.dist.is_main:
+                    weights[name] = on_cpu(full)
+            if weights and model.config.tied_head:
                 weights["lm_head.weight"] = weights["transformer.wte.weight"]
         if self.is_sharded:
-            content["param_groups"] = optimizer.state_dict()["param_groups"]
             folder = self.folder / "ckpt.dcp" / str(state.step)
-            if not self.dist.broadcast_from_main(lambda: is_finished(folder)):  # a run was stopped after it had saved
+            # A resumed run that evaluates and then saves again writes run.json only: the shards are those that it read.
+            if not self.dist.broadcast_from_main((folder / "run.json").exists):
                 from torch.distributed.checkpoint.filesystem import FileSystemWriter
                 from torch.distributed.checkpoint.state_dict_saver import async_save
 
@@ -213,36 +188,31 @@ class Checkpoints:
     def write(self, content: dict[str, Any], weights: dict[str, Tensor], shards: Any, is_best: bool) -> None:
         """Write best.pt, then the newest: a run that is killed in between evaluates again and writes both again."""
         keep, newest = self.config.keep_checkpoints, self.folder / "ckpt.pt"
+        self.failure = None
         try:
             if shards:
                 shards.result()  # all processes have written theirs
-            if self.dist.is_main:
-                if is_best:
-                    write_file(self.folder / "best.pt", {**content, "model": weights, "optimizer": None})
-                if self.is_sharded:
-                    newest = self.folder / "ckpt.dcp" / str(content["iter_num"])
-                    write_json(newest / "run.json", content)
-                    sync_folder(newest.parent)
-                else:
-                    write_file(newest, {"model": weights, **content}, keep)
-                for path in [path for path in checkpoints_of(self.folder) if path != newest][keep - 1 :]:
-                    remove(path)
-            self.failure = None
+            if not self.dist.is_main:
+                return
+            if is_best:
+                write_file(self.folder / "best.pt", {**content, "model": weights, "optimizer": None})
+            if self.is_sharded:
+                newest = self.folder / "ckpt.dcp" / str(content["iter_num"])
+                write_json(newest / "run.json", content)
+                sync_folder(newest.parent)
+            else:
+                write_file(newest, {"model": weights, **content}, keep)
+            for path in [path for path in checkpoints_of(self.folder) if path != newest][keep - 1 :]:
+                remove(path)
         except BaseException as error:  # torch's CheckpointException is no Exception
-            cause = next(iter(getattr(error, "failures", {}).values()), [error])[0]
-            self.failure = cause if isinstance(cause, UserError) else UserError(f"cannot write a checkpoint: {cause!r}")
+            self.failure = error if isinstance(error, UserError) else UserError(f"cannot write a checkpoint: {error}")
             log.warning(f"{self.failure}; training continues, and earlier checkpoints stay")
 
-    def wait(self) -> None:
-        """Return when nothing is being written."""
+    def wait(self) -> bool:
+        """Wait until nothing is being written. Returns whether the last checkpoint could be written."""
         if self.thread:
             self.thread.join()
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether the last checkpoint could not be written; waits for it."""
-        self.wait()
-        return bool(self.dist.any(self.failure is not None)) if self.is_sharded else self.failure is not None
+        return self.failure is None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -254,14 +224,11 @@ class Checkpoints:
             raise self.failure
 
 
-def on_cpu(value: Any, keep: bool = True) -> Any:
-    """Return a copy of nested dictionaries and lists with full tensors on the CPU; None for each without `keep`."""
-    if isinstance(value, Tensor):
-        full = full_tensor(value)
-        return full.detach().to("cpu", copy=True) if keep else None
+def on_cpu(value: Any) -> Any:
+    """Return a copy of nested dictionaries with their tensors on the CPU."""
     if isinstance(value, dict):
-        return {key: on_cpu(item, keep) for key, item in value.items()}
-    return [on_cpu(item, keep) for item in value] if isinstance(value, list) else value
+        return {key: on_cpu(item) for key, item in value.items()}
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
 def write_file(path: Path, content: dict[str, Any], keep: int = 1) -> None:
@@ -297,27 +264,22 @@ def file_names(folder: Path, count: int) -> list[Path]:
     return [folder / f"ckpt{age}.pt" for age in ["", ".prev", *(f".prev{n}" for n in range(2, count))][:count]]
 
 
-def is_finished(folder: Path) -> bool:
-    """Return whether a folder is a checkpoint, and not what a killed process was writing."""
-    return (folder / ".metadata").exists() and (folder / "run.json").exists()
-
-
-def peek(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's dictionary, the weights unread; with infinite step and loss if it cannot be read."""
-    try:
-        is_folder = path.is_dir()
-        content = read_json(path / "run.json") if is_folder else torch.load(path, "cpu", weights_only=True, mmap=True)
-        return {**content, "iter_num": int(content["iter_num"]), "best_val_loss": float(content["best_val_loss"])}
-    except Exception:  # torch and pickle raise many kinds
-        return {"iter_num": math.inf, "best_val_loss": math.inf}
-
-
 def checkpoints_of(out_dir: str | Path) -> list[Path]:
     """Return the checkpoints that the run in `out_dir` can resume from, the newest first."""
     files = [path for path in file_names(Path(out_dir), 100) if path.exists()]
-    folders = [path for path in Path(out_dir, "ckpt.dcp").glob("[0-9]*") if is_finished(path)]
+    folders = [file.parent for file in Path(out_dir).glob("ckpt.dcp/[0-9]*/run.json")]  # it is written last
     # Names tell the age of files, steps that of folders, and of both in a run that was sharded for a time.
-    return sorted(files + folders, key=lambda path: peek(path)["iter_num"], reverse=True) if folders else files
+    return sorted(files + folders, key=lambda path: progress_of(path)[0], reverse=True) if folders else files
+
+
+def progress_of(path: Path) -> tuple[float, float]:
+    """Return a checkpoint's step and best validation loss; infinite ones if it cannot be read."""
+    try:
+        is_folder = path.is_dir()
+        content = read_json(path / "run.json") if is_folder else torch.load(path, "cpu", weights_only=True, mmap=True)
+        return int(content["iter_num"]), float(content["best_val_loss"])
+    except Exception:  # torch and pickle raise many kinds
+        return math.inf, math.inf
 
 
 def find_checkpoint(out_dir: str | Path, which: str) -> Path:
@@ -325,47 +287,50 @@ def find_checkpoint(out_dir: str | Path, which: str) -> Path:
 
     Raises `CheckpointError` if there is none.
     """
-    if which not in ("auto", "best", "last"):
-        return Path(which)
     best, kept = Path(out_dir, "best.pt"), checkpoints_of(out_dir)
-    found = [*([best] if which != "last" and best.exists() else []), *(kept if which != "best" else [])]
+    candidates = {"auto": [best, *kept], "best": [best], "last": kept}
+    if which not in candidates:
+        return Path(which)
+    found = [path for path in candidates[which] if path.exists()]
     if not found:
         there = f"{out_dir} has no {which} checkpoint" if Path(out_dir).is_dir() else f"there is no folder {out_dir}"
         raise CheckpointError(f"{there}; train a model first, or name its folder with --out_dir=…")
-    if found[0] == best and len(found) > 1:
+    if which == "auto" and len(found) > 1 and found[0] == best:
         # Another program, such as the original, may have continued the run: it leaves its best model in ckpt.pt.
-        old, new = peek(best), peek(kept[0])
-        if new["iter_num"] > old["iter_num"] and new["best_val_loss"] < old["best_val_loss"]:
-            log.info(f"{kept[0]} is newer and better than best.pt: taking it")
-            return kept[0]
-        if "nanogpt" not in new:
-            log.warning(f"taking best.pt; {kept[0]} is of another program, --checkpoint=last takes it")
+        (best_step, best_loss), (step, loss) = progress_of(best), progress_of(found[1])
+        if step > best_step and loss < best_loss:
+            log.info(f"{found[1]} is newer and better than best.pt: taking it")
+            return found[1]
+        if step > best_step:
+            log.info(f"taking best.pt, of step {best_step}; --checkpoint=last takes {found[1]}, of step {step}")
     return found[0]
 
 
 @contextmanager
-def use_out_dir(config: TrainConfig, dist: Any, resumed_from: Path | None) -> Iterator[None]:
+def use_out_dir(config: TrainConfig, dist: Distributed, resumed_from: Path | None) -> Iterator[None]:
     """Keep other runs out of `out_dir` during the block. A new run first moves an earlier one to previous-N/."""
-    folder = Path(config.out_dir)
+    folder, lock = Path(config.out_dir), ExitStack()
 
     def prepare() -> None:
+        lock.enter_context(locked(folder / "lock", f"a run in {folder}"))
         for path in [*folder.glob("*.[0-9]*.tmp"), *folder.glob("ckpt.dcp/[0-9]*")]:
-            if not is_finished(path):
+            if not (path / "run.json").exists():  # left by a process that was killed
                 remove(path)
         earlier = [path for pattern in RUN_FILES for path in folder.glob(pattern)]
         if earlier and resumed_from is None:
-            if "out_dir" not in read_json(folder / "config.json") and (folder / "config.json").exists():
-                raise ConfigError(f"out_dir={folder}: its config.json belongs to no run; choose another folder")
             aside = next(path for n in itertools.count(1) if not (path := folder / f"previous-{n}").exists())
             aside.mkdir()
             for path in earlier:
                 os.replace(path, aside / path.name)
             log.info(f"{folder} held an earlier run: moved to {aside}")
+        kept = checkpoints_of(folder)
+        if resumed_from in kept:
+            # Newer ones are damaged, and would take the place of good ones.
+            for path in kept[: kept.index(resumed_from)]:
+                remove(path)
         write_json(folder / "config.json", asdict(config))
 
-    with ExitStack() as stack:
-        lock = locked(folder / "lock", f"a run in {folder}")
-        dist.broadcast_from_main(lambda: stack.enter_context(lock))
+    with lock:
         dist.broadcast_from_main(prepare)
         yield
 
@@ -374,7 +339,9 @@ def use_out_dir(config: TrainConfig, dist: Any, resumed_from: Path | None) -> It
 # Reading
 
 
-def load_latest(out_dir: str | Path, data_dir: str = "data", dist: Any = None, *, sharded: bool = False) -> Checkpoint:
+def load_latest(
+    out_dir: str | Path, data_dir: str = "data", dist: Distributed | None = None, *, sharded: bool = False
+) -> Checkpoint:
     """Return the newest checkpoint in `out_dir` that is not damaged; the main process finds out for all which it is."""
 
     def newest_good() -> Path:
@@ -384,8 +351,9 @@ def load_latest(out_dir: str | Path, data_dir: str = "data", dist: Any = None, *
                 return path
             except DamagedError as error:
                 log.warning(f"{error}; trying the one before it")
-        best = Path(out_dir, "best.pt")
-        raise DamagedError(f"all checkpoints are damaged; --init_from={best} starts a new run from the best model")
+        raise DamagedError(
+            f"all checkpoints in {out_dir} are damaged; to start from its best model: --init_from={out_dir}"
+        )
 
     path = dist.broadcast_from_main(newest_good) if dist else newest_good()
     loaded = load_checkpoint(path, data_dir, sharded=sharded, verify=False)
@@ -420,8 +388,8 @@ def load_checkpoint(path: Path, data_dir: str = "data", *, sharded: bool = False
             raise CheckpointError(f"{path} has no vocabulary of {n_entries} entries: put its meta.pkl into {data}")
         tokenizer.vocab_size = min(tokenizer.vocab_size, model_config.vocab_size)  # another model's may have more
         # Compiled models and those within DDP have prefixes, the original's oldest ones attention masks.
-        weights = {name.replace("_orig_mod.", "").replace("module.", ""): w for name, w in content["model"].items()}
-        weights = {name: weight for name, weight in weights.items() if not name.endswith(".attn.bias")}
+        weights = {name.replace("_orig_mod.", "").replace("module.", ""): weight
+                   for name, weight in content["model"].items() if not name.endswith(".attn.bias")}  # fmt: skip
         more = {name: ours[name] for name in ("tokens", "seconds", "evaluated", "skipped") if name in ours}
         state = TrainState(content["iter_num"], float(content["best_val_loss"]), **more)
         optimizer, scaler = content["optimizer"], ours.get("scaler", {})
@@ -490,18 +458,17 @@ def read_folder(folder: Path, sharded: bool) -> dict[str, Any]:
         load_shards(folder, {"model": weights}, no_dist=True)
     if content["nanogpt"]["model_config"]["tied_head"]:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    return {"model": weights, "optimizer": {"state": states, "param_groups": content["param_groups"]}, **content}
+    return {"model": weights, "optimizer": {"state": states}, **content}
 
 
 def shard_reader(folder: Path) -> Any:
     """Return torch's reader of a folder, whose pickled .metadata it reads without running what may be hidden in it."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-    class Reader(FileSystemReader):
-        def read_metadata(self, *args: Any, **keywords: Any) -> Any:
-            return MetadataUnpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
-
-    return Reader(folder)
+    reader: Any = FileSystemReader(folder)
+    metadata = MetadataUnpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
+    reader.read_metadata = lambda *_, **__: metadata
+    return reader
 
 
 class MetadataUnpickler(pickle.Unpickler):
@@ -553,7 +520,7 @@ def load_model(
     path = Path(init_from)
     if path.is_dir() and (checkpoints_of(path) or (path / "best.pt").exists()):
         path = find_checkpoint(path, "auto")
-    if path.suffix != ".pt" and not is_finished(path):
+    if path.suffix != ".pt" and not (path / "run.json").exists():
         load = load_gguf if path.suffix == ".gguf" else load_pretrained
         return load(init_from, device, dropout=dropout)
     log.info(f"loading {path}")
@@ -565,9 +532,7 @@ def original_arguments(config: GPTConfig) -> tuple[dict[str, Any], list[str]]:
     """Return the seven arguments of the original's GPTConfig, and the settings that it lacks for this network."""
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
     arguments = {name: getattr(config, name) for name in names}
-    known = GPTConfig(**arguments, rope_theta=config.rope_theta)
+    known = vars(GPTConfig(**arguments, rope_theta=config.rope_theta))
     # The tanh form of GELU, which OpenAI's weights have, is near enough to its own.
-    differing = {
-        name: value for name, value in vars(config).items() if value not in (getattr(known, name), "gelu_tanh")
-    }
-    return arguments, [f"{name}={value}" for name, value in differing.items()]
+    unknown = [name for name, value in vars(config).items() if value not in (known[name], "gelu_tanh")]
+    return arguments, [f"{name}={getattr(config, name)}" for name in unknown]

@@ -7,18 +7,17 @@ import argparse
 import builtins
 import difflib
 import gc
-import importlib
 import inspect
 import logging
-import math
 import os
+import pkgutil
 import re
 import sys
 import textwrap
 import traceback
 import types
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -52,11 +51,10 @@ _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "
 def parse(cls: type[Config], arguments: Sequence[str], usage: str, positional: str = "out_dir") -> Config:
     """Return the config that `[config.py …] [word] [--key=value | --key value | --flag] …` describes.
 
-    `positional` names the setting that a word without dashes sets. --help prints and exits. Raises `ConfigError` with
-    all problems together.
+    positional: what a word without dashes sets. --help prints and exits. Raises `ConfigError` with all problems.
     """
     if "--help" in arguments or "-h" in arguments:
-        print(help_text(cls, usage))
+        print(help_text(cls, usage), flush=True)
         sys.exit(0)
     problems: list[str] = []
     values = asdict(cls())
@@ -64,9 +62,9 @@ def parse(cls: type[Config], arguments: Sequence[str], usage: str, positional: s
     for file in files:
         found = _run_config_file(file, values, problems)
         if cls is settings.SampleConfig:  # It takes the recipe of a training run, and samples from that run.
-            ignored = [name for name in found if hasattr(config.TrainConfig, name) and name not in values]
+            ignored = [name for name in found if name not in values and hasattr(config.TrainConfig, name)]
             if ignored:
-                ignored += ["init_from"] if "out_dir" in found and "init_from" in found else []
+                ignored += ["init_from"] * ("init_from" in found)
                 log.info(f"{file}: ignored, for training only: {', '.join(ignored)}")
             found = {name: value for name, value in found.items() if name not in ignored}
         _assign(cls, values, found, file, problems)
@@ -75,6 +73,8 @@ def parse(cls: type[Config], arguments: Sequence[str], usage: str, positional: s
     problems = list(dict.fromkeys([*problems, *result.problems()]))
     if problems:
         raise ConfigError("\n  - ".join(["these settings cannot work:", *problems]) if problems[1:] else problems[0])
+    if isinstance(result, config.TrainConfig) and result.decay_lr and result.warmup_iters > result.max_iters:
+        log.warning(f"the run ends in its warm-up, after max_iters={result.max_iters} of {result.warmup_iters} steps")
     return result
 
 
@@ -93,44 +93,35 @@ def _read_words(cls: Class, arguments: Sequence[str], positional: str, problems:
     pairs = zip(arguments, [*arguments[1:], ""], strict=False)
     words = [f"{word}=True" if word in flags and after.lower() not in values else word for word, after in pairs]
     known, others = parser.parse_known_args(words)
-    options = vars(known)
-    for name in [name for name, text in options.items() if text is None or text == []]:
-        problems.append(f"--{name}: a value is missing: --{name}=…")
-        del options[name]
-    files = [word for word in others if word.endswith(".py") and not word.startswith("-")]
-    for word in [word for word in others if word not in files]:
-        name, equals, text = word.removeprefix("--").partition("=")
+    options, files = vars(known), []
+    for word in others:
+        name, equals, text = word.partition("=")
         if word.startswith("-"):
-            options[name] = text  # There is no such setting, as _assign reports.
-        elif positional not in hints or (equals and name in hints):
-            problems.append(f"{word}: expected config files (*.py) and --key=value only")
+            options[name.removeprefix("--")] = text  # There is no such setting, as _assign reports.
+        elif word.endswith(".py"):
+            files.append(word)
         elif issubclass(cls, config.TrainConfig) and os.path.isfile(word):
             options["text"] = word
-        elif os.path.isfile(f"{word}.py") and not os.path.isdir(word):
-            problems.append(f"{word}: did you mean the config file {word}.py?")
-        elif get_origin(hints[positional]) is list:
-            options.setdefault(positional, []).append(word)
-        elif positional in options:
-            problems.append(f"{word}: {positional} is {options[positional]} already, and takes one value")
+        elif positional in hints and not (equals and name in hints):
+            is_list = get_origin(hints[positional]) is list
+            options[positional] = [*options.get(positional, []), word] if is_list else word
         else:
-            options[positional] = word
+            problems.append(f"{word}: expected config files (*.py) and --key=value only")
+    for name in [name for name, text in options.items() if text in (None, [])]:
+        problems.append(f"--{name}: a value is missing: --{name}=…")
+        del options[name]
     return files, options
 
 
 def _run_config_file(path: str, values: Values, problems: list[str]) -> Values:
     """Execute a config file in which `values` can be read, and return the variables that it assigned."""
-    if not os.path.isfile(path):
-        near = difflib.get_close_matches(path, map(str, Path("config").glob("*.py")), n=1)
-        problems.append(f"there is no config file {path}{f'; did you mean {near[0]}?' if near else ''}")
-        return {}
     # Values are readable like Python's builtins, so that `names` holds only what the file assigns.
     names: dict[str, Any] = {"__builtins__": {**vars(builtins), **values}}
     try:
         exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), names)
     except (Exception, SystemExit) as error:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        where = f"{path}, line {frames[-1].lineno}" if frames else path
-        problems.append(f"config file {where}: {type(error).__name__}: {error}")
+        lines = [f", line {each.lineno}" for each in traceback.extract_tb(error.__traceback__) if each.filename == path]
+        problems.append(f"config file {path}{''.join(lines)}: {type(error).__name__}: {error}")
         return {}
     return {
         name: value
@@ -142,21 +133,16 @@ def _run_config_file(path: str, values: Values, problems: list[str]) -> Values:
 def _assign(cls: Class, values: Values, found: Values, file: str, problems: list[str]) -> None:
     """Set values from a config file, or from the command line where `file` is empty; first what they imply."""
     hints = get_type_hints(cls)
-    for each in ("text", "model", "optimizer"):
-        if each in found and issubclass(cls, config.TrainConfig):
-            values |= settings.implied_settings(each, found[each], values[each])
+    if issubclass(cls, config.TrainConfig):
+        values |= settings.implied_settings(found, values)
     for name, value in found.items():
-        where = f"{file}: {name} = {value!r}" if file else f"--{name}={value}"
-        if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1)
-            hint = f"; did you mean {near[0]}?" if near else "; --help lists all"
-            helper = f" (helper variables begin with _: _{name})" if file else ""
-            problems.append(f"{where}: there is no setting {name!r}{hint}{helper}")
-            continue
         try:
+            if name not in hints:
+                near = difflib.get_close_matches(name, hints, n=1, cutoff=0)[0]
+                raise ValueError(f"there is no setting {name!r}; the nearest is {near}")
             values[name] = convert(value, hints[name])
         except ValueError as error:
-            problems.append(f"{where}: {error}")
+            problems.append((f"{file}: {name} = {value!r}" if file else f"--{name}={value}") + f": {error}")
 
 
 def convert(value: Any, hint: Any) -> Any:
@@ -167,7 +153,7 @@ def convert(value: Any, hint: Any) -> Any:
     with suppress(ValueError, OverflowError):
         if hint in (int, float):
             number = int(text) if hint is int and re.fullmatch(r"[-+]?[\d_]+", text) else float(text)
-            if math.isfinite(number) and number == hint(number):
+            if number == hint(number):
                 return hint(number)
     if hint is bool and text.lower() in _BOOLEANS:
         return _BOOLEANS[text.lower()]
@@ -193,63 +179,19 @@ def help_text(cls: Class, usage: str) -> str:
     defaults = asdict(cls())
     groups: dict[str, list[str]] = {}
     for owner in cls.__mro__[:-1]:
-        for title, name, comment in commented_fields(owner):
-            if name in defaults:  # not yet redefined by a subclass
-                default = defaults.pop(name)
+        title = "settings"
+        # A comment may continue in the lines below its field.
+        for line in re.sub(r"\n    # (?!---)", " ", inspect.getsource(owner)).splitlines():
+            heading = re.match(r"    # --- (.+) ---$", line)
+            field = re.match(r"    (\w+): .+? = .+?  # (.+)$", line)
+            title = heading[1] if heading else title
+            if field and field[1] in defaults:  # not yet redefined by a subclass
+                default = defaults.pop(field[1])
                 shown = " ".join(default) if isinstance(default, list) else str(default).replace("\n", r"'\n'")
-                first, *rest = textwrap.wrap(comment, 80)
-                groups.setdefault(title, []).append(f"  {f'--{name}={shown}':36}  {first}")
-                groups[title] += [" " * 40 + line for line in rest]
-    for title, rows in groups.items():
-        lines += ["", f"{title}:", *rows]
-    return "\n".join(lines)
-
-
-def commented_fields(cls: type) -> Iterator[tuple[str, str, str]]:
-    """Yield (group, name, comment) of each field in the source of the class itself."""
-    title = "settings"
-    for line in re.sub(r"\n    # (?!---)", " ", inspect.getsource(cls)).splitlines():
-        heading = re.match(r"    # --- (.+) ---$", line)
-        declared = re.match(r"    (\w+): .+? = .+?  # (?:type: ignore\S+ )?(.+)$", line)
-        title = heading[1] if heading else title
-        if declared:
-            yield title, declared[1], declared[2]
-
-
-@contextmanager
-def exit_codes() -> Iterator[None]:
-    """Turn what ends a program into its exit code, and what the user can mend into one message."""
-    try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-        return
-    except KeyboardInterrupt:
-        message, code = "interrupted", 130
-    except BrokenPipeError:  # `sample.py | head` has read enough. What is still buffered must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        message, code = "", 141
-    except Exception as error:
-        message, code = explain(error), getattr(error, "exit_code", 2)
-        if not message:
-            raise
-    if message:
-        print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
-def explain(error: Exception) -> str:
-    """Return what to tell the user about an error; empty if it is a bug."""
-    if isinstance(error, UserError | OSError):
-        return str(error)
-    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("nanogpt"):
-        serving = {"fastapi", "uvicorn"}  # What `nanogpt serve` needs is named together.
-        packages = "fastapi uvicorn" if error.name in serving else error.name
-        return f"{sys.executable} has no {error.name}: activate the environment that has it, or pip install {packages}"
-    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
-        return f"out of memory; reduce batch_size, block_size or the model, or set --gradient_checkpointing: {error}"
-    return ""
+                setting = f"  {f'--{field[1]}={shown}':36}  "
+                text = textwrap.fill(field[2], 120, initial_indent=setting, subsequent_indent=" " * 40)
+                groups.setdefault(title, []).append(text)
+    return "\n".join([*lines, *(line for title, rows in groups.items() for line in ("", f"{title}:", *rows))])
 
 
 def run(verb: str, arguments: Sequence[str] | None = None, program: str = "") -> None:
@@ -258,16 +200,34 @@ def run(verb: str, arguments: Sequence[str] | None = None, program: str = "") ->
     Exit codes: 0 done, 2 the user's mistake, 3 diverged, 75 stopped by a signal and resumable, 130 interrupted.
     """
     cls, location, positional = VERBS[verb]
-    word = f" [{positional}]" if positional else ""
-    usage = f"{program or f'python {os.path.basename(sys.argv[0])}'} [config.py …]{word} [--key=value …]"
-    with exit_codes():
-        show_log_lines()
-        chosen = parse(cls, sys.argv[1:] if arguments is None else arguments, usage, positional)
+    usage = f"{program or f'python {os.path.basename(sys.argv[0])}'} [config.py …] [{positional}]".removesuffix(" []")
+    show_log_lines()
+    code = 2
+    try:
+        chosen = parse(cls, sys.argv[1:] if arguments is None else arguments, f"{usage} [--key=value …]", positional)
         show_log_lines(getattr(chosen, "verbosity", "normal"))
-        module, _, function = location.partition(":")
-        result = getattr(importlib.import_module(module), function)(chosen)
+        result = pkgutil.resolve_name(location)(chosen)
+        sys.stdout.flush()
         gc.freeze()  # spares the interpreter 0.4 s of collecting torch's modules at its end
         sys.exit(result if isinstance(result, int) else 0)
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    except BrokenPipeError:  # `sample.py | head` has read enough. What is still buffered must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (UserError, OSError) as error:
+        message, code = str(error), getattr(error, "exit_code", 2)
+    except ModuleNotFoundError as error:
+        packages = "fastapi uvicorn" if error.name in ("fastapi", "uvicorn") else error.name
+        message = (
+            f"{sys.executable} has no {error.name}: pip install {packages}, or activate the environment that has it"
+        )
+    except Exception as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        message = f"out of memory; reduce batch_size, block_size or the model, or set --gradient_checkpointing: {error}"
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def main() -> None:
@@ -275,15 +235,13 @@ def main() -> None:
     verb, *arguments = sys.argv[1:] or ["--help"]
     if verb in VERBS:
         run(verb, arguments, program=f"nanogpt {verb}")
-    with exit_codes():
-        if verb == "--version":
-            print(f"nanogpt {__version__}")
-        elif verb in ("--help", "-h", "help"):
-            print("usage: nanogpt VERB [run folder or config.py …] [--key=value …]\n")
-            for name, (cls, _, _) in VERBS.items():
-                print(f"  {name:9} {(cls.__doc__ or '').splitlines()[0]}")
-            print("\nnanogpt VERB --help lists the settings of one.")
-        else:
-            near = difflib.get_close_matches(verb, VERBS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"unknown verb {verb!r}; known: {', '.join(VERBS)}{hint}")
+    elif verb == "--version":
+        print(f"nanogpt {__version__}")
+    elif verb in ("--help", "-h", "help"):
+        print("usage: nanogpt VERB [run folder or config.py …] [--key=value …]\n")
+        for name, (cls, _, _) in VERBS.items():
+            print(f"  {name:9} {(cls.__doc__ or '').splitlines()[0]}")
+        print("\nnanogpt VERB --help lists the settings of one.")
+    else:
+        print(f"error: unknown verb {verb!r}; known: {', '.join(VERBS)}", file=sys.stderr)
+        sys.exit(2)

@@ -60,9 +60,7 @@ class Device:
         """Return the most bytes ever in use: of the GPU's memory on CUDA, of the whole process elsewhere."""
         if self.type == "cuda":
             return torch.cuda.max_memory_allocated(self.name)
-        if sys.platform == "win32":
-            return 0  # keeps no such count
-        import resource
+        import resource  # Windows has none
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -84,19 +82,15 @@ def choose_device(config: Machine, local_rank: int | None = None) -> Device:
     local_rank: the number of this process on its machine where there are several; each takes its own GPU.
     Raises `ConfigError` for a device that is not here.
     """
-    device, dtype = config.device, config.dtype
-    kind, _, index = device.partition(":")
+    kind, _, index = config.device.partition(":")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if kind == "auto":
         kind = next(kind for kind in available if available[kind])
     if not available[kind]:
-        raise ConfigError(f"--device={device}, but torch {torch.__version__} finds none here; use --device=cpu")
+        raise ConfigError(f"--device={config.device}, but torch {torch.__version__} finds none here; use --device=cpu")
     name = kind
     if kind == "cuda":
-        count = torch.cuda.device_count()
-        name = f"cuda:{index or (local_rank or 0) % count}"
-        if int(index or 0) >= count:
-            raise ConfigError(f"--device={device}, but this machine has cuda:0 to cuda:{count - 1}")
+        name = f"cuda:{index or (local_rank or 0) % torch.cuda.device_count()}"
         torch.cuda.set_device(name)
         torch.set_float32_matmul_precision("high")  # TF32 where a matmul stays in float32
     elif kind == "cpu":
@@ -111,7 +105,7 @@ def choose_device(config: Machine, local_rank: int | None = None) -> Device:
     fast = torch.float16 if kind == "cuda" and torch.cuda.get_device_capability(name) < (8, 0) else torch.bfloat16
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     has_fast = kind == "cuda" or (kind == "cpu" and capabilities.get("amx_tile"))
-    chosen = getattr(torch, dtype) if dtype != "auto" else fast if has_fast else torch.float32
+    chosen = getattr(torch, config.dtype) if config.dtype != "auto" else fast if has_fast else torch.float32
     if kind == "mps" and chosen == torch.float16:
         raise ConfigError("--dtype=float16 is not supported on mps; use float32 or bfloat16")
     compiled = bool(config.compile)
@@ -124,17 +118,18 @@ def choose_device(config: Machine, local_rank: int | None = None) -> Device:
 
 def compiling_pays(kind: str, training: TrainConfig) -> bool:
     """Return whether torch.compile, which takes 20 s on a CPU and 60 s on CUDA, will save twice that in this run."""
-    if kind == "cuda":
-        # Triton needs a C compiler and Python's headers, which small container images lack.
-        found: list[Any] = [find_spec("triton"), os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")]
-        found.append(Path(sysconfig.get_paths()["include"], "Python.h").exists())
-    else:
-        # On CPUs GPT-2 gains nothing; the small operations of rotary positions, RMSNorm and SwiGLU do.
-        found = [kind == "cpu", training.architecture != "gpt2", shutil.which(os.environ.get("CXX", "g++"))]
-    # Seconds saved per value of a layer's output: measured on a CPU, estimated from the memory traffic on an H100.
+    if kind == "mps" or training.eval_only:
+        return False
+    # Seconds are saved per value of a layer's output: measured on a CPU, estimated from the memory traffic on an H100.
     values = training.max_iters * training.rows * training.block_size * training.n_layer * training.n_embd
-    saved = values * (26e-9 if kind == "cpu" else 1.2e-10)
-    return all(found) and not training.eval_only and saved > 2 * (20 if kind == "cpu" else 60)
+    if kind == "cpu":
+        # GPT-2 gains nothing; the small operations of rotary positions, RMSNorm and SwiGLU do.
+        can_gain = training.architecture != "gpt2" and shutil.which(os.environ.get("CXX", "g++"))
+        return bool(can_gain) and values * 26e-9 > 2 * 20
+    # Triton needs a C compiler and Python's headers, which small container images lack.
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    return bool(find_spec("triton") and compiler and header.exists()) and values * 1.2e-10 > 2 * 60
 
 
 def keep_freed_memory() -> None:
@@ -144,8 +139,6 @@ def keep_freed_memory() -> None:
     Set one of malloc's own variables (MALLOC_TRIM_THRESHOLD_, ...) to keep its usual behaviour.
     """
     if sys.platform == "linux" and not any(name.startswith("MALLOC_") for name in os.environ):
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent in musl
-        if mallopt:
-            trim_threshold, mmap_max = -1, -4  # of malloc.h
-            mallopt(mmap_max, 0)
-            mallopt(trim_threshold, -1)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD

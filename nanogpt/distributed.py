@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as c10d
 from torch import Tensor
+from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 from nanogpt.device import Device
@@ -94,24 +95,20 @@ class Distributed:
 
 def this_process() -> Distributed:
     """Return this process's rank, local rank and world size, as set by torchrun."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    return Distributed(*(int(os.environ.get(name, default)) for name, default in zip(names, "001", strict=True)))
+    rank, local_rank, world_size = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    return Distributed(int(rank or 0), int(local_rank or 0), int(world_size or 1))
 
 
 @contextmanager
 def init_distributed(backend: str, device: Device, minutes: float) -> Iterator[Distributed]:
-    """Connect the processes within the block; one that waits longer than `minutes` for the others gives up.
-
-    Raises `ConfigError` for NCCL without CUDA.
-    """
+    """Connect the processes within the block; one that waits longer than `minutes` for the others gives up."""
     dist = this_process()
     if dist.world_size == 1:
         yield dist
         return
-    if backend == "nccl" and device.type != "cuda":
-        raise ConfigError(f"--backend=nccl connects CUDA GPUs, but this run is on {device.type}; use --backend=gloo")
     # NCCL for tensors on GPUs, gloo for objects and flags on CPUs.
-    backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" and backend != "gloo" else "gloo"
+    has_nccl = backend == "nccl" or (backend == "auto" and device.type == "cuda")
+    backends = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
     store = store_of_this_attempt(dist, max(minutes, 1.0))  # some machines take long to start Python and torch
     timeout = timedelta(minutes=minutes)
     c10d.init_process_group(backends, store=store, rank=dist.rank, world_size=dist.world_size, timeout=timeout)
@@ -129,8 +126,6 @@ def store_of_this_attempt(dist: Distributed, minutes: float) -> Any:
     itself (https://github.com/pytorch/pytorch/issues/135712): so the main process draws a name for this attempt and
     sends it to each process that registers with a fresh nonce. Without this, restarts fail on torch 2.13.
     """
-    from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
-
     store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(minutes=minutes))))
     mine, deadline = uuid.uuid4().hex, time.monotonic() + 60 * minutes
     if not dist.is_main:
@@ -166,8 +161,9 @@ def parallelize(model: GPT, parallel: str, device: Device, dist: Distributed) ->
     while it computes that block; a model of meta tensors comes out with memory, but without values.
     """
     is_meta = any(parameter.is_meta for parameter in model.parameters())
+    if is_meta:
+        parallel = "fsdp"
     parallel = choose_parallel(parallel, model.get_num_params(), device.total_memory(), device.dtype)
-    parallel = "fsdp" if is_meta else parallel
     if dist.world_size > 1:
         log.info(f"{dist.world_size} processes, {parallel}")
     if device.compile:

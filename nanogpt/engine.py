@@ -18,7 +18,7 @@ from nanogpt.model import GPT
 
 _CHUNK = 512  # tokens of a scored text whose logits exist at the same time: those of 8,000 would take gigabytes
 Window = Literal["half", "slide"]  # a full context loses its older half, or one token (a prefill for every token)
-Likelihood = tuple[float, list[tuple[int, float]]]  # a token's logprob; the top-k ids in its place, with their logprobs
+Logprobs = tuple[float, list[tuple[int, float]]]  # a token's logprob; the top-k ids in its place with theirs
 
 
 @dataclass(frozen=True)
@@ -31,31 +31,30 @@ class Sampling:
     min_p: float = 0.0  # tokens with at least this share of the highest probability (Nguyen et al. 2024)
 
 
-def draw(logits: Tensor, settings: Sequence[Sampling], streams: Sequence[random.Random]) -> list[int]:
-    """Return one id per row of logits (B, V), drawn as its settings say from its own random stream; -1 for NaN."""
+def draw(logits: Tensor, settings: Sequence[Sampling], points: Sequence[float]) -> list[int]:
+    """Return one id per row of logits (B, V): the one at a random point in [0, 1) of its distribution; -1 for NaN."""
     kinds = ["greedy" if s.temperature == 0 else "ranked" if s.top_k or s.top_p < 1 else "plain" for s in settings]
     drawn = torch.empty(len(kinds), dtype=torch.long)
     for kind in set(kinds):  # in groups, because the algorithm of a row must not depend on its neighbours
         rows = [n for n, other in enumerate(kinds) if other == kind]
         part = logits if len(rows) == len(kinds) else logits[rows]
-        drawn[rows] = _draw(kind, part, [settings[n] for n in rows], [streams[n] for n in rows]).cpu()
+        drawn[rows] = _draw(kind, part, [settings[n] for n in rows], [points[n] for n in rows]).cpu()
     return drawn.masked_fill(~logits.amax(dim=-1).isfinite().cpu(), -1).tolist()
 
 
-def _draw(kind: str, logits: Tensor, settings: Sequence[Sampling], streams: Sequence[random.Random]) -> Tensor:
+def _draw(kind: str, logits: Tensor, settings: Sequence[Sampling], points: Sequence[float]) -> Tensor:
     """Return the drawn ids (B,) of rows of one kind."""
     if kind == "greedy":
         return logits.argmax(dim=-1)
     if logits.device.type == "mps":  # which has no float64
         logits = logits.cpu()
     V, ids = logits.shape[-1], None
-    values = [(s.temperature, min(s.top_k or V, V), s.top_p, s.min_p, r.getrandbits(32) / 2**32)
-              for s, r in zip(settings, streams, strict=True)]  # fmt: skip
-    columns = torch.tensor(values, dtype=torch.float64, device=logits.device)[..., None]
-    temperature, top_k, top_p, min_p, point = columns.unbind(1)  # (B, 1) each
+    top_ks = [min(s.top_k or V, V) for s in settings]
+    values = [[s.temperature for s in settings], top_ks, [s.top_p for s in settings], [s.min_p for s in settings]]
+    columns = torch.tensor([*values, points], dtype=torch.float64, device=logits.device)[..., None]
+    temperature, top_k, top_p, min_p, point = columns  # (B, 1) each
     if kind == "ranked":
-        most = max(row[1] for row in values)
-        logits, ids = logits.topk(most) if most < V else logits.sort(descending=True)
+        logits, ids = logits.topk(max(top_ks)) if max(top_ks) < V else logits.sort(descending=True)
     # The maximum goes first, because a tiny temperature would make infinities of any number but 0.
     p = ((logits - logits.amax(dim=-1, keepdim=True)).double() / temperature).softmax(dim=-1)
     if kind == "ranked":
@@ -63,7 +62,7 @@ def _draw(kind: str, logits: Tensor, settings: Sequence[Sampling], streams: Sequ
         p = p.masked_fill(rank >= top_k, 0.0)
         before = (p.cumsum(dim=-1) - p) / p.sum(dim=-1, keepdim=True)  # the probability of all higher ranks
         p = p.masked_fill((before >= top_p) & (rank > 0), 0.0)
-    if any(each.min_p for each in settings):
+    if any(s.min_p for s in settings):
         p = p.masked_fill(p < p.amax(dim=-1, keepdim=True) * min_p, 0.0)
     total = p.cumsum(dim=-1)
     index = torch.searchsorted(total, point * total[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
@@ -117,7 +116,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0  # of the request's own random stream, which makes it independent of other requests
     stop: frozenset[int] = frozenset()  # ids that end it: the model's end tokens
-    alternatives: int | None = None  # also record logprobs: of each new token, and of so many top-k ids in its place
+    logprobs: int | None = None  # also record the logprob of each new token, and this many top-k ids in its place
 
 
 @dataclass(eq=False)
@@ -129,12 +128,12 @@ class Row:
     stream: random.Random
     begin: int = 0  # the token with which the window that the model sees begins
     seen: int = 0  # tokens of the window that are in the cache
-    end: str = ""  # "length", "stop", "cancelled" or "error" (logits that are not finite); empty: under way
-    alternatives: list[Likelihood] = field(default_factory=list)  # per new token, if the request asks for them
+    end: str = ""  # "length", "stop", "cancelled" or "error"; empty: under way
+    error: Exception | None = None
+    logprobs: list[Logprobs] = field(default_factory=list)  # of each new token, if the request asks for them
 
     @property
     def new_tokens(self) -> list[int]:
-        """Return the completion."""
         return self.tokens[len(self.request.prompt) :]
 
 
@@ -156,7 +155,6 @@ class Engine:
 
     @property
     def room(self) -> int:
-        """Return how many more requests can be added."""
         return self.cache.rows - len(self.rows)
 
     def add(self, requests: Sequence[Request]) -> list[Row]:
@@ -188,16 +186,18 @@ class Engine:
         idx = torch.tensor([row.tokens[-1:] for row in rows], device=self.device)  # (B, 1)
         x = self.model.transformer(idx, cache=self.cache)[:, -1]
         logits = self.model.lm_head(x)[:, : self.vocab_size].float()
+        points = [row.stream.getrandbits(32) / 2**32 for row in rows]
+        drawn = draw(logits, [row.request.sampling for row in rows], points)
         for row in rows:
             row.seen += 1
-        drawn = draw(logits, [row.request.sampling for row in rows], [row.stream for row in rows])
-        for n, (row, token) in enumerate(zip(rows, drawn, strict=True)):
+        for row, token, of_row in zip(rows, drawn, logits, strict=True):
             if token < 0:
+                row.error = FloatingPointError("the model's output is not a number; its weights may be damaged")
                 self.finish(row, "error")
                 continue
             row.tokens.append(token)
-            if row.request.alternatives is not None:
-                row.alternatives.append(_likelihood(logits[n], token, row.request.alternatives))
+            if row.request.logprobs is not None:
+                row.logprobs.append(_logprobs(of_row, token, row.request.logprobs))
             if token in row.request.stop:
                 self.finish(row, "stop")
             elif len(row.tokens) - len(row.request.prompt) >= row.request.max_new_tokens:
@@ -224,11 +224,11 @@ class Engine:
             self.rows[place] = last
 
     @torch.inference_mode()
-    def score(self, tokens: Sequence[int], alternatives: int) -> list[Likelihood]:
+    def score(self, tokens: Sequence[int], count: int) -> list[Logprobs]:
         """Return the logprobs of tokens[1:], each after those before it; at most block_size tokens. Uses no row."""
         parts = self.model.transformer(torch.tensor([tokens], device=self.device))[0].split(_CHUNK)
         logits = (row for part in parts for row in self.model.lm_head(part)[:, : self.vocab_size])  # (V,) each
-        return [_likelihood(row.float(), token, alternatives) for token, row in zip(tokens[1:], logits, strict=False)]
+        return [_logprobs(row.float(), token, count) for token, row in zip(tokens[1:], logits, strict=False)]
 
     @torch.inference_mode()
     def _prefill(self, rows: Sequence[Row]) -> None:
@@ -246,7 +246,7 @@ class Engine:
                 self.cache.copy(self.rows.index(first[window]), self.rows.index(row), row.seen)
 
 
-def _likelihood(logits: Tensor, token: int, count: int) -> Likelihood:
+def _logprobs(logits: Tensor, token: int, count: int) -> Logprobs:
     """Return the logprob of a token by logits (V,), and the `count` top ids with theirs."""
     logprobs = logits.log_softmax(dim=-1)
     top = logprobs.topk(min(count, len(logprobs)))
@@ -261,8 +261,8 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, temperature: float, t
     (B, T), seed, sampling = idx.shape, int(torch.randint(2**62, ())), Sampling(temperature, top_k or 0)
     engine = Engine(model, B, length=T + max_new_tokens, window="slide")
     rows = engine.complete([Request(row, max_new_tokens, sampling, seed + n) for n, row in enumerate(idx.tolist())])
-    if any(row.end == "error" for row in rows):
-        raise FloatingPointError("the model's output is not a number; its weights may be damaged")
+    if error := next((row.error for row in rows if row.error), None):
+        raise error
     return torch.tensor([row.tokens for row in rows], device=idx.device)
 
 

@@ -49,12 +49,8 @@ def locked(path: str | Path, what: str) -> Iterator[None]:
 
     The file holds the owner's name, or that it failed. Raises `UserError` with that name if the lock is taken.
     """
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "a+b", buffering=0)
-    except OSError as error:
-        raise UserError(f"{Path(path).parent} can't hold {what} ({error.strerror}): choose another folder") from error
-    with lock as file:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b", buffering=0) as file:
         try:
             import fcntl
 
@@ -63,17 +59,17 @@ def locked(path: str | Path, what: str) -> Iterator[None]:
             file.seek(0)
             owner = file.read(200).decode("utf-8", "replace") or "another process"
             raise UserError(f"{owner} is using {what}; wait for it, or stop it") from None
-        except (OSError, ImportError) as error:  # Lustre and NFS are often mounted without locks; Windows
+        except (OSError, ImportError) as error:  # Lustre and NFS are often mounted without locks; Windows has no fcntl
             logging.getLogger(__name__).warning(f"{path} can't be locked here: start nothing else there ({error})")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        end = b"failed"
         try:
             yield
-        except BaseException:
+            end = b""
+        finally:
             file.truncate(0)
-            file.write(b"failed")
-            raise
-        file.truncate(0)
+            file.write(end)
 
 
 def parse_json(text: str | bytes) -> Any:

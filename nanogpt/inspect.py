@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +21,21 @@ from nanogpt.sample import prompt_ids, read_prompt
 from nanogpt.settings import InspectConfig
 from nanogpt.tokenizer import Tokenizer
 
-_FULL = 6.0  # nats at which the colour is full
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.9 ui-monospace, "DejaVu Sans Mono", monospace; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-  background: light-dark(#fbfaf8, #16171a); color: light-dark(#1f2328, #e6e6e3); }
-p { font-family: system-ui, sans-serif; }
-div { white-space: pre-wrap; overflow-wrap: anywhere; }
-span { background: color-mix(in srgb, light-dark(#f08a24, #9c4a0b) var(--p), transparent); border-radius: 0.2rem; }
+_PAGE = """<!doctype html><meta charset="utf-8"><style>:root {{ color-scheme: light dark; }}
+body {{ font: 15px/1.9 monospace; max-width: 60rem; margin: 2rem auto; }}
+div {{ white-space: pre-wrap; overflow-wrap: anywhere; }}</style>
+<p>{about}. The stronger the colour, the higher the loss, up to 6 nats; point at a token for its number.</p>
+<div>{text}</div>
 """
 
 
 def inspect(config: InspectConfig) -> None:
-    """Print the parameters of a model; of a text, write the loss of each token and draw where each head looks.
-
-    Of a text longer than the model's context, that is its beginning. Raises `ConfigError` if it is too short.
-    """
+    """Print the parameters of a model; of a text, write the loss of each token and draw where each head looks."""
     trained = load_trained(config, Device("cpu", "cpu", torch.float32, compile=False))
     model, tokenizer = trained.model, trained.tokenizer
-    ids = prompt_ids(read_prompt(config.text, "text"), tokenizer)
+    ids = prompt_ids(read_prompt(config.text), tokenizer)[: model.config.block_size]
     if len(ids) < 2:
         raise ConfigError(f"text has {len(ids)} tokens, and the first one has no loss: expected at least 2")
-    if len(ids) > model.config.block_size:
-        print(f"of {len(ids):,} tokens the first {model.config.block_size:,}, the model's context")
-        ids = ids[: model.config.block_size]
     print(f"{trained.name}, {model.get_num_params() / 1e6:.2f}M parameters")
     parameters = [
         (name, " x ".join(map(str, p.shape)), str(p.dtype).removeprefix("torch."), f"{p.norm().item():.3f}")
@@ -53,11 +44,12 @@ def inspect(config: InspectConfig) -> None:
     print_table([("parameter", "shape", "dtype", "norm"), *parameters])
     folder = Path(config.output or (config.out_dir if config.init_from == "resume" else "."))
     losses, attention = look(model, ids)
+    about = f"{sum(losses) / len(losses):.4f} nats per token over {len(ids)} tokens"
     with atomic_write(folder / "tokens.html") as file:
-        file.write(coloured(ids, losses, tokenizer, trained.name).encode())
-    print(f"wrote {folder / 'tokens.html'}: {sum(losses) / len(losses):.4f} nats per token")
+        file.write(page_of_tokens(ids, losses, tokenizer, f"{trained.name}: {about}").encode())
+    print(f"wrote {folder / 'tokens.html'}: {about}")
     draw_attention(folder / "attention.png", ids, attention, tokenizer)
-    print(f"drew {folder / 'attention.png'}: {len(attention)} layers of {attention[0].shape[0]} heads")
+    print(f"drew {folder / 'attention.png'}: {len(attention)} layers of {len(attention[0])} heads")
 
 
 class _Attention(TorchFunctionMode):
@@ -67,15 +59,13 @@ class _Attention(TorchFunctionMode):
         super().__init__()
         self.seen: list[Tensor] = []  # (H, T, T) for each layer
 
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, arguments: Sequence[Any] = (), named: Any = None
-    ) -> Any:
-        if function is F.scaled_dot_product_attention:
-            q, k = arguments[0][0], arguments[1][0]  # (H, T, D)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            q, k = args[0][0], args[1][0]  # (H, T, D)
             scores = q @ k.mT / math.sqrt(q.shape[-1])
             hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
             self.seen.append(scores.masked_fill(hidden, -math.inf).softmax(dim=-1))
-        return function(*arguments, **(named or {}))
+        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
@@ -88,20 +78,14 @@ def look(model: GPT, ids: Sequence[int]) -> tuple[list[float], list[Tensor]]:
     return losses.tolist(), attention.seen
 
 
-def coloured(ids: Sequence[int], losses: Sequence[float], tokenizer: Tokenizer, name: str) -> str:
+def page_of_tokens(ids: Sequence[int], losses: Sequence[float], tokenizer: Tokenizer, about: str) -> str:
     """Return a page of HTML that shows a text, each token tinted by its loss."""
     first, *texts = list(tokenizer.decode_stream(ids))[: len(ids)]
     spans = [html.escape(first)]
     for text, loss in zip(texts, losses, strict=True):
-        title = f"{loss:.3f} nats, {100 * math.exp(-loss):.2g} %"
-        share = f"{100 * min(1.0, loss / _FULL):.0f}%"
-        spans.append(f'<span style="--p: {share}" title="{title}">{html.escape(text)}</span>')
-    about = (
-        f"{name}: {sum(losses) / len(losses):.4f} nats per token. The stronger the colour, the more surprising the "
-        f"token (full at {_FULL:g} nats); point at one for its number."
-    )
-    head = f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html.escape(name)}</title>'
-    return f"{head}\n<style>{_STYLE}</style>\n<p>{html.escape(about)}</p>\n<div>{''.join(spans)}</div>\n"
+        style = f"background: rgb(240 138 36 / {min(100, 100 * loss / 6):.0f}%)"
+        spans.append(f'<span style="{style}" title="{loss:.3f} nats">{html.escape(text)}</span>')
+    return _PAGE.format(about=html.escape(about), text="".join(spans))
 
 
 def draw_attention(path: Path, ids: Sequence[int], attention: Sequence[Tensor], tokenizer: Tokenizer) -> None:
@@ -109,22 +93,17 @@ def draw_attention(path: Path, ids: Sequence[int], attention: Sequence[Tensor], 
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
-    L, H, T = len(attention), attention[0].shape[0], len(ids)
-    names = [repr(tokenizer.decode([token]))[1:-1] for token in ids] if T <= 40 else []
+    L, H = len(attention), len(attention[0])
+    names = [repr(tokenizer.decode([token]))[1:-1] for token in ids] if len(ids) <= 40 else []
     side = max(2.2, 0.13 * len(names))  # inches; 0.13 for a label of 8 points
     figure = Figure(figsize=(min(side * H + 1, 60), min(side * L + 1, 60)), layout="constrained")
     panels = figure.subplots(L, H, squeeze=False, sharex=True, sharey=True)
-    norm = PowerNorm(0.5, vmin=0, vmax=1)  # most weights are small
-    hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
     for n, axes in enumerate(panels.flat):
-        weights = attention[n // H][n % H].masked_fill(hidden, math.nan)  # what is hidden has no colour
-        image = axes.imshow(weights.numpy(), cmap="viridis_r", norm=norm)
+        # PowerNorm, because most weights are small.
+        image = axes.imshow(attention[n // H][n % H].numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 1))
         axes.set_title(f"layer {n // H}, head {n % H}", fontsize=9)
-        axes.set_xticks(range(len(names)), names, rotation=90)
-        axes.set_yticks(range(len(names)), names)
-        axes.tick_params(labelsize=8, length=0)
-        axes.spines[["top", "right"]].set_visible(False)
-    bar = figure.colorbar(image, ax=panels, shrink=min(1.0, 3 / L), pad=0.01)
-    bar.set_label("share of a row's attention")
+        axes.set_xticks(range(len(names)), names, fontsize=8, rotation=90)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+    figure.colorbar(image, ax=panels, shrink=min(1.0, 3 / L), pad=0.01, label="share of a row's attention")
     with atomic_write(path) as file:
         figure.savefig(file, dpi=110, format="png")

@@ -30,9 +30,8 @@ class LogLines(logging.Handler):
     """Prints log lines to standard output, and warnings to standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a line; a run continues when `| head` has closed its output."""
         is_warning = record.levelno >= logging.WARNING
-        with suppress(OSError, ValueError):
+        with suppress(OSError):  # A run whose terminal is gone still saves before it stops.
             text = "warning: " * is_warning + self.format(record)
             print(text, file=sys.stderr if is_warning else sys.stdout, flush=True)
 
@@ -71,11 +70,7 @@ class Metrics:
         for kind in [WandB] * config.wandb_log + [TensorBoard] * config.tensorboard_log:
             try:
                 self.trackers.append(kind(config, resumed))
-            except ImportError:
-                log.warning(
-                    f"{kind.__name__} is not installed (pip install {kind.__name__.lower()}); training without it"
-                )
-            except Exception as error:  # not logged in, no network: each package has its own exceptions
+            except Exception as error:  # not installed, not logged in, no network: each has its own exceptions
                 log.warning(f"{kind.__name__} could not start ({error}); training without it")
 
     def log_step(self, state: "TrainState", loss: float, grad_norm: float, learning_rate: float) -> None:
@@ -85,14 +80,12 @@ class Metrics:
         speed = self.config.rows * self.config.block_size / seconds
         values = {"train/loss": loss, "lr": learning_rate, "grad_norm": grad_norm, "tokens_per_second": speed}
         values["epoch"] = state.tokens / self.tokens_per_epoch
-        utilization = ""
+        line = f"iter {state.step - 1}: loss {loss:.4f}, time {seconds * 1000:.2f}ms"
         if self.peak_speed:
             values["mfu"] = speed / self.peak_speed
-            utilization = f"mfu {values['mfu'] * 100:.2f}%, "
-        log.info(
-            f"iter {state.step - 1}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, {utilization}{speed:,.0f} tokens/s, "
-            f"{duration((self.config.max_iters - state.step) * seconds)} left"
-        )
+            line += f", mfu {values['mfu']:.2%}"
+        left = duration((self.config.max_iters - state.step) * seconds)
+        log.info(f"{line}, {speed:,.0f} tokens/s, {left} left")
         self.log(state, values)
 
     def log_evaluation(self, state: "TrainState", losses: dict[str, float], sample: str = "") -> None:

@@ -59,20 +59,19 @@ class Muon(torch.optim.AdamW):
     gradient and makes all singular values 1, so that a step moves every direction by the same amount, also those in
     which gradients are small and rare. It needs one tensor of state in place of two.
 
-    Parameter groups: AdamW's two, then one for each shape of matrix. Queries, keys and values, and the two halves of
+    Parameter groups: AdamW's two, then one for each matrix of a block. Queries, keys and values, and the two halves of
     SwiGLU, are linear maps of their own that share a tensor; `cuts` says where.
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
     """
 
     def __init__(self, model: GPT, config: TrainConfig, dtype: torch.dtype) -> None:
-        stacks = hidden_matrices(model)
-        hidden = {id(matrix) for matrices in stacks.values() for matrix in matrices}
+        matrices = hidden_matrices(model)
+        hidden = {id(matrix) for group in matrices for matrix in group["params"]}
         groups = decay_groups([p for p in model.parameters() if id(p) not in hidden], config.weight_decay)
-        for (_, cuts), matrices in stacks.items():
-            scale = config.muon_lr / config.learning_rate
-            group = {"params": matrices, "cuts": list(cuts), "lr_scale": scale, "momentum": config.muon_momentum}
-            groups.append({**group, "weight_decay": config.weight_decay})
+        scale = config.muon_lr / config.learning_rate
+        shared = {"lr_scale": scale, "momentum": config.muon_momentum, "weight_decay": config.weight_decay}
+        groups += [{**group, **shared} for group in matrices]
         super().__init__(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
         self.dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
@@ -112,25 +111,22 @@ class Muon(torch.optim.AdamW):
                 matrix.sub_(shard_like(matrix, direction.to(matrix.dtype)) * rate)
 
 
-def hidden_matrices(model: GPT) -> dict[tuple[torch.Size, tuple[int, ...]], list[nn.Parameter]]:
-    """Return the matrices of the blocks by shape and by the rows of the linear maps that they consist of."""
+def hidden_matrices(model: GPT) -> list[dict[str, Any]]:
+    """Return a group for each matrix of a block: `params`, one per block, and `cuts`, the rows of its linear maps."""
     config = model.config
     heads = [n * config.head_size for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
-    # Checkpoints number the matrices in this order.
     gate_and_value = [config.n_hidden] * (1 if config.is_gpt2 else 2)
+    # Checkpoints number the matrices in this order.
     cuts = {
         "attn.c_attn": heads,
         "mlp.c_fc": gate_and_value,
         "attn.c_proj": [config.n_embd],
         "mlp.c_proj": [config.n_embd],
     }
-    stacks: dict[tuple[torch.Size, tuple[int, ...]], list[nn.Parameter]] = {}
-    for block in model.transformer.h:
-        for name, rows in cuts.items():
-            weight = block.get_parameter(f"{name}.weight")
-            if weight.requires_grad:
-                stacks.setdefault((weight.shape, tuple(rows)), []).append(weight)
-    return stacks
+    return [
+        {"params": [block.get_parameter(f"{name}.weight") for block in model.transformer.h], "cuts": rows}
+        for name, rows in cuts.items()
+    ]
 
 
 def orthogonalize_together(stack: Tensor, cuts: list[int]) -> Tensor:

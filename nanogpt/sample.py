@@ -29,23 +29,18 @@ def sample(config: SampleConfig) -> None:
     device = choose_device(replace(config, compile=False))
     trained = load_trained(config, device)
     model, tokenizer = trained.model, trained.tokenizer
-    prompt = prompt_ids(read_prompt(config.start, "start"), tokenizer)
-    if len(prompt) > (seen := model.config.block_size):
+    prompt = prompt_ids(read_prompt(config.start), tokenizer)
+    if len(prompt) > (most := model.config.block_size):
         raise ConfigError(
-            f"the prompt has {len(prompt):,} tokens and the model sees {seen:,} at a time; shorten --start"
+            f"the prompt has {len(prompt):,} tokens and the model sees {most:,} at a time; shorten --start"
         )
     log.info(f"{trained.name}, {model.get_num_params() / 1e6:.2f}M parameters")
-    count = 1 if config.temperature == 0 else config.num_samples
-    if count < config.num_samples:
-        log.info("temperature=0 always draws the most probable token: one sample stands for all")
-
+    count = config.num_samples if config.temperature else 1  # Greedy samples are all the same.
     quantize(model, device.dtype, int8=config.int8)
-    length = len(prompt) + config.max_new_tokens
-    engine = Engine(
-        model, count, length=length, vocab_size=tokenizer.vocab_size, dtype=device.dtype, window=config.window
-    )
+    engine = Engine(model, count, length=len(prompt) + config.max_new_tokens, vocab_size=tokenizer.vocab_size,
+                    dtype=device.dtype, window=config.window)  # fmt: skip
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
-    ends = tokenizer.end_tokens if config.stops_at_eos else frozenset()
+    ends = tokenizer.end_tokens if config.stop_at_eos and not config.ignore_end else frozenset()
     logprobs = config.logprobs if config.logprobs >= 0 else None
     rows = engine.add(
         [Request(prompt, config.max_new_tokens, sampling, config.seed + n, ends, logprobs) for n in range(count)]
@@ -56,24 +51,20 @@ def sample(config: SampleConfig) -> None:
     print(texts[rows[0]], end="", flush=True)
     while engine.rows:
         for row in engine.step():
-            if row.end == "error":
-                raise DataError(f"{trained.name}: the model's output is not a number; its weights may be damaged")
+            if row.error:
+                raise DataError(f"{trained.name}: {row.error}")
             piece = follow(engine, row, streams[row])
             texts[row] += piece
             if row is rows[0]:
                 print(piece, end="", flush=True)
     for row in rows:
         print(f"{texts[row] if row is not rows[0] else ''}\n{SEPARATOR}")
-        if row.alternatives:
-            print_logprobs(row, tokenizer)
-
-
-def print_logprobs(row: Row, tokenizer: Tokenizer) -> None:
-    """Print each new token with its logprob, and the top-k ids in its place with theirs."""
-    for token, (logprob, top) in zip(row.new_tokens, row.alternatives, strict=True):
-        others = "".join(f"   {tokenizer.decode([other])!r} {each:.3f}" for other, each in top)
-        print(f"{logprob:8.3f} {tokenizer.decode([token])!r:16}{others}")
-    print(SEPARATOR)
+        # Each new token with its logprob, and the top-k ids in its place with theirs.
+        for token, (logprob, top) in zip(row.new_tokens, row.logprobs, strict=False):
+            others = "".join(f"   {tokenizer.decode([other])!r} {each:.3f}" for other, each in top)
+            print(f"{logprob:8.3f} {tokenizer.decode([token])!r:16}{others}")
+        if logprobs is not None:
+            print(SEPARATOR)
 
 
 class TextStream:
@@ -86,25 +77,23 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, stop
         self.stopped = False  # whether a stop string has come; neither it nor what follows is part of the text
-        self.length = 0  # characters so far, with those that are held back
         self._held = ""
         # The decoders of the tokenizers library raise an error at bytes that form no character.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._decoder.decode(tokenizer.decode_bytes(prompt))  # The prompt may end within a character.
+        prompt_text = self._decoder.decode(tokenizer.decode_bytes(prompt))  # It may end within a character.
+        self.length = len(prompt_text)  # characters so far, with the prompt's and those that are held back
 
     def push(self, tokens: Sequence[int], final: bool = False) -> str:
         """Return the text that is certain after these tokens; with `final`, all that is left."""
         text = self._decoder.decode(self.tokenizer.decode_bytes(tokens), final)
         self.length += len(text)
         self._held += text
-        found = [place for each in self.stop if (place := self._held.find(each)) >= 0]
-        self.stopped = bool(found)
-        certain = len(self._held)
-        if found:
-            certain = min(found)
-        elif not final:  # up to the first character from which on the rest may become a stop string
-            rests = (n for n in range(certain) if any(each.startswith(self._held[n:]) for each in self.stop))
-            certain = next(rests, certain)
+        places = [place for each in self.stop if (place := self._held.find(each)) >= 0]
+        self.stopped = bool(places)
+        if not places and not final:  # The rest may become a stop string, from the first of these places on.
+            rests = ((n, self._held[n:]) for n in range(len(self._held)))
+            places = [n for n, rest in rests if any(each.startswith(rest) for each in self.stop)]
+        certain = min(places, default=len(self._held))
         piece, self._held = self._held[:certain], self._held[certain:]
         return piece
 
@@ -120,12 +109,9 @@ def follow(engine: Engine, row: Row, stream: TextStream) -> str:
     return piece
 
 
-def read_prompt(text: str, setting: str) -> str:
-    """Return the text of a setting, or of the file that it names as FILE:PATH. Raises `ConfigError`."""
-    try:
-        return Path(text.removeprefix("FILE:")).read_text("utf-8") if text.startswith("FILE:") else text
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--{setting}={text}: cannot read the prompt: {error}") from error
+def read_prompt(text: str) -> str:
+    """Return the text of a setting, or of the file that it names as FILE:PATH."""
+    return Path(text.removeprefix("FILE:")).read_text("utf-8", "replace") if text.startswith("FILE:") else text
 
 
 def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -1,8 +1,8 @@
 """The program behind `nanogpt serve`: OpenAI's completions API for one model, and a page to play with.
 
-One thread owns the engine and runs its steps for all clients (`Scheduler`); asyncio speaks to the clients
-(`make_server`). Each completion that a request asks for is a `Job`, admitted between two steps; what is new of it comes
-back as a `Piece`. The API is described at https://platform.openai.com/docs/api-reference/completions.
+Two halves meet in the `Job`, one completion under way. The `Scheduler` runs the jobs of all clients on one engine, and
+knows nothing of HTTP but the status of an error. The other half speaks to the clients, and puts what comes of a job
+into OpenAI's form: https://platform.openai.com/docs/api-reference/completions.
 """
 
 import asyncio
@@ -14,10 +14,9 @@ import os
 import secrets
 import signal
 import socket
-import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -28,16 +27,14 @@ import uvicorn
 from fastapi import Depends, FastAPI, Response
 from fastapi import Request as HTTPRequest
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-from pydantic import BaseModel, Field, ValidationError, model_validator
-from starlette.background import BackgroundTask
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_validator
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.types import Receive
 
 from nanogpt import __version__
 from nanogpt.checkpoint import load_trained
 from nanogpt.device import choose_device
-from nanogpt.engine import Engine, Likelihood, Request, Row, Sampling, quantize
+from nanogpt.engine import Engine, Logprobs, Request, Row, Sampling, quantize
 from nanogpt.errors import UserError
 from nanogpt.sample import TextStream, follow, prompt_ids
 from nanogpt.settings import ServeConfig
@@ -45,218 +42,162 @@ from nanogpt.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-MAX_VALUES = 2**19  # logprobs in one answer, which is put together in memory
-
-Choice = dict[str, Any]
-TokenInfo = tuple[int, int, Likelihood | None]  # where its text begins, its id, its logprobs
+RETRY = {"retry-after": "1"}
+Token = tuple[int, int, Logprobs | None]  # where its text begins, its id, its logprobs
 
 
 @dataclass(eq=False)
 class Job:
-    """One completion: what is asked for, and how far it has come."""
+    """One completion: what is asked for, what has come of it, and how much of that its client has got."""
 
-    request: Request
     index: int  # among the choices of its answer
+    request: Request
     stream: TextStream
-    prompt_texts: list[str]  # of its tokens
-    echo: bool  # begin with the prompt
-    pieces: "asyncio.Queue[Piece]"  # where what is new of it goes; the jobs of a request share one
-    deadline: float = 0.0  # until when it may wait; once it runs, until when it may run
-    cancelled: bool = False
-    held: list[TokenInfo] = field(default_factory=list)  # tokens whose text is not certain yet
+    changed: asyncio.Event  # set when there is something new; the jobs of a request share it
+    starts: list[int]  # where the texts of the prompt's tokens begin, if their logprobs are asked for
+    text: str  # the prompt's, and what is certain of the completion
+    taken: int  # characters
+    tokens: list[Token] = field(default_factory=list)
+    taken_tokens: int = 0
     sampled: int = 0  # tokens
-    sent: int = 0  # characters
-
-    def piece(self, text: str, end: str = "") -> "Piece":
-        """Return text that has become certain, and the tokens up to it: not those of what may be a stop string."""
-        self.sent += len(text)
-        if not end and not (self.held and self.held[-1][0] < self.stream.length == self.sent):
-            return Piece(self, text)
-        length = sum(map(len, self.prompt_texts))
-        certain = [each for each in self.held if each[0] < self.sent or not self.stream.stopped]
-        tokens = [(length + start, token, logprobs) for start, token, logprobs in certain]
-        self.held = []
-        return Piece(self, text, tokens, end)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What is new of a completion."""
-
-    job: Job
-    text: str = ""
-    tokens: Sequence[TokenInfo] = ()  # if logprobs are asked for
     end: str = ""  # "length", "stop", or empty while it continues
     error: HTTPException | None = None
+    is_told: bool = False  # whether its client knows how it has ended
+    deadline: float = 0.0  # until when it may wait; once it runs, until when it may run
+
+    def take(self) -> tuple[str, list[Token], str]:
+        """Return what is new since the last call: text, the tokens that begin in it, and how it has ended."""
+        if self.error:
+            raise self.error
+        end = self.end  # first, because the engine's thread writes it last
+        text, tokens = self.text[self.taken :], self.tokens[self.taken_tokens :]
+        self.taken += len(text)
+        if not end or self.stream.stopped:  # What has no text yet may belong to a stop string.
+            tokens = [token for token in tokens if token[0] < self.taken]
+        self.taken_tokens += len(tokens)
+        self.is_told = bool(end)
+        return text, tokens, end
 
 
 class Scheduler:
-    """Runs the jobs of all clients on one engine, in a thread of its own that computes with `threads` (0: torch's)."""
+    """Runs jobs: step by step, in a thread of its own, which computes with `threads` (0: torch's)."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, config: ServeConfig, threads: int = 0) -> None:
-        self.engine, self.tokenizer, self.config, self.threads = engine, tokenizer, config, threads
+        self.engine, self.tokenizer, self.config = engine, tokenizer, config
+        self.thread = ThreadPoolExecutor(1, "engine", torch.set_num_threads, (threads or torch.get_num_threads(),))
+        self.task: asyncio.Task[None] | None = None
         self.waiting: list[Job] = []
         self.running: dict[Row, Job] = {}
-        self.news: list[Piece] = []
+        self.news: set[asyncio.Event] = set()
         self.counters = dict.fromkeys(["prompt_tokens", "sampled_tokens", "refused_requests", "failures"], 0)
         self.failures_in_a_row = 0
-        self.closing = False
-        self.changed = threading.Condition()
-        self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
-        self.thread.start()
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue the jobs of a request, all or none. Called on asyncio's loop, to which their pieces come."""
-        self.loop = asyncio.get_running_loop()
-        with self.changed:
-            if len(self.waiting) + len(jobs) > self.config.queue:
-                self.counters["refused_requests"] += 1
-                raise HTTPException(429, f"{len(self.waiting)} completions are waiting already; try again")
-            for job in jobs:
-                job.deadline = time.monotonic() + self.config.timeout
-            self.waiting += jobs
-            self.changed.notify()
-
-    def cancel(self, jobs: Sequence[Job]) -> None:
-        """Drop jobs whose client has left; those that have ended don't mind."""
-        with self.changed:
-            for job in jobs:
-                job.cancelled = True
-            self.waiting = [job for job in self.waiting if not job.cancelled]
-        jobs[0].pieces.put_nowait(Piece(jobs[0], error=HTTPException(499, "the client has left")))
-
-    def close(self) -> None:
-        """Finish what is there and end the thread."""
-        with self.changed:
-            self.closing = True
-            self.changed.notify()
-        self.thread.join()
-
-    def run(self) -> None:
-        """Admit jobs, step, deliver: until closed and idle."""
-        if self.threads:
-            torch.set_num_threads(self.threads)
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.waiting or self.running or self.closing)
-                if not self.waiting and not self.running:
-                    return
-            prefilled = 0  # One context at most between two steps, or those who are running would wait too long.
-            while prefilled < self.engine.block_size and (jobs := self.admit()):
-                self.prefill(jobs)
-                prefilled += len(jobs[0].request.prompt)
-            try:
-                self.step()
-            except Exception as error:
-                self.fail(list(self.running.values()), error)
-                self.running.clear()
-                self.engine.rows.clear()
-            with suppress(RuntimeError):  # The loop is closed: a second Ctrl-C has cut the clients off.
-                self.loop.call_soon_threadsafe(deliver, self.news)
-            self.news = []
-
-    def admit(self) -> list[Job]:
-        """Take the next job from the queue, and those that share its prompt, as far as rows are free."""
-        with self.changed:
-            while self.waiting and time.monotonic() > self.waiting[0].deadline:
-                error = HTTPException(429, f"no row became free within {self.config.timeout} seconds; try again")
-                self.news.append(Piece(self.waiting.pop(0), error=error))
-            groups = itertools.groupby(self.waiting[: self.engine.room], key=lambda job: id(job.request.prompt))
-            jobs = list(next(groups)[1]) if self.waiting and self.engine.room else []
-            del self.waiting[: len(jobs)]
+        """Queue the jobs of a request, all or none."""
+        if len(self.waiting) + len(jobs) > self.config.queue:
+            self.counters["refused_requests"] += 1
+            raise HTTPException(429, f"{len(self.waiting)} completions are waiting already; try again", RETRY)
         for job in jobs:
             job.deadline = time.monotonic() + self.config.timeout
-        return jobs
+        self.waiting += jobs
+        if not self.task or self.task.done():
+            self.task = asyncio.create_task(self.run())
 
-    def prefill(self, jobs: Sequence[Job]) -> None:
-        """Prefill the prompt of jobs that share it. A failure ends only these."""
-        request, echo = jobs[0].request, jobs[0].echo
+    async def run(self) -> None:
+        """Run jobs until none is left."""
+        late = HTTPException(429, f"no row became free within {self.config.timeout} seconds; try again", RETRY)
+        while self.waiting or self.running:
+            self.fail([job for job in self.waiting if time.monotonic() > job.deadline], late)
+            self.waiting = [job for job in self.waiting if not job.error]
+            await asyncio.get_running_loop().run_in_executor(self.thread, self.step)
+            for changed in self.news:
+                changed.set()
+            self.news.clear()
+
+    def step(self) -> None:
+        """Admit waiting jobs, and sample one token for every running one."""
+        for row, job in list(self.running.items()):
+            if job.error or time.monotonic() > job.deadline:  # Its client has left, or its time is over.
+                self.engine.finish(row, "length")
+                self.update(row, job.stream.push([], final=True))
+        prefilled = 0  # One context at most between two steps, or those who are running would wait too long.
+        while self.waiting and self.engine.room and prefilled < self.engine.block_size:
+            prefilled += self.admit()
         try:
-            is_scored = echo and request.alternatives is not None
-            scores = self.engine.score(request.prompt, request.alternatives or 0) if is_scored else []
+            rows = self.engine.step()
+        except Exception as error:
+            self.fail(list(self.running.values()), error)
+            self.running.clear()
+            self.engine.rows.clear()
+            return
+        for row in rows:
+            job, start = self.running[row], self.running[row].stream.length
+            if row.error:
+                self.fail([self.running.pop(row)], row.error)
+                continue
+            text = follow(self.engine, row, job.stream)  # This also ends the row where a stop string is complete.
+            if row.logprobs:
+                job.tokens.append((start, row.tokens[-1], row.logprobs[-1]))
+            job.sampled += 1
+            self.counters["sampled_tokens"] += 1
+            self.update(row, text)
+
+    def admit(self) -> int:
+        """Prefill the next prompt for all jobs that share it and find a row; return its length.
+
+        A failure ends only these jobs.
+        """
+        prompt = self.waiting[0].request.prompt
+        jobs = list(itertools.takewhile(lambda job: job.request.prompt is prompt, self.waiting[: self.engine.room]))
+        del self.waiting[: len(jobs)]
+        try:
+            scores = [None, *self.engine.score(prompt, jobs[0].request.logprobs or 0)] if jobs[0].starts else []
             rows = self.engine.add([job.request for job in jobs])
         except Exception as error:
             self.fail(jobs, error)
             self.engine.rows = [row for row in self.engine.rows if row in self.running]
-            return
-        self.counters["prompt_tokens"] += len(request.prompt)
-        offsets = itertools.accumulate(map(len, jobs[0].prompt_texts), initial=0)
-        tokens = list(zip(offsets, request.prompt, [None, *scores], strict=False)) if is_scored else []
+            return 0
+        self.counters["prompt_tokens"] += len(prompt)
         for row, job in zip(rows, jobs, strict=True):
-            if echo:
-                self.news.append(Piece(job, "".join(job.prompt_texts), tokens))
-            if row.end:  # Nothing is to be sampled.
-                self.failures_in_a_row = 0
-                self.news.append(job.piece("", row.end))
-            else:
-                self.running[row] = job
+            job.deadline = time.monotonic() + self.config.timeout
+            job.tokens = list(zip(job.starts, prompt, scores, strict=False))
+            self.running[row] = job
+            self.update(row, "")
+        return len(prompt)
 
-    def step(self) -> None:
-        """Sample one token for every running job."""
-        for row, job in list(self.running.items()):
-            if job.cancelled or time.monotonic() > job.deadline:
-                del self.running[row]
-                self.engine.finish(row)
-                self.news.append(job.piece(job.stream.push([], final=True), "length"))
-        for row in self.engine.step():
-            job, start = self.running[row], self.running[row].stream.length
-            text = follow(self.engine, row, job.stream)  # This also ends the row where a stop string is complete.
-            if row.end:
-                del self.running[row]
-            if row.end == "error":
-                self.fail([job], FloatingPointError("the model's output is not a number; its weights may be damaged"))
-                continue
-            if row.alternatives:
-                job.held.append((start, row.tokens[-1], row.alternatives[-1]))
+    def update(self, row: Row, text: str) -> None:
+        """Add text that has become certain to a job, and let go of its row if it has ended."""
+        job = self.running[row]
+        job.text += text
+        job.end = row.end
+        self.news.add(job.changed)
+        if row.end:
+            del self.running[row]
             self.failures_in_a_row = 0
-            self.counters["sampled_tokens"] += 1
-            job.sampled += 1
-            self.news.append(job.piece(text, row.end))
 
     def fail(self, jobs: Sequence[Job], error: Exception) -> None:
-        """Log what went wrong, and tell the clients whom it concerns that it did."""
-        self.counters["failures"] += 1
-        self.failures_in_a_row += 1
-        log.error("the engine failed", exc_info=error)
-        refusal = HTTPException(500, "the model failed; the server's log says how")
-        self.news += [Piece(job, error=refusal) for job in jobs]
-
-
-def deliver(pieces: Sequence[Piece]) -> None:
-    """Hand pieces to the answers that wait for them."""
-    for piece in pieces:
-        piece.job.pieces.put_nowait(piece)
-
-
-def error_text(error: HTTPException) -> str:
-    """Return an error in OpenAI's form, in ASCII, which holds whatever a client has sent."""
-    kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
-    return json.dumps({"error": {"message": error.detail, "type": kind, "param": None, "code": None}})
-
-
-async def error_response(_: object, error: Exception) -> Response:
-    """Return the response that tells of an error; of a bug it tells no details."""
-    if not isinstance(error, HTTPException):
-        log.error("a bug in the server", exc_info=error)
-        error = HTTPException(500, "the server has a bug; its log says where")
-    headers = {429: {"retry-after": "1"}, 401: {"www-authenticate": "Bearer"}}.get(error.status_code)
-    return Response(error_text(error), error.status_code, headers, media_type="application/json")
+        """End jobs with an error; the log says what clients need not know."""
+        if not isinstance(error, HTTPException):
+            self.counters["failures"] += 1
+            self.failures_in_a_row += 1
+            log.error("the engine failed", exc_info=error)
+            error = HTTPException(500, "the model failed; the server's log says how")
+        for job in jobs:
+            job.error = error
+            self.news.add(job.changed)
 
 
 Text = Annotated[str, Field(min_length=1)]
-Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
-Prompt = str | Ids | Texts | Annotated[list[Ids], Field(min_length=1, fail_fast=True)]
-# Parts of the standard that are missing here, and the values with which they change nothing.
-MISSING = {"best_of": 1, "suffix": "", "frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1,
-           "logit_bias": {}}  # fmt: skip
+# Parts of the standard that are absent here, and the values with which they change nothing.
+ABSENT = {"best_of": 1, "suffix": "", "frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1,
+          "logit_bias": {}}  # fmt: skip
 
 
 class CompletionRequest(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):
     """What to complete, and how."""
 
     model: str = ""  # if given, the one that is served
-    prompt: Prompt = Field("", union_mode="left_to_right")
+    prompt: str | list[NonNegativeInt] | list[str] | list[list[NonNegativeInt]] = ""
     max_tokens: int = Field(16, ge=0)
     n: int = Field(1, ge=1)  # completions of each prompt
     temperature: float = Field(1.0, ge=0, le=2)
@@ -278,7 +219,7 @@ class CompletionRequest(BaseModel, strict=True, extra="forbid", allow_inf_nan=Fa
         """Drop values of null, which mean the default, and what changes nothing."""
         if not isinstance(body, dict):
             return body
-        return {name: value for name, value in body.items() if value is not None and value != MISSING.get(name)}
+        return {name: value for name, value in body.items() if value is not None and value != ABSENT.get(name)}
 
 
 async def read_request(request: HTTPRequest, max_body: int) -> CompletionRequest:
@@ -304,101 +245,120 @@ def make_jobs(body: CompletionRequest, scheduler: Scheduler) -> list[Job]:
     if body.model not in ("", config.name):
         raise HTTPException(404, f"the model here is {config.name!r}, not {body.model!r:.100}")
     prompts: Any = body.prompt
-    if isinstance(prompts, str) or isinstance(prompts[0], int):
+    if isinstance(prompts, str) or not prompts or isinstance(prompts[0], int):
         prompts = [prompts]
-    n, max_tokens = body.n, body.max_tokens
-    if len(prompts) * n > config.queue:
+    if len(prompts) * body.n > config.queue:
         raise HTTPException(400, f"at most {config.queue} completions in one request: prompts times n")
-    try:
-        prompts = [prompt_ids(each, tokenizer) if isinstance(each, str) else each for each in prompts]
-    except UserError as error:
-        raise HTTPException(400, f"prompt: {error}") from error
-    if kept := body.truncate_prompt_tokens:
-        prompts = [ids[-(longest if kept < 0 else kept) :] for ids in prompts]
-    if (largest := max(map(max, prompts))) >= tokenizer.vocab_size:
-        raise HTTPException(400, f"prompt: token id {largest}, where the vocabulary has {tokenizer.vocab_size:,}")
-    if (length := max(map(len, prompts))) > longest:
-        raise HTTPException(400, f"prompt: {length:,} tokens of at most {longest:,}; truncate_prompt_tokens=-1 cuts it")
-    if max_tokens > config.max_new_tokens:
+    if body.max_tokens > config.max_new_tokens:
         raise HTTPException(400, f"max_tokens: at most {config.max_new_tokens:,} here")
-    values = n * (len(prompts) * max_tokens + body.echo * sum(map(len, prompts))) * (1 + (body.logprobs or 0))
-    if values > MAX_VALUES:
-        raise HTTPException(400, f"{values:,} values in one answer; at most {MAX_VALUES:,}: tokens times 1 + logprobs")
+    kept = longest if body.truncate_prompt_tokens < 0 else body.truncate_prompt_tokens
     sampling = Sampling(body.temperature, max(body.top_k, 0), body.top_p, body.min_p)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop
-    jobs, pieces = [], asyncio.Queue[Piece]()
-    for index, ids in enumerate(ids for ids in prompts for _ in range(n)):
+    jobs, changed = list[Job](), asyncio.Event()
+    for prompt in prompts:
+        try:
+            ids = prompt_ids(prompt, tokenizer) if isinstance(prompt, str) else prompt
+        except UserError as error:
+            raise HTTPException(400, f"prompt: {error}") from error
+        ids = ids[-kept:]  # all of them, if kept is 0
+        if not 0 < len(ids) <= longest:
+            raise HTTPException(400, f"prompt: {len(ids):,} tokens of at most {longest:,}; see truncate_prompt_tokens")
+        if max(ids) >= tokenizer.vocab_size:
+            raise HTTPException(400, f"prompt: token id {max(ids)}, where the vocabulary has {tokenizer.vocab_size:,}")
         texts = list(itertools.islice(tokenizer.decode_stream(ids), len(ids)))
-        request = Request(ids, max_tokens, sampling, body.seed + index % n, tokenizer.end_tokens, body.logprobs)
-        jobs.append(Job(request, index, TextStream(tokenizer, ids, stop), texts, body.echo, pieces))
+        starts = list(itertools.accumulate(map(len, texts), initial=0))
+        for n in range(body.n):
+            request = Request(ids, body.max_tokens, sampling, body.seed + n, tokenizer.end_tokens, body.logprobs)
+            stream, scored = TextStream(tokenizer, ids, stop), starts if body.echo and body.logprobs is not None else []
+            taken = 0 if body.echo else stream.length
+            jobs.append(Job(len(jobs), request, stream, changed, scored, "".join(texts), taken))
     return jobs
 
 
-async def choices_of(jobs: Sequence[Job], body: CompletionRequest, scheduler: Scheduler) -> AsyncIterator[Choice]:
-    """Yield what is new of each choice, in OpenAI's form, until all have ended. Raises an HTTPException."""
-    running = set(jobs)
-    while running:
-        piece = await jobs[0].pieces.get()
-        if piece.error:
-            raise piece.error
-        logprobs = None if body.logprobs is None else logprobs_of(piece.tokens, body.logprobs, scheduler.tokenizer)
-        if piece.text or piece.tokens or piece.end:
-            choice = {"index": piece.job.index, "text": piece.text, "logprobs": logprobs}
-            yield {**choice, "finish_reason": piece.end or None}
-        if piece.end:
-            running.remove(piece.job)
+def choice_of(job: Job) -> dict[str, Any]:
+    r"""Return what is new of a job, with the logprobs of its tokens and of the top-k ones in their places.
 
-
-def logprobs_of(tokens: Sequence[TokenInfo], count: int, tokenizer: Tokenizer) -> dict[str, list[Any]]:
-    r"""Return the logprobs of tokens and of the `count` best ones; a part of a character reads `bytes:\xe2`."""
+    A token that is only a part of a character is called by its bytes, like `bytes:\xe2`.
+    """
 
     def name(token: int) -> str:
-        content = tokenizer.decode_bytes([token])
+        content = job.stream.tokenizer.decode_bytes([token])
         try:
             return content.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
-    # JSON knows no infinity.
-    top = [
-        info and {name(each): round(max(logprob, -9999.0), 6) for each, logprob in [*info[1][:count], (token, info[0])]}
-        for _, token, info in tokens
-    ]
-    names = [name(token) for _, token, _ in tokens]
-    return {
-        "tokens": names,
-        "token_logprobs": [best and best[name] for best, name in zip(top, names, strict=True)],
-        "top_logprobs": top,
-        "text_offset": [offset for offset, _, _ in tokens],
-    }
+    text, tokens, end = job.take()
+    choice: dict[str, Any] = {"index": job.index, "text": text, "logprobs": None, "finish_reason": end or None}
+    if job.request.logprobs is not None:
+        # JSON knows no infinity. A prompt's first token has no logprob.
+        tops = [
+            found and {name(each): round(max(value, -9999.0), 6) for each, value in [*found[1], (token, found[0])]}
+            for _, token, found in tokens
+        ]
+        names = [name(token) for _, token, _ in tokens]
+        choice["logprobs"] = {
+            "tokens": names,
+            "token_logprobs": [top and top[name] for top, name in zip(tops, names, strict=True)],
+            "top_logprobs": tops,
+            "text_offset": [start for start, _, _ in tokens],
+        }
+    return choice
 
 
-async def whole(choices: AsyncIterator[Choice]) -> list[Choice]:
-    """Return all choices, each put together from what came of it."""
-    found: dict[int, Choice] = {}
-    async for new in choices:
-        choice = found.setdefault(new["index"], new)
-        if choice is not new:
-            choice["text"] += new["text"]
-            choice["finish_reason"] = new["finish_reason"]
-            for name, values in (new["logprobs"] or {}).items():
-                choice["logprobs"][name] += values
-    return [found[index] for index in sorted(found)]
+def error_text(error: Exception) -> str:
+    """Return an error in OpenAI's form, in ASCII, which holds whatever a client has sent; of a bug, no details."""
+    if not isinstance(error, HTTPException):
+        log.error("a bug in the server", exc_info=error)
+        error = HTTPException(500, "the server has a bug; its log says where")
+    kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
+    return json.dumps({"error": {"message": error.detail, "type": kind, "param": None, "code": None}})
 
 
-def usage_of(jobs: Sequence[Job], n: int) -> dict[str, int]:
-    """Return the numbers of tokens."""
-    prompt, sampled = sum(len(job.request.prompt) for job in jobs) // n, sum(job.sampled for job in jobs)
-    return {"prompt_tokens": prompt, "completion_tokens": sampled, "total_tokens": prompt + sampled}
+async def error_response(_: object, error: Exception) -> Response:
+    """Return the response that tells of an error."""
+    status, headers = getattr(error, "status_code", 500), getattr(error, "headers", None)
+    return Response(error_text(error), status, headers, media_type="application/json")
 
 
-async def cancel_when_gone(receive: Receive, scheduler: Scheduler, jobs: Sequence[Job]) -> None:
-    """Free the rows of a request when its client has left or has the answer."""
-    try:
-        while (await receive())["type"] != "http.disconnect":
+async def answer(request: HTTPRequest, body: CompletionRequest, jobs: Sequence[Job], scheduler: Scheduler) -> Response:
+    """Run jobs and return what comes of them, as a stream or whole. A client that leaves ends them."""
+    scheduler.submit(jobs)
+    changed = jobs[0].changed
+
+    async def cancel_when_gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
             pass
-    finally:
-        scheduler.cancel(jobs)
+        scheduler.fail(jobs, HTTPException(499, "the client has left"))
+
+    request.state.watch = asyncio.create_task(cancel_when_gone())  # It also ends when the answer is complete.
+    head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()),
+            "model": scheduler.config.name}  # fmt: skip
+
+    def usage() -> dict[str, int]:
+        prompt, sampled = sum(len(job.request.prompt) for job in jobs) // body.n, sum(job.sampled for job in jobs)
+        return {"prompt_tokens": prompt, "completion_tokens": sampled, "total_tokens": prompt + sampled}
+
+    async def events() -> AsyncIterator[str]:
+        try:
+            while running := [job for job in jobs if not job.is_told]:
+                await changed.wait()
+                changed.clear()
+                for choice in map(choice_of, running):
+                    if choice["text"] or choice["finish_reason"]:
+                        yield f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
+            if body.stream_options.get("include_usage"):
+                yield f"data: {json.dumps({**head, 'choices': [], 'usage': usage()})}\n\n"
+        except Exception as error:
+            yield f"data: {error_text(error)}\n\n"
+        yield "data: [DONE]\n\n"
+
+    if body.stream:
+        return StreamingResponse(events(), media_type="text/event-stream")
+    while not all(job.end for job in jobs) and not any(job.error for job in jobs):
+        await changed.wait()
+        changed.clear()
+    return JSONResponse({**head, "choices": [choice_of(job) for job in jobs], "usage": usage()})
 
 
 def make_server(scheduler: Scheduler) -> uvicorn.Server:
@@ -430,26 +390,7 @@ def make_server(scheduler: Scheduler) -> uvicorn.Server:
     async def completions(request: HTTPRequest) -> Response:
         body = await read_request(request, config.max_body)
         jobs = await asyncio.to_thread(make_jobs, body, scheduler)  # Long prompts take time, and others must not wait.
-        scheduler.submit(jobs)
-        watch = asyncio.create_task(cancel_when_gone(request.receive, scheduler, jobs))
-        choices, end = choices_of(jobs, body, scheduler), BackgroundTask(watch.cancel)
-        head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()),
-                "model": config.name}  # fmt: skip
-
-        async def events() -> AsyncIterator[str]:
-            try:
-                async for choice in choices:
-                    yield f"data: {json.dumps({**head, 'choices': [choice]}, allow_nan=False)}\n\n"
-                if body.stream_options.get("include_usage"):
-                    yield f"data: {json.dumps({**head, 'choices': [], 'usage': usage_of(jobs, body.n)})}\n\n"
-            except HTTPException as error:
-                yield f"data: {error_text(error)}\n\n"
-            yield "data: [DONE]\n\n"
-
-        if body.stream:
-            return StreamingResponse(events(), media_type="text/event-stream", background=end)
-        answer = {**head, "choices": await whole(choices), "usage": usage_of(jobs, body.n)}
-        return JSONResponse(answer, background=end)
+        return await answer(request, body, jobs, scheduler)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -457,7 +398,7 @@ def make_server(scheduler: Scheduler) -> uvicorn.Server:
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        if scheduler.failures_in_a_row >= 3 or not scheduler.thread.is_alive():
+        if scheduler.failures_in_a_row >= 3:
             raise HTTPException(503, "the model fails; the server's log says how")
         return {"status": "ok"}
 
@@ -481,23 +422,8 @@ def make_server(scheduler: Scheduler) -> uvicorn.Server:
 
 def serve(config: ServeConfig) -> None:
     """Answer requests until SIGINT or SIGTERM, then finish those under way. A second Ctrl-C cuts them off."""
-    config = replace(config, api_key=config.api_key or os.environ.get("NANOGPT_API_KEY", ""))
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.create_server((config.host, config.port), family=family, backlog=2048)
-    scheduler = load(config)
-    server = make_server(scheduler)
-    if not config.api_key and config.host not in ("127.0.0.1", "::1", "localhost"):
-        log.warning("anyone who reaches this machine may use the model: --api_key=KEY asks for a key")
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    print(f"page at http://{host}:{listener.getsockname()[1]}, API at /v1; Ctrl-C ends", flush=True)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)  # uvicorn raises them again when it has ended because of them.
-    server.run(sockets=[listener])
-    scheduler.close()
-
-
-def load(config: ServeConfig) -> Scheduler:
-    """Return the model, ready to answer."""
     device = choose_device(replace(config, compile=False))
     trained = load_trained(config, device)
     model, tokenizer = trained.model, trained.tokenizer
@@ -507,10 +433,17 @@ def load(config: ServeConfig) -> Scheduler:
     quantize(model, device.dtype, int8=config.int8)
     engine = Engine(model, config.rows, vocab_size=tokenizer.vocab_size, dtype=device.dtype)
     name = config.name or Path(config.out_dir if config.init_from == "resume" else config.init_from).resolve().name
-    log.info(
-        f"{trained.name}, {size / 1e6:.2f}M parameters, as {name!r}; "
-        f"{config.rows} rows of {model.config.block_size:,} tokens side by side"
-    )
+    config = replace(config, name=name, api_key=config.api_key or os.environ.get("NANOGPT_API_KEY", ""))
+    rows = f"{config.rows} rows of {model.config.block_size:,} tokens side by side"
+    log.info(f"{trained.name}, {size / 1e6:.2f}M parameters, as {name!r}; {rows}")
     # Small models decode no faster with more threads, and the connections need a core, too: 200 clients on two cores
     # got 2,390 tokens/s of a 0.7M model with one thread, and 1,460 with two.
-    return Scheduler(engine, tokenizer, replace(config, name=name), threads=1 if size < 10e6 else 0)
+    scheduler = Scheduler(engine, tokenizer, config, threads=1 if size < 10e6 else 0)
+    server = make_server(scheduler)
+    if not config.api_key and config.host not in ("127.0.0.1", "::1", "localhost"):
+        log.warning("anyone who reaches this machine may use the model: --api_key=KEY asks for a key")
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    print(f"page at http://{host}:{listener.getsockname()[1]}, API at /v1; Ctrl-C ends", flush=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # uvicorn raises them again when it has ended because of them.
+    server.run(sockets=[listener])

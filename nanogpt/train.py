@@ -87,7 +87,7 @@ def train(config: TrainConfig) -> int:
         with (
             use_out_dir(config, dist, resumed.path if resumed else None),
             Metrics(config, state if resumed else None, dist.is_main, dataset.n_train, peak_speed) as metrics,
-            Checkpoints(config, dist, run.is_sharded, resumed.path if resumed else None) as checkpoints,
+            Checkpoints(config, dist, run.is_sharded) as checkpoints,
             stop_signals() as stop_requested,
         ):
             n_micro = math.ceil(len(rows) / config.batch_size)
@@ -184,7 +184,7 @@ def train(config: TrainConfig) -> int:
 
             # Save once more if this step is not saved yet, since a signal came, or if the last save failed.
             state.skipped = int(skipped)
-            if dist.any(checkpoints.has_failed or saved_step != state.step):
+            if dist.any(saved_step != state.step or not checkpoints.wait()):
                 if metrics.step != state.step:
                     metrics.log(state, {})  # so that the table of runs shows this step
                 metrics.sync()

@@ -41,32 +41,12 @@ def test_the_tables_between_the_marks_are_rewritten(bench: ModuleType) -> None:
     assert "2.5 (1.0 to 3.0)" in bench.rewritten(page, [record(0.02), record(0.025)])
 
 
-def test_a_page_without_the_mark_is_refused(bench: ModuleType) -> None:
-    with pytest.raises(SystemExit, match="bench:checkpoint"):
-        bench.rewritten("nothing", [record(0.02)])
-
-
 def test_the_page_shows_the_newest_results(bench: ModuleType) -> None:
     """Nobody has written figures by hand, and every benchmark has a place."""
     page = bench.PAGE.read_text("utf-8")
     assert all(f"<!-- bench:{name} -->" in page for name in bench.BENCHMARKS)
     records = [json.loads(line) for line in bench.RESULTS.read_text("utf-8").splitlines()]
     assert bench.rewritten(page, records) == page
-
-
-def test_an_unknown_benchmark_is_refused(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["all.py", "--only=speed"])
-    with pytest.raises(SystemExit) as stop:
-        bench.main()
-    assert stop.value.code == 2
-    assert "no benchmark speed; there are throughput" in capsys.readouterr().err
-
-
-def test_what_needs_the_original_says_so(bench: ModuleType) -> None:
-    assert "--original=FOLDER" in bench.why_not(bench.BENCHMARKS["throughput"], None)
-    assert not bench.why_not(bench.BENCHMARKS["checkpoint"], None)
 
 
 def test_the_gpu_benchmarks_start_with_torch_and_numpy_alone(tmp_path: Path) -> None:

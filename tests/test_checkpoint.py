@@ -1,8 +1,6 @@
 """What is in a checkpoint, what is refused, which one is taken, and that none is lost while they are written."""
 
 import os
-import pickle
-import re
 import threading
 import zipfile
 from collections.abc import Callable
@@ -16,11 +14,9 @@ from nanogpt import checkpoint, train
 from nanogpt.checkpoint import Checkpoints, TrainState, checkpoints_of, find_checkpoint, load_checkpoint, load_latest
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.distributed import Distributed
-from nanogpt.errors import CheckpointError, ConfigError, DamagedError, UserError
-from nanogpt.export import export
+from nanogpt.errors import CheckpointError, DamagedError, UserError
 from nanogpt.model import GPT
-from nanogpt.sample import sample
-from nanogpt.settings import ExportConfig, SampleConfig
+from nanogpt.optim import make_optimizer
 from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, write_meta
 from tests.conftest import random_ids
 
@@ -69,16 +65,11 @@ def test_a_shape_that_the_original_lacks_has_arguments_that_it_refuses(recipe: R
     assert torch.load("out/ckpt.pt", weights_only=True)["model_args"]["tied_head"] is False
 
 
-def test_the_model_comes_back_tied_and_whole(trained: Path) -> None:
-    loaded = load_checkpoint(trained / "ckpt.pt")
-    model = loaded.build_model()
+def test_the_model_comes_back_tied_and_in_evaluation_mode(trained: Path) -> None:
+    model = load_checkpoint(trained / "ckpt.pt").build_model()
     assert model.lm_head.weight is model.transformer.wte.weight
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not model.training
-    fresh = GPT(loaded.model_config)
-    fresh.load_state_dict(loaded.weights)
-    x = random_ids(2, 8, vocab_size=20)
-    assert torch.equal(model(x)[0], fresh.eval()(x)[0])
 
 
 def original_checkpoint(folder: Path, dataset: str, prefix: str = "", vocab_size: int = 4) -> tuple[Path, GPT]:
@@ -111,9 +102,8 @@ def test_a_checkpoint_of_the_original_loads(tmp_path: Path, prefix: str) -> None
 
 
 def test_the_vocabulary_of_an_originals_checkpoint_is_found_or_named(tmp_path: Path) -> None:
-    assert isinstance(
-        load_checkpoint(original_checkpoint(tmp_path, "openwebtext", vocab_size=50304)[0]).tokenizer, GPT2Tokenizer
-    )
+    path, _ = original_checkpoint(tmp_path, "openwebtext", vocab_size=50304)
+    assert isinstance(load_checkpoint(path).tokenizer, GPT2Tokenizer)
     path, _ = original_checkpoint(tmp_path, "letters")
     with pytest.raises(CheckpointError, match=r"has no vocabulary of 4 entries: put its meta\.pkl into data/letters"):
         load_checkpoint(path)
@@ -132,30 +122,8 @@ def test_a_run_of_the_original_is_resumed(tmp_path: Path, recipe: Recipe, data_d
     assert (tmp_path / "best.pt").exists()
 
 
-def test_a_vocabulary_of_words_is_trained_on_resumed_sampled_and_handed_back(
-    recipe: Recipe, data_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (data_dir / "words").mkdir()
-    words = {"vocab_size": 3, "itos": {0: "the", 1: " ", 2: "fox"}}
-    (data_dir / "words" / "meta.pkl").write_bytes(pickle.dumps(words))
-    for name in ("train.bin", "val.bin"):
-        random_ids(100, vocab_size=3).numpy().astype("uint16").tofile(data_dir / "words" / name)
-    for resumed in ({"max_iters": 2}, {"max_iters": 4, "init_from": "resume"}):
-        assert train.train(recipe(dataset="words", **resumed)) == 0
-    capsys.readouterr()
-    sample(SampleConfig(out_dir="out", num_samples=1, max_new_tokens=9, device="cpu"))
-    assert re.search(r"\n(the| |fox){10}\n-+\n$", capsys.readouterr().out)
-    export(ExportConfig(out_dir="out", output="flat.pt", to="flat"))
-    assert load_checkpoint(Path("flat.pt"), str(data_dir)).tokenizer.decode([2, 1]) == "fox "
-
-
 # ---------------------------------------------------------------------------------------------------
 # What is refused
-
-
-class Attack:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, ("touch attacked",)
 
 
 @pytest.mark.parametrize(
@@ -167,64 +135,40 @@ class Attack:
         (flip_a_bit, r"is damaged: the checksum of .* is wrong"),
         (lambda p: torch.save([1, 2], p), "cannot be read as a checkpoint"),
         (lambda p: torch.save({"model": {}}, p), "cannot be read as a checkpoint of a GPT: KeyError"),
-        (lambda p: torch.save({"model": Attack()}, p), "cannot be read as a checkpoint of a GPT: UnpicklingError"),
-        (lambda p: p.write_bytes(pickle.dumps(Attack())), "is damaged"),
-        (lambda p: change(p, config=5), "cannot be read as a checkpoint"),
         (lambda p: change(p, nanogpt={"format": 2}), "written by a newer version"),
     ],
 )
-def test_a_broken_or_hostile_file_is_refused(trained: Path, damage: Callable[[Path], Any], message: str) -> None:
+def test_a_broken_file_is_refused(trained: Path, damage: Callable[[Path], Any], message: str) -> None:
     damage(trained / "ckpt.pt")
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(trained / "ckpt.pt")
-    assert not Path("attacked").exists()
 
 
-def test_weights_that_do_not_fit_are_refused(trained: Path) -> None:
-    weights = torch.load(trained / "ckpt.pt", weights_only=True)["model"]
-    del weights["lm_head.weight"]
-    change(trained / "ckpt.pt", model=weights)
-    with pytest.raises(CheckpointError, match="the weights do not fit"):
-        load_checkpoint(trained / "ckpt.pt").build_model()
+@pytest.mark.parametrize("other", ["sgd", "muon"])
+def test_the_state_of_another_optimizer_is_refused(trained: Path, recipe: Recipe, other: str) -> None:
+    with pytest.raises(CheckpointError, match=r"out/ckpt\.pt is of a run with optimizer=adamw; --init_from=FILE"):
+        train.train(recipe(init_from="resume", optimizer=other))
 
 
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        (lambda state: {**state, "exp_avg": state["exp_avg"][:3]}, r"exp_avg has shape \(3, 32\), not \(28, 32\)"),
-        (lambda state: {**state, "exp_avg": "words"}, "AttributeError"),
-        (lambda state: {"step": state["step"]}, "KeyError"),
-    ],
-)
-def test_an_optimizer_state_that_is_not_the_models_is_refused(
-    trained: Path, recipe: Recipe, other: Callable[[Any], Any], message: str
-) -> None:
+def test_moments_of_parameters_in_another_order_are_refused(trained: Path, recipe: Recipe) -> None:
     optimizer = torch.load(trained / "ckpt.pt", weights_only=True)["optimizer"]
-    optimizer["state"][0] = other(optimizer["state"][0])
+    states = optimizer["state"]
+    optimizer["state"] = dict(zip(states, reversed(states.values()), strict=True))
     change(trained / "ckpt.pt", optimizer=optimizer)
-    with pytest.raises(
-        CheckpointError, match=f"its optimizer state does not fit: .*{message}.*resume with the optimizer of the run"
-    ):
+    with pytest.raises(CheckpointError, match="exp_avg of parameter 0 is not of the parameter's shape"):
         train.train(recipe(init_from="resume"))
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adafactor", "AdamW", "RMSprop"])
-def test_the_state_of_any_optimizer_comes_back_bit_for_bit(tmp_path: Path, name: str) -> None:
-    path, model = original_checkpoint(tmp_path, "openwebtext", vocab_size=50304)
-    kind, settings = getattr(torch.optim, name), {"momentum": 0.9} if name == "SGD" else {}
-    optimizer = kind(model.parameters(), lr=1e-3, **settings)
-    for _ in range(2):
-        model(random_ids(2, 8, vocab_size=4), random_ids(2, 8, vocab_size=4))[1].backward()
-        optimizer.step()
-    change(path, model=model.state_dict(), optimizer=optimizer.state_dict())
-    loaded = load_checkpoint(path)
-    weights = dict(loaded.weights)  # `restore` frees them
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd", "adafactor", "nadam"])
+def test_the_state_of_any_optimizer_comes_back_bit_for_bit(recipe: Recipe, name: str) -> None:
+    train.train(recipe(max_iters=2, optimizer=name))
+    saved, loaded = torch.load("out/ckpt.pt", weights_only=True), load_checkpoint(Path("out/ckpt.pt"))
     model = loaded.build_model()
-    other = kind(model.parameters(), lr=2e-3, **settings)
-    loaded.restore(model, other, SCALER)
-    torch.testing.assert_close(other.state_dict()["state"], optimizer.state_dict()["state"], rtol=0, atol=0)
-    assert other.param_groups[0]["lr"] == 2e-3
-    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+    optimizer = make_optimizer(model, recipe(optimizer=name, learning_rate=2e-3), torch.float32)
+    loaded.restore(model, optimizer, SCALER)
+    torch.testing.assert_close(optimizer.state_dict()["state"], saved["optimizer"]["state"], rtol=0, atol=0)
+    torch.testing.assert_close(dict(model.state_dict()), saved["model"], rtol=0, atol=0)
+    assert optimizer.param_groups[0]["lr"] == 2e-3
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -249,8 +193,8 @@ def test_a_run_that_another_program_has_continued_is_not_taken_for_its_old_best(
     content = torch.load(trained / "ckpt.pt", weights_only=True)
     del content["nanogpt"]  # as the original writes it
     torch.save({**content, "iter_num": 9}, trained / "ckpt.pt")
-    assert find_checkpoint(trained, "auto").name == "best.pt"  # not better, so named
-    assert "ckpt.pt is of another program, --checkpoint=last takes it" in caplog.text
+    assert find_checkpoint(trained, "auto").name == "best.pt"  # which is as good
+    assert "ckpt.pt, of step 9" in caplog.text
     torch.save({**content, "iter_num": 9, "best_val_loss": torch.tensor(0.5)}, trained / "ckpt.pt")
     assert find_checkpoint(trained, "auto").name == "ckpt.pt"
     assert "newer and better than best.pt" in caplog.text
@@ -265,14 +209,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_never_takes_the_place_of_a_good
     assert load_latest(out).path.name == "ckpt.prev.pt"
     assert caplog.text.count("trying the one before it") == 1
     good = (out / "ckpt.prev.pt").read_bytes()
-    Checkpoints(recipe(), Distributed(), False, out / "ckpt.prev.pt")
-    assert checkpoints_of(out) == [out / "ckpt.prev.pt"]
+    with checkpoint.use_out_dir(recipe(), Distributed(), out / "ckpt.prev.pt"):
+        assert checkpoints_of(out) == [out / "ckpt.prev.pt"]
     assert train.train(recipe(max_iters=4, checkpoint_interval="1", init_from="resume")) == 0
     assert (out / "ckpt.prev.pt").read_bytes() == good
     assert load_latest(out).state.step == 4
     for path in checkpoints_of(out):
         flip_a_bit(path)
-    with pytest.raises(DamagedError, match="all checkpoints are damaged"):
+    with pytest.raises(DamagedError, match="are damaged; to start from its best model: --init_from="):
         load_latest(out)
 
 
@@ -322,7 +266,6 @@ def test_the_training_does_not_wait_for_the_disk_and_may_change_what_is_written(
     assert not Path("out/ckpt.pt").exists()
     may_write.set()
     writer.save(2)  # waits for the first: at most one at a time
-    assert max(steps().values()) >= 1  # as ckpt.pt, or already on its way to ckpt.prev.pt
     writer.checkpoints.__exit__(None, None, None)
     assert steps() == {"ckpt.pt": 2, "ckpt.prev.pt": 1}
     weights = load_checkpoint(Path("out/ckpt.prev.pt")).weights
@@ -343,7 +286,7 @@ def test_what_cannot_be_written_is_a_warning_and_at_the_end_an_error(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         writer.save(2, is_best=True)
-        assert writer.checkpoints.has_failed
+        assert not writer.checkpoints.wait()
         assert "No space left); training continues" in caplog.text
         with pytest.raises(UserError, match=r"cannot write out/best\.pt: .*No space left\)$"):
             writer.checkpoints.__exit__(None, None, None)
@@ -369,7 +312,7 @@ def test_a_run_killed_between_two_renames_has_no_checkpoint_less(renames: int, m
     monkeypatch.setattr(os, "replace", killed)
     left[0] = renames
     writer.save(4)
-    assert writer.checkpoints.has_failed
+    assert not writer.checkpoints.wait()
     kept = [torch.load(path)["iter_num"] for path in checkpoints_of("out")]
     assert kept == [3, 2, 1][: 3 if renames == 0 else 2]  # the oldest may go
     left[0] = 99
@@ -412,19 +355,3 @@ def test_a_new_run_moves_an_earlier_one_aside_and_leaves_what_is_not_a_runs(trai
     assert not list(trained.rglob("7"))
     rest = sorted(os.listdir(trained))
     assert rest == ["config.json", "lock", "model.safetensors", "notes.txt", "previous-1", "previous-2"]
-
-
-def test_a_folder_that_is_in_use_or_of_another_program_is_refused(recipe: Recipe) -> None:
-    config = recipe()
-    with (
-        checkpoint.use_out_dir(config, Distributed(), None),
-        pytest.raises(UserError, match=f"process {os.getpid()} on .* is using a run in .*out"),
-        checkpoint.use_out_dir(config, Distributed(), None),
-    ):
-        pass
-    Path("out/config.json").write_text('{"model_type": "gpt2"}')
-    with (
-        pytest.raises(ConfigError, match=r"its config\.json belongs to no run"),
-        checkpoint.use_out_dir(config, Distributed(), None),
-    ):
-        pass

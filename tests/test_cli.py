@@ -6,14 +6,13 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from nanogpt import cli
-from nanogpt.config import Settings
+from nanogpt.config import Settings, TrainConfig
 from nanogpt.errors import ConfigError, DivergedError
 from nanogpt.settings import PrepareConfig, SampleConfig
 from tests.conftest import ROOT, Program
@@ -59,20 +58,17 @@ def test_command_line_means_what_it_says(words: str, name: str, value: object) -
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [("--stepps=3", "--stepps=3: there is no setting 'stepps'; did you mean steps?"),
-     ("--zzz=3", "--zzz=3: there is no setting 'zzz'; --help lists all"), ("-steps=3", "there is no setting '-steps'"),
+    [("--stepps=3", "--stepps=3: there is no setting 'stepps'; the nearest is steps"),
+     ("-steps=3", "the nearest is steps"), ("--stepps --fast", "the nearest is steps"),
      ("--steps=x", "--steps=x: expected a whole number"), ("--steps=1.5", "--steps=1.5: expected a whole number"),
-     ("--steps", "--steps: a value is missing"), ("--rate=nan", "--rate=nan: expected a number"),
-     ("--fast=maybe", "--fast=maybe: expected True or False"), ("--kind=gren", "--kind=gren: expected red, green"),
+     ("--steps", "--steps: a value is missing: --steps=…"),
+     ("--rate=nan", "--rate=nan: expected a number"), ("--fast=maybe", "--fast=maybe: expected True or False"),
+     ("--kind=gren", "--kind=gren: expected red, green"),
      ("--compile=always", "--compile=always: expected True or False or auto"),
      ("steps=3", "steps=3: expected config files (*.py) and --key=value only"),
-     ("a b", "b: out_dir is a already, and takes one value"), ("missing.py", "there is no config file missing.py"),
-     ("config/recip.py", "there is no config file config/recip.py; did you mean config/recipe.py?"),
-     ("config/recipe", "config/recipe: did you mean the config file config/recipe.py?")],
+     ("missing.py", "config file missing.py: FileNotFoundError")],
 )  # fmt: skip
-def test_a_mistake_is_named(words: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "config").mkdir()
-    (tmp_path / "config" / "recipe.py").touch()
+def test_a_mistake_is_named(words: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read(*words.split())
     assert message in str(caught.value)
@@ -80,9 +76,9 @@ def test_a_mistake_is_named(words: str, message: str, tmp_path: Path) -> None:
 
 def test_all_mistakes_are_reported_together() -> None:
     with pytest.raises(ConfigError) as caught:
-        read("--stepps=3", "--rate=x", "--steps=0", "missing.py", "gone.py", "a", "b", "--start")
+        read("--stepps=3", "--rate=x", "--steps=0", "missing.py", "gone.py", "--start")
     assert str(caught.value).startswith("these settings cannot work:\n  - ")
-    assert str(caught.value).count("\n  - ") == 7
+    assert str(caught.value).count("\n  - ") == 6
 
 
 def test_precedence_is_defaults_then_files_then_command_line(tmp_path: Path) -> None:
@@ -101,10 +97,9 @@ def test_config_files_may_import_and_define_helpers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("stepps = 3", "a.py: stepps = 3: there is no setting 'stepps'; did you mean steps? (helper variables"),
+    [("stepps = 3", "a.py: stepps = 3: there is no setting 'stepps'; the nearest is steps"),
      ("steps = 'many'", "a.py: steps = 'many': expected a whole number"), ("steps = True", "expected a whole number"),
-     ("start = 3", "a.py: start = 3: expected text"), ("steps = = 3", "a.py: SyntaxError"),
-     ("\nsteps = undefined", "a.py, line 2: NameError"), ("exit()", "a.py, line 1: SystemExit")],
+     ("start = 3", "expected text"), ("steps = = 3", "SyntaxError"), ("\nsteps = x", "a.py, line 2: NameError")],
 )  # fmt: skip
 def test_a_mistake_in_a_config_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.py").write_text(text)
@@ -124,12 +119,11 @@ def test_a_list_is_repeated_or_written_in_a_row(words: str, expected: list[str])
     assert (config.name, config.input) == ("x", expected)
 
 
-def test_help_shows_every_field_with_its_default_and_comment(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_a_field_with_its_default_and_comment(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         read("--steps=3", "--help")
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    assert [each.name for each in fields(Example) if f"  --{each.name}=" not in text] == []
     for piece in ("An example.", "first:", "--steps=10", "how many and a second line", r"--start='\n'", "hurry"):
         assert piece in text
 
@@ -142,8 +136,6 @@ def test_sampling_ignores_what_only_training_knows(capsys: pytest.CaptureFixture
     Path("a.py").write_text("init_from = 'gpt2'\nbatch_size = 3\ntemprature = 1")
     with pytest.raises(ConfigError, match=r"^a\.py: temprature = 1: there is no setting 'temprature'"):
         cli.parse(SampleConfig, ["a.py"], "")
-    with pytest.raises(ConfigError, match="there is no setting 'batch_size'"):
-        cli.parse(SampleConfig, ["--batch_size=3"], "")
 
 
 @pytest.mark.parametrize(
@@ -165,12 +157,11 @@ def test_help_answers_without_torch(command: tuple[str, ...], tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("error", "code", "message"),
-    [(ModuleNotFoundError("No module named 'tiktoken'", name="tiktoken"), 2, "or pip install tiktoken"),
+    [(ModuleNotFoundError("No module named 'tiktoken'", name="tiktoken"), 2, "pip install tiktoken"),
      (MemoryError(), 2, "out of memory; reduce batch_size"),
      (RuntimeError("CUDA out of memory."), 2, "reduce batch_size"),
      (OSError(28, "No space left on device"), 2, "No space left on device"), (KeyboardInterrupt(), 130, "interrupted"),
-     (DivergedError("no finite loss"), 3, "error: no finite loss"), (RuntimeError("a bug"), None, ""),
-     (ModuleNotFoundError("No module named 'nanogpt.gone'", name="nanogpt.gone"), None, "")],
+     (DivergedError("no finite loss"), 3, "error: no finite loss"), (RuntimeError("a bug"), None, "")],
 )  # fmt: skip
 def test_what_the_user_can_mend_is_one_message_and_an_exit_code(
     error: Exception, code: int | None, message: str,
@@ -186,21 +177,13 @@ def test_what_the_user_can_mend_is_one_message_and_an_exit_code(
     assert message in capsys.readouterr().err
 
 
-def test_mistakes_end_with_2_and_one_message(program: Program) -> None:
-    result = program("train.py", "--lerning_rate=1", "--n_embd=100")
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: these settings cannot work:\n  - --lerning_rate=1: ")
-    assert "Traceback" not in result.stderr
-
-
 @pytest.mark.parametrize(
     ("command", "message"),
     [("train", "python -m nanogpt prepare openwebtext"),
      ("train --dataset=shakespeare_char", "python -m nanogpt prepare shakespeare_char"),
      ("sample", "there is no folder out; train a model first"), ("eval somewhere", "there is no folder somewhere"),
      ("plot", "missing or empty"), ("prepare", "which data set?"),
-     ("bake", "unknown verb 'bake'; known: prepare, train"),
-     ("trian", "inspect; did you mean train?"), ("bench --device=cpu", "--real_data=False"),
+     ("bake", "unknown verb 'bake'; known: prepare, train"), ("bench --device=cpu", "--real_data=False"),
      ("bench out", "out: expected config files (*.py) and --key=value only"),
      ("prepare pystdlib --data_dir=file", "file")],
 )  # fmt: skip
@@ -228,52 +211,34 @@ def test_train_stop_resume_eval_sample_bench_plot(program: Program, data_dir: Pa
     assert "repeat the command with --init_from=resume" in rest
     stopped = int(re.findall(r"stopped after (\d+) steps", rest)[0])
 
-    result = program("train.py", *TINY, f"--max_iters={stopped + 3}", "--init_from=resume")
-    assert result.returncode == 0, result.stderr
-    assert f"resuming out/ckpt.pt after {stopped} steps" in result.stdout
+    def run(*words: str) -> str:
+        result = program(*words)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    resumed = run("train.py", *TINY, f"--max_iters={stopped + 3}", "--init_from=resume")
+    assert f"resuming out/ckpt.pt after {stopped} steps" in resumed
     steps = [json.loads(line)["step"] for line in Path("out/metrics.jsonl").read_text().splitlines()]
     assert steps == [0, *range(1, stopped + 4), stopped + 3]  # evaluations at both ends
-
-    result = program("nanogpt", "eval", "out", "--device=cpu")
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout.splitlines()[-1])["model"] == f"out/best.pt, {stopped + 3} steps"
-    result = program("sample.py", "--device=cpu", "--num_samples=2", "--max_new_tokens=5", "--start=the")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("---------------") == 2
-    Path("recipe.py").write_text("out_dir = 'out'\nbatch_size = 2\nmax_iters = 9")
-    result = program("sample.py", "recipe.py", "--device=cpu", "--num_samples=1", "--max_new_tokens=5")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[0] == "recipe.py: ignored, for training only: batch_size, max_iters"
-    result = program("nanogpt", "plot", "out")
-    assert result.returncode == 0, result.stderr
-    assert Path("out/loss.png").exists()
+    evaluated = run("nanogpt", "eval", "out", "--device=cpu")
+    assert json.loads(evaluated.splitlines()[-1])["model"] == f"out/best.pt, {stopped + 3} steps"
+    sampled = run("sample.py", "--device=cpu", "--num_samples=2", "--max_new_tokens=5", "--start=the")
+    assert sampled.count("---------------") == 2
+    assert run("nanogpt", "plot", "out") == "drew out/loss.png\n"
 
 
-def test_the_output_may_be_cut_off_by_head(data_dir: Path, tmp_path: Path, program: Program) -> None:
-    assert program("train.py", *TINY, "--max_iters=1").returncode == 0
-    sample = [sys.executable, str(ROOT / "sample.py"), "--device=cpu", "--max_new_tokens=2000"]
-    process = subprocess.Popen(sample, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.wait(timeout=60) == 141
-    assert process.stderr.read() == ""
-
-
-@pytest.mark.parametrize("words", ["--help", "train --help"])
-def test_help_may_be_cut_off_by_head(words: str) -> None:
+def test_help_may_be_cut_off_by_head() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "nanogpt", *words.split()]
+    command = [sys.executable, "-m", "nanogpt", "train", "--help"]
     result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, check=False, timeout=60)
     os.close(writer)
     assert (result.returncode, result.stderr) == (141, b"")
 
 
-def test_a_script_with_the_old_configurator_still_works(tmp_path: Path) -> None:
-    (tmp_path / "a.py").write_text("'Of the file.'\nrate = 2.0\nhelper = 3\n")
-    (tmp_path / "mine.py").write_text(
+def test_a_script_with_the_old_configurator_still_works() -> None:
+    Path("a.py").write_text("'Of the file.'\nrate = 2.0\nhelper = 3\n")
+    Path("mine.py").write_text(
         "'Mine.'\nbatch_size = 1\nrate = 0.1\nname = 'a'\nbetas = (0.9, 0.95)\n"
         f"exec(open({str(ROOT / 'configurator.py')!r}).read())\nprint(batch_size, rate, name, betas, helper)\n"
     )
@@ -282,22 +247,20 @@ def test_a_script_with_the_old_configurator_still_works(tmp_path: Path) -> None:
         command = [sys.executable, "mine.py", "a.py", *words]
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
-    result = script("--batch_size=4", "--name=7", "--betas=(0.8, 0.99)")
-    assert result.stdout.splitlines()[-4:] == [
-        "Overriding: batch_size = 4", "Overriding: name = 7", "Overriding: betas = (0.8, 0.99)",
-        "4 2.0 7 (0.8, 0.99) 3",
-    ]  # fmt: skip
+    lines = script("--batch_size=4", "--name=7", "--betas=(0.8, 0.99)").stdout.splitlines()
+    assert lines[-2:] == ["Overriding: betas = (0.8, 0.99)", "4 2.0 7 (0.8, 0.99) 3"]
     assert script("--rate=1").stdout.splitlines()[-1].startswith("1 1.0 a")
     for word, message in (("--batchsize=4", "no setting 'batchsize'"), ("--batch_size=x", "a value of type int")):
         assert script(word).returncode == 2
         assert message in script(word).stderr
 
 
-def test_the_verbs_are_listed_with_their_purpose(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["nanogpt"])
-    cli.main()
-    out = capsys.readouterr().out
-    for verb, (settings, _, _) in cli.VERBS.items():
-        assert f"  {verb:9} {(settings.__doc__ or '').splitlines()[0]}" in out
+def test_the_verbs_are_listed_with_their_purpose(program: Program) -> None:
+    assert "  train     Train a GPT from scratch, resume a run" in program("nanogpt").stdout
+
+
+def test_a_run_that_ends_before_its_warm_up_is_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.parse(TrainConfig, ["--max_iters=100"], "")
+    assert capsys.readouterr().err.startswith("warning: the run ends in its warm-up")
+    cli.parse(TrainConfig, ["--max_iters=100", "--decay_lr=False"], "")
+    assert capsys.readouterr().err == ""

@@ -1,7 +1,6 @@
 """The settings: what stays as people know it, what is refused, and what follows from what."""
 
 import dataclasses
-import inspect
 import re
 import shlex
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanogpt import cli, config
+from nanogpt import cli
 from nanogpt.config import PRESETS, GPTConfig, TrainConfig, mixture, steps_and_seconds
 from nanogpt.errors import ConfigError
 from nanogpt.model import GPT
@@ -53,10 +52,6 @@ def test_every_setting_has_a_comment_which_is_its_help(verb: str) -> None:
     assert [field.name for field in dataclasses.fields(settings) if f"  --{field.name}=" not in text] == []
 
 
-def test_no_comment_is_torn_off_by_the_formatter() -> None:
-    assert re.findall(r"^    \w+: .+ = \($", inspect.getsource(config), flags=re.MULTILINE) == []
-
-
 def test_the_defaults_and_every_recipe_are_valid() -> None:
     for recipe in sorted((ROOT / "config").glob("*.py")):
         train(str(recipe))
@@ -90,69 +85,35 @@ def test_every_documented_command_is_understood(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [
-        (["--n_embd=100"], "n_embd=100 is not a multiple of n_head=12; n_embd=108 would be"),
-        (["--n_kv_head=4"], "n_kv_head=4: GPT-2 has n_head=12; others need --architecture=llama"),
-        (["--n_kv_head=5", "--architecture=llama"], "n_head=12 is not a multiple of n_kv_head=5"),
-        (["--head_size=32"], "head_size=32: GPT-2's heads have n_embd / n_head"),
-        (["--head_size=5", "--architecture=llama"], "head_size=5 must be even"),
-        (["--n_head=0"], "n_head=0: expected a value >= 1"),
-        (["--dropout=1"], "dropout=1.0: expected a value in [0, 1)"),
-        (["--decay_share=0"], "decay_share=0.0: expected a value above 0, up to 1"),
-        (["--batch_size=0"], "batch_size=0: expected a value >= 1"),
-        (["--weight_decay=-1"], "weight_decay=-1.0: expected a value >= 0"),
-        (["--seed=-1"], "seed=-1: expected a value >= 0"),
-        (["--device=gpu"], "device='gpu': expected auto, cpu, mps, cuda or cuda:N"),
-        (["--dtype=fp16"], "--dtype=fp16: expected auto, float32, bfloat16, float16"),
-        (["--activation=relu"], "--activation=relu: expected gelu, gelu_tanh"),
-        (["--model=gpt3"], "model='gpt3': expected one of gpt2, gpt2-medium"),
-        (["--optimizer=SGD"], "optimizer='SGD': expected adamw, muon, or a class of torch.optim in lower case"),
-        (["--checkpoint_interval=1h"], "checkpoint_interval='1h': expected steps, such as 500, or minutes"),
-        (["--init_from=gpt5"], "init_from='gpt5': expected scratch (train only), resume, gpt2, gpt2-medium"),
-        (["--init_from=out/ckpt.pt"], "an existing folder or checkpoint"),
-        (["--learning_rate=1e-5"], "min_lr=6e-05 is above learning_rate=1e-05: set --min_lr=1e-06 or --decay_lr=0"),
-    ],
-)
-def test_an_impossible_config_is_refused(words: list[str], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        train(*words)
-    assert message in str(caught.value)
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd", "muon"])
-def test_an_optimizer_is_named_in_lower_case(optimizer: str) -> None:
-    assert train(f"--optimizer={optimizer}").optimizer == optimizer
-
-
-@pytest.mark.parametrize(
-    ("verb", "words", "message"),
-    [
-        ("export", ["out"], "output is missing"),
-        ("export", ["--output=x", "--dtype=q8_0"], "dtype=q8_0: --to=hf cannot hold it"),
-        ("prepare", [], "which data set?"),
-        ("prepare", ["a/b"], "name='a/b': expected the name of a folder in data_dir"),
-        ("prepare", [], "which data set? for example"),
-        ("prepare", ["x", "--tokenizer=bpe:100"], "bpe:N (from 257)"),
-        ("prepare", ["x", "--val_fraction=1"], "val_fraction=1.0: expected auto or a value between 0 and 1"),
-        ("prepare", ["x", "--tokenizer=words"], "tokenizer='words': expected char, byte, gpt2, bpe:N"),
-        ("sample", ["--init_from=gpt5"], "init_from='gpt5': expected"),
-        ("serve", ["--port=70000"], "port=70000: expected 0 to 65535"),
-        ("plan", ["--mfu=2"], "mfu=2.0: expected a value above 0, up to 1"),
-    ],
-)
-def test_the_other_programs_refuse_what_cannot_work(verb: str, words: list[str], message: str) -> None:
+    [("train --n_embd=100", "n_embd=100 is not a multiple of n_head=12; n_embd=108 would be"),
+     ("train --n_kv_head=4", "n_kv_head=4: GPT-2 has n_head=12; others need --architecture=llama"),
+     ("train --n_kv_head=5 --architecture=llama", "n_head=12 is not a multiple of n_kv_head=5"),
+     ("train --head_size=32", "head_size=32: GPT-2's heads have n_embd / n_head"),
+     ("train --head_size=5 --architecture=llama", "head_size=5 must be even"),
+     ("train --n_head=0", "n_head=0: expected a value >= 1"), ("train --seed=-1", "seed=-1: expected a value >= 0"),
+     ("train --dropout=1", "dropout=1.0: expected a value in [0, 1)"),
+     ("train --decay_share=0", "decay_share=0.0: expected a value above 0, up to 1"),
+     ("train --device=gpu", "device='gpu': expected auto, cpu, mps, cuda or cuda:N"),
+     ("train --dtype=fp16", "--dtype=fp16: expected auto, float32, bfloat16, float16"),
+     ("train --model=gpt3", "model='gpt3': expected one of gpt2, gpt2-medium"),
+     ("train --optimizer=SGD", "optimizer='SGD': expected adamw, muon, or a class of torch.optim in lower case"),
+     ("train --checkpoint_interval=1h", "checkpoint_interval='1h': expected steps, such as 500, or minutes"),
+     ("train --init_from=gpt5", "init_from='gpt5': expected scratch (train only), resume, gpt2, gpt2-medium"),
+     ("train --init_from=out/ckpt.pt", "an existing folder or checkpoint"),
+     ("train --learning_rate=1e-5", "min_lr=6e-05 is above learning_rate=1e-05: set --min_lr=1e-06 or --decay_lr=0"),
+     ("export out", "output is missing"), ("export --output=x --dtype=q8_0", "dtype=q8_0: --to=hf cannot hold it"),
+     ("prepare", "which data set? for example"), ("prepare x --tokenizer=bpe:100", "bpe:N (from 257)"),
+     ("prepare x --val_fraction=1", "val_fraction=1.0: expected auto or a value between 0 and 1"),
+     ("prepare x --tokenizer=words", "tokenizer='words': expected char, byte, gpt2, bpe:N"),
+     ("serve --port=70000", "port=70000: expected 0 to 65535"),
+     ("plan --mfu=2", "mfu=2.0: expected a value above 0, up to 1")],
+)  # fmt: skip
+def test_an_impossible_config_is_refused(words: str, message: str) -> None:
+    verb, *rest = words.split()
     settings, _, positional = cli.VERBS[verb]
     with pytest.raises(ConfigError) as caught:
-        cli.parse(settings, words, "usage", positional)
+        cli.parse(settings, rest, "usage", positional)
     assert message in str(caught.value)
-
-
-def test_a_recipe_of_the_original_is_understood(tmp_path: Path) -> None:
-    recipe = tmp_path / "finetune.py"
-    recipe.write_text("import time\nwandb_run_name = 'ft-' + str(time.time())\nalways_save_checkpoint = False\n")
-    parsed = train(str(recipe))
-    assert parsed.wandb_run_name.startswith("ft-")
-    assert not parsed.always_save_checkpoint
 
 
 def test_muon_brings_its_rates_which_explicit_ones_override(tmp_path: Path) -> None:
@@ -176,8 +137,7 @@ def test_leaving_muon_restores_the_defaults_and_other_optimizers_change_nothing(
     file.write_text('optimizer = "muon"\nn_embd = 1536\n')
     back = train(str(file), "--optimizer=adamw")
     assert (back.learning_rate, back.schedule, back.beta1, back.n_embd) == (6e-4, "cosine", 0.9, 1536)
-    file.write_text("learning_rate = 1e-3\n")
-    assert train(str(file), "--optimizer=sgd").learning_rate == 1e-3
+    assert train("--learning_rate=1e-3", "--optimizer=sgd").learning_rate == 1e-3
 
 
 def test_a_models_name_stands_for_its_shape(tmp_path: Path) -> None:
@@ -202,15 +162,11 @@ def test_presets_have_the_parameters_of_their_models(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [
-        ({"activation": "relu"}, "activation='relu': expected gelu or gelu_tanh"),
-        ({"architecture": "mamba"}, "architecture='mamba': expected gpt2 or llama or qwen3"),
-        ({"norm_eps": "1e-5"}, "norm_eps is '1e-5', expected float"),
-        ({"n_layer": 2.0}, r"n_layer is 2\.0, expected int"),
-        ({"n_layer": -1}, "n_layer=-1: expected a value >= 1"),
-        ({"n_kv_head": 3}, "n_head=4 is not a multiple of n_kv_head=3"),
-    ],
-)
+    [({"activation": "relu"}, "activation='relu': expected gelu or gelu_tanh"),
+     ({"architecture": "mamba"}, "architecture='mamba': expected gpt2 or llama or qwen3"),
+     ({"n_layer": 2.0}, r"n_layer is 2\.0, expected int"), ({"n_layer": -1}, "n_layer=-1: expected a value >= 1"),
+     ({"n_kv_head": 3}, "n_head=4 is not a multiple of n_kv_head=3")],
+)  # fmt: skip
 def test_a_shape_that_cannot_be_built_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         GPT(GPTConfig(**{"n_layer": 1, "n_head": 4, "n_embd": 8, **settings}))

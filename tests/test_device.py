@@ -1,3 +1,5 @@
+"""Which device, number format and compiler are chosen on which hardware."""
+
 from typing import Any
 
 import pytest
@@ -41,9 +43,7 @@ def test_bfloat16_on_a_cpu_only_where_it_is_fast(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("cuda")
-@pytest.mark.parametrize(
-    ("capability", "dtype"), [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16)]
-)
+@pytest.mark.parametrize(("capability", "dtype"), [((8, 0), torch.bfloat16), ((7, 5), torch.float16)])
 def test_cuda_is_preferred_and_never_emulates(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype
 ) -> None:
@@ -60,18 +60,10 @@ def test_a_launcher_may_show_each_process_one_gpu(monkeypatch: pytest.MonkeyPatc
     assert choose_device(Machine(), local_rank=3).name == "cuda:0"
 
 
-@pytest.mark.usefixtures("cuda")
-def test_a_gpu_that_is_not_there_or_is_one_for_all_is_refused() -> None:
-    with pytest.raises(ConfigError, match="this machine has cuda:0 to cuda:1"):
-        choose_device(Machine(device="cuda:2"))
-
-
 @pytest.mark.usefixtures("no_gpu")
-@pytest.mark.parametrize(
-    ("name", "message"), [("cuda", "--device=cuda, but torch"), ("mps", "--device=mps, but torch")]
-)
-def test_an_impossible_device_is_refused(name: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+@pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps"])
+def test_an_impossible_device_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"--device={name}, but torch"):
         choose_device(Machine(device=name))
 
 
@@ -133,17 +125,3 @@ def test_cuda_compiles_long_runs_where_triton_can(
     monkeypatch.setattr("nanogpt.device.shutil.which", lambda _: compiler)
     monkeypatch.setattr("nanogpt.device.Path.exists", lambda _: True)
     assert choose_device(TrainConfig(max_iters=max_iters)).compile == expected
-
-
-@pytest.mark.usefixtures("no_gpu")
-def test_malloc_keeps_freed_memory_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[int, int]] = []
-    library = type("Library", (), {"mallopt": staticmethod(lambda *arguments: calls.append(arguments))})
-    monkeypatch.setattr("nanogpt.device.ctypes.CDLL", lambda _: library)
-    monkeypatch.setattr("nanogpt.device.sys.platform", "linux")
-    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
-    choose_device(Machine())
-    assert calls == []
-    monkeypatch.delenv("MALLOC_ARENA_MAX")
-    choose_device(Machine())
-    assert calls == [(-4, 0), (-1, -1)]

@@ -1,6 +1,5 @@
 """The engine against the network asked again and again, without a cache; sampling against its distribution."""
 
-import random
 from dataclasses import replace
 from typing import Any
 
@@ -43,7 +42,7 @@ def logprobs_of(model: GPT, tokens: list[int]) -> torch.Tensor:
 
 def recorded(row: Row, n: int) -> torch.Tensor:
     """The logprobs (V,) that a row has recorded for its n-th new token."""
-    return torch.tensor([value for _, value in sorted(row.alternatives[n][1])])
+    return torch.tensor([value for _, value in sorted(row.logprobs[n][1])])
 
 
 @pytest.mark.parametrize("window", ["half", "slide"])
@@ -51,7 +50,7 @@ def test_every_step_has_the_logits_of_the_uncached_network(model: GPT, window: A
     engine = Engine(model, 5, window=window)
     # Prompts of several lengths, also beyond the block size of 16, two of them equal, three times as long in the end.
     prompts = [random_ids(1, n)[0].tolist() for n in (1, 5, 16, 30)]
-    rows = engine.add([Request(prompt, 48, GREEDY, alternatives=64) for prompt in [*prompts, prompts[1]]])
+    rows = engine.add([Request(prompt, 48, GREEDY, logprobs=64) for prompt in [*prompts, prompts[1]]])
     begins = {row: max(0, len(row.tokens) - 16) for row in rows}
     while engine.rows:
         for row in engine.rows:
@@ -95,13 +94,6 @@ def test_what_ends_a_row() -> None:
     assert (len(cancelled.new_tokens), cancelled.end) == (1, "cancelled")
     assert len(long.new_tokens) == 99
     assert long.new_tokens[:12] == row.new_tokens
-    assert engine.step() == []
-
-
-@pytest.mark.parametrize("impossible", [[Request([1], 1)] * 3, [Request([], 1)], [Request([1], -1)]])
-def test_impossible_requests_are_refused(impossible: list[Request]) -> None:
-    with pytest.raises(ValueError, match=r"3 requests for 2 free rows|at least one token, and max_new_tokens can't"):
-        Engine(make(), 2).add(impossible)
 
 
 def test_equal_prompts_are_prefilled_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +111,7 @@ def test_quantized_weights_give_the_same_logits(shape: str, precision: str, tole
     model, quantized = make(shape), make(shape)
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
     quantize(quantized, dtype, int8=precision == "int8")
-    requests = [Request(random_ids(1, n)[0].tolist(), 3, GREEDY, alternatives=64) for n in (12, 3)]
+    requests = [Request(random_ids(1, n)[0].tolist(), 3, GREEDY, logprobs=64) for n in (12, 3)]
     for row in Engine(quantized, 2, dtype=dtype).complete(requests):
         for n in range(3):
             expected = logprobs_of(model, row.tokens[: len(row.request.prompt) + n])
@@ -153,7 +145,7 @@ def test_padded_entries_are_never_drawn() -> None:
     assert max(max(row.new_tokens) for row in rows) < 61
 
 
-def test_generate_slides_as_the_originals_does(model: GPT) -> None:
+def test_generate_slides_as_the_originals_does_and_torchs_seed_decides(model: GPT) -> None:
     idx = expected = random_ids(2, 3)
     for _ in range(20):  # past the block size
         logits = model(expected[:, -16:])[0]
@@ -162,15 +154,12 @@ def test_generate_slides_as_the_originals_does(model: GPT) -> None:
     assert torch.equal(model.generate(idx, 20, temperature=0.0), expected)
     assert model.training
     assert torch.equal(model.generate(idx, 0), idx)
-
-
-def test_the_seed_decides() -> None:
-    model, samples = make(), list[list[list[int]]]()
+    samples = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        samples.append(model.generate(random_ids(1, 3).repeat(4, 1), 20).tolist())
+        samples.append(model.generate(idx[:1].repeat(4, 1), 20).tolist())
     assert samples[0] == samples[1] != samples[2]
-    assert len({tuple(row) for row in samples[0]}) == 4
+    assert len(set(map(tuple, samples[0]))) == 4
 
 
 def test_a_broken_network_is_an_error() -> None:
@@ -207,7 +196,7 @@ def test_a_broken_network_is_an_error() -> None:
 )
 def test_what_is_drawn_and_how_often(settings: dict[str, Any], kept: list[int]) -> None:
     """The ids in `kept`, each as often as the distribution says."""
-    ids = draw(LOGITS.repeat(20_000, 1), [Sampling(**settings)] * 20_000, [random.Random(0)] * 20_000)
+    ids = draw(LOGITS.repeat(20_000, 1), [Sampling(**settings)] * 20_000, [n / 20_000 for n in range(20_000)])
     found = torch.bincount(torch.tensor(ids), minlength=len(LOGITS)) / 20_000
     assert found.nonzero().flatten().tolist() == kept
     expected = (LOGITS.double() / settings.get("temperature", 1.0)).softmax(0)[kept]
@@ -218,5 +207,6 @@ def test_a_rows_draw_does_not_depend_on_its_neighbours() -> None:
     logits = torch.randn(40, 100, generator=torch.Generator().manual_seed(0))
     kinds = [Sampling(), GREEDY, Sampling(0.7, 5), Sampling(1.0, 0, 0.8), Sampling(1.0, 60, 0.9, 0.01)]
     settings = [replace(kinds[n % 5], min_p=0.05 * (n % 3)) for n in range(40)]
-    together = draw(logits, settings, [random.Random(n) for n in range(40)])
-    assert together == [draw(logits[[n]], [settings[n]], [random.Random(n)])[0] for n in range(40)]
+    points = [n / 40 for n in range(40)]
+    together = draw(logits, settings, points)
+    assert together == [draw(logits[[n]], [settings[n]], [points[n]])[0] for n in range(40)]

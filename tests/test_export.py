@@ -233,7 +233,7 @@ def test_an_export_is_uploaded(recipe: Recipe, tmp_path: Path, monkeypatch: pyte
     api.create_repo.side_effect = ConnectionError("no route")
     with pytest.raises(UserError, match=r"other is written, but not uploaded to me/m \(no route.*hf auth login"):
         export(ExportConfig(**settings, output=str(tmp_path / "other")))
-    with pytest.raises(ConfigError, match="push=here: expected USER/NAME"):
+    with pytest.raises(ConfigError, match="push='here': expected USER/NAME"):
         parse(ExportConfig, ["--output=x", "--push=here"], "")
 
 

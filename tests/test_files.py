@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt import export
 from nanogpt.errors import UserError
 from nanogpt.export import atomic_folder
 from nanogpt.files import atomic_write, locked, parse_json, read_json, write_json
@@ -44,14 +43,6 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
         full()
     assert (tmp_path / "a" / "b" / "file").read_text() == "new"
     assert os.listdir(tmp_path / "a") == ["b"]
-
-
-def test_a_folder_is_on_the_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[tuple[str, bool]] = []
-    monkeypatch.setattr(export, "sync_folder", lambda path: synced.append((path.name, (tmp_path / "a").exists())))
-    with atomic_folder(tmp_path / "a") as folder:
-        (folder / "file").touch()
-    assert synced == [("file", False), (folder.name, False), (tmp_path.name, True)]
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:

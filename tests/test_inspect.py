@@ -9,7 +9,7 @@ from nanogpt import train
 from nanogpt.checkpoint import find_checkpoint, load_checkpoint
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.errors import ConfigError
-from nanogpt.inspect import coloured, inspect, look
+from nanogpt.inspect import inspect, look, page_of_tokens
 from nanogpt.model import GPT
 from nanogpt.settings import InspectConfig
 from nanogpt.tokenizer import ByteTokenizer
@@ -22,24 +22,20 @@ def test_a_look_inside(recipe: Callable[..., TrainConfig], capsys: pytest.Captur
     capsys.readouterr()
     inspect(InspectConfig(out_dir=config.out_dir, text="the quick fox"))
     out = capsys.readouterr().out
-    model = load_checkpoint(find_checkpoint(config.out_dir, "auto")).build_model()
+    checkpoint = load_checkpoint(find_checkpoint(config.out_dir, "auto"))
+    model, row = checkpoint.build_model(), torch.tensor([checkpoint.tokenizer.encode_prompt("the quick fox")])
     for name, parameter in model.named_parameters():
         [line] = [line for line in out.splitlines() if line.startswith(f"{name} ")]
-        assert line.split()[1:] == [
-            *" x ".join(map(str, parameter.shape)).split(),
-            "float32",
-            f"{parameter.norm():.3f}",
-        ]
+        shape = " x ".join(map(str, parameter.shape))
+        assert line.split(maxsplit=1)[1].split() == f"{shape} float32 {parameter.norm():.3f}".split()
     page = Path(config.out_dir, "tokens.html").read_text()
-    ids = load_checkpoint(find_checkpoint(config.out_dir, "auto")).tokenizer.encode_prompt("the quick fox")
     told = [float(each) for each in re.findall(r'title="([\d.]+) nats', page)]
-    row = torch.tensor([ids])
     with torch.no_grad():
         expected = torch.nn.functional.cross_entropy(model(row, row)[0][0, :-1], row[0, 1:], reduction="none")
     assert told == pytest.approx(expected.tolist(), abs=1e-3)
     assert Path(config.out_dir, "attention.png").read_bytes().startswith(b"\x89PNG")
     inspect(InspectConfig(out_dir=config.out_dir, text="the " * 5))
-    assert "of 20 tokens the first 16, the model's context" in capsys.readouterr().out
+    assert "nats per token over 16 tokens" in capsys.readouterr().out  # 20 are more than the model's context
     with pytest.raises(ConfigError, match="text has 1 tokens"):
         inspect(InspectConfig(out_dir=config.out_dir, text="t"))
 
@@ -58,7 +54,7 @@ def test_attention_adds_up_and_looks_back_only(architecture: str) -> None:
 
 def test_markup_in_a_text_is_text() -> None:
     ids = list(b"<b>&\xc3\xa4")
-    page = coloured(ids, [1.0] * (len(ids) - 1), ByteTokenizer(), "<m>")
+    page = page_of_tokens(ids, [1.0] * (len(ids) - 1), ByteTokenizer(), "<m>")
     assert "<b>" not in page
     assert "&lt;m&gt;" in page
     assert "ä" in page

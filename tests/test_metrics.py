@@ -1,11 +1,10 @@
-"""What a run reports: log lines, metrics.jsonl, and the files that Weights & Biases and TensorBoard get."""
+"""What a run reports: log lines, metrics.jsonl, and what TensorBoard gets."""
 
 import io
 import json
 import logging
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,47 +98,6 @@ def test_tensorboard_shows_one_unbroken_curve(recipe: Recipe) -> None:
         assert [value for _, value in seen] == pytest.approx([value for _, value in expected])
     texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("sample/text_summary")]
     assert texts == [f"```\n{row['sample']}\n```" for row in rows if "sample" in row]
-
-
-def wandb_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of an offline run: records of LevelDB's log format, each a message of wandb's own."""
-    messages = pytest.importorskip("wandb.proto.wandb_internal_pb2")
-    data, place, whole = path.read_bytes(), 7, b""
-    while place + 7 <= len(data):
-        if (left := 2**15 - place % 2**15) < 7:  # no header is cut by the border of a block
-            place += left
-            continue
-        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
-        whole += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # whole, or its last part
-            record = messages.Record.FromString(whole)
-            whole = b""
-            if record.HasField("history"):
-                yield {(item.key or item.nested_key[0]): json.loads(item.value_json) for item in record.history.item}
-
-
-def test_wandb_offline_has_every_step_once(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    train.train(recipe(wandb_log=True, max_iters=4))
-    time.sleep(1.1)  # wandb names its folders by the second
-    train.train(recipe(wandb_log=True, max_iters=8, init_from="resume"))
-    files = sorted(Path(recipe().out_dir).glob("wandb/offline-run-*/*.wandb"))
-    assert len(files) == 2
-    assert len({path.name for path in files}) == 1  # one run, by its id
-    rows = read_metrics(Path(recipe().out_dir, "metrics.jsonl"))
-    expected = {(name, row["step"]): row[name] for row in rows for name in ("train/loss", "val/loss") if name in row}
-    deadline = time.monotonic() + 30  # W&B's own process may still be writing
-    while True:
-        logged = [row for path in files for row in wandb_rows(path)]
-        seen = {(name, row["_step"]): value for row in logged for name, value in row.items()}
-        if expected.keys() <= seen.keys() or time.monotonic() > deadline:
-            break
-        time.sleep(0.2)
-    assert {key: seen[key] for key in expected} == pytest.approx(expected)
-    assert sum("train/loss" in row for row in logged) == 8  # none twice
 
 
 def test_a_tracker_that_cannot_start_is_a_warning(

@@ -57,15 +57,12 @@ def test_the_commands_run_as_written(downloads: Path, tmp_path: Path) -> None:
                 "torchrun": [sys.executable, "-m", "torch.distributed.run"]}  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": ".", "NANOGPT_DOWNLOADS": str(mirror)}
     executed = 0
-    for command in COMMANDS:
-        if command.startswith(NOT_HERE):
-            continue
+    for command in [command for command in COMMANDS if not command.startswith(NOT_HERE)]:
         if command.startswith("echo "):
             subprocess.run(command, shell=True, cwd=repository, check=True)
             continue
         extra = [SHRUNK[start] for start in sorted(SHRUNK, key=len) if command.startswith(start)][-1:]
-        words = shlex.split(" ".join([command, *extra]))
-        words = [word.replace("--nproc_per_node=8", "--nproc_per_node=2") for word in words]
+        words = shlex.split(" ".join([command, *extra]).replace("--nproc_per_node=8", "--nproc_per_node=2"))
         if "serve" in words:
             try_server([*programs[words[0]], *words[1:], "--port=0"], repository, environment)
             continue
