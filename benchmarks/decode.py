@@ -176,7 +176,7 @@ def make_models(folder: Path, with_llama_cpp: bool, with_transformers: bool) -> 
     torch.save(model.state_dict(), folder / "weights.pt")
     if with_transformers:
         (folder / "hf").mkdir()
-        save_pretrained(folder / "hf", model, GPT2Tokenizer(), torch.float32, "")
+        save_pretrained(folder / "hf", model, GPT2Tokenizer(), torch.float32)
     if with_llama_cpp:
         for name, dtype in FILES.items():
             save_gguf(folder / f"{name}.gguf", "gpt2", model, GPT2Tokenizer(), dtype)

@@ -386,9 +386,10 @@ def load_checkpoint(path: Path, data_dir: str = "data", *, sharded: bool = False
         if not ours and tokenizer.vocab_size > model_config.vocab_size:
             n_entries = model_config.vocab_size
             raise CheckpointError(f"{path} has no vocabulary of {n_entries} entries: put its meta.pkl into {data}")
-        # The original's compiled models have a prefix, its oldest ones attention masks.
-        weights = {name.removeprefix("_orig_mod."): weight for name, weight in content["model"].items()
-                   if not name.endswith(".attn.bias")}  # fmt: skip
+        tokenizer.vocab_size = min(tokenizer.vocab_size, model_config.vocab_size)  # another model's may have more
+        # Compiled models and those within DDP have prefixes, the original's oldest ones attention masks.
+        weights = {name.replace("_orig_mod.", "").replace("module.", ""): weight
+                   for name, weight in content["model"].items() if not name.endswith(".attn.bias")}  # fmt: skip
         more = {name: ours[name] for name in ("tokens", "seconds", "evaluated", "skipped") if name in ours}
         state = TrainState(content["iter_num"], float(content["best_val_loss"]), **more)
         optimizer, scaler = content["optimizer"], ours.get("scaler", {})

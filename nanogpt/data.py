@@ -67,6 +67,8 @@ class Dataset:
                 f"data set {self.folder.name} holds ids of the {self.tokenizer}, but {owner} uses the {tokenizer}; "
                 "prepare the data set again with --tokenizer=PATH of the model or of its data set"
             )
+        for part in (self, *self.parts):  # another model's tokenizer may have entries that the model does not know
+            part.tokenizer.vocab_size = min(part.tokenizer.vocab_size, tokenizer.vocab_size)
 
     def check_length(self, block_size: int) -> None:
         """Raise `DataError` unless each split holds at least one window and the token behind it."""

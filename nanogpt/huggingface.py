@@ -1,14 +1,13 @@
-"""Models in Hugging Face's format, from the hub, a mirror folder or a folder, and into one.
+"""Models in Hugging Face's format, in and out: `config.json` and safetensors, read and written without transformers.
 
 GPT-2, Llama and Qwen3; also Mistral without a sliding window, which is a Llama, and Qwen2, which is one with biases on
-queries, keys and values. Reads and writes `config.json` and safetensors directly, without transformers.
+queries, keys and values.
 """
 
 import itertools
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,119 +16,110 @@ import torch
 from torch import Tensor
 
 from nanogpt.config import GPT2_NAMES, GPTConfig, is_hub_name
-from nanogpt.errors import CheckpointError, ConfigError, DataError
-from nanogpt.files import parse_json, read_json, write_json
+from nanogpt.errors import CheckpointError, ConfigError
+from nanogpt.files import read_json, write_json
 from nanogpt.model import GPT
 from nanogpt.prepare import hub_folder
 from nanogpt.tokenizer import TOKENIZER_FILES, GPT2Tokenizer, Tokenizer, read_tokenizer
 
 log = logging.getLogger(__name__)
 
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}  # theirs: ours
+# Of theirs, which of ours each is; exports have the last name of one.
+ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-LLAMA = {
-    "vocab_size": "vocab_size", "max_position_embeddings": "block_size", "hidden_size": "n_embd",
-    "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head",
-    "head_dim": "head_size", "intermediate_size": "n_hidden", "rms_norm_eps": "norm_eps",
-    "tie_word_embeddings": "tied_head",
-}  # fmt: skip
-FIELDS = {  # for each model_type, the names in config.json of our fields
-    "gpt2": {"vocab_size": "vocab_size", "n_positions": "block_size", "n_embd": "n_embd", "n_layer": "n_layer",
-             "n_head": "n_head", "n_inner": "n_hidden", "layer_norm_epsilon": "norm_eps",
-             "tie_word_embeddings": "tied_head"},
-    "llama": {**LLAMA, "attention_bias": "bias", "mlp_bias": "mlp_bias"},
-    "mistral": LLAMA, "qwen2": LLAMA, "qwen3": {**LLAMA, "attention_bias": "bias"},
-}  # fmt: skip
+# Our fields, and their names in the config.json of GPT-2 and of the others.
+OURS = """vocab_size block_size n_embd n_layer n_head n_hidden norm_eps tied_head
+    n_kv_head head_size bias mlp_bias""".split()
+GPT2 = "vocab_size n_positions n_embd n_layer n_head n_inner layer_norm_epsilon tie_word_embeddings".split()
+LLAMA = """vocab_size max_position_embeddings hidden_size num_hidden_layers num_attention_heads intermediate_size
+    rms_norm_eps tie_word_embeddings num_key_value_heads head_dim attention_bias mlp_bias""".split()
+# Other names of GPT-2's, which transformers reads as well.
+ALIASES = dict(zip(LLAMA[1:5], GPT2[1:5], strict=True))
+# For each model_type: its fields, with transformers' defaults in the order of OURS. None follows from the others.
+FIELDS: dict[str, dict[str, Any]] = {
+    "gpt2": dict(zip(GPT2, (50257, 1024, 768, 12, 12, None, 1e-5, True), strict=False)),
+    "llama": dict(zip(LLAMA, (32000, 2048, 4096, 32, 32, 11008, 1e-6, False, None, None, False, False), strict=False)),
+    "mistral": dict(zip(LLAMA, (32000, 131072, 4096, 32, 32, 14336, 1e-6, False, 8, None), strict=False)),
+    "qwen2": dict(zip(LLAMA, (151936, 32768, 4096, 32, 32, 22016, 1e-6, False, 32, None), strict=False)),
+    "qwen3": dict(zip(LLAMA, (151936, 32768, 4096, 32, 32, 22016, 1e-6, False, 32, 128, False), strict=False)),
+}
 IMPLIED: dict[str, dict[str, Any]] = {  # what the name alone says about the shape
-    "gpt2": {"bias": True}, "llama": {"architecture": "llama"}, "mistral": {"architecture": "llama", "bias": False},
-    "qwen2": {"architecture": "llama", "bias": True, "out_bias": False, "mlp_bias": False},
-    "qwen3": {"architecture": "qwen3"},
+    "gpt2": {}, "llama": {"architecture": "llama"}, "mistral": {"architecture": "llama", "bias": False},
+    "qwen2": {"architecture": "llama", "out_bias": False, "mlp_bias": False}, "qwen3": {"architecture": "qwen3"},
 }  # fmt: skip
-REQUIRED: dict[str, dict[str, Any]] = {  # what config.json must say, where it says anything
+REQUIRED: dict[str, dict[str, Any]] = {  # options of theirs that we have in this form only
     "gpt2": {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
-    "llama": {"hidden_act": "silu"}, "mistral": {"hidden_act": "silu", "sliding_window": None},
+    "llama": {"hidden_act": "silu"},
+    "mistral": {"hidden_act": "silu", "sliding_window": None},
     "qwen2": {"hidden_act": "silu", "use_sliding_window": False},
     "qwen3": {"hidden_act": "silu", "use_sliding_window": False},
-}  # fmt: skip
+}
 
 
-class Pretrained(NamedTuple):
-    """A model that was trained elsewhere, in evaluation mode."""
+def load_pretrained(name: str, device: str = "cpu", *, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
+    """Return a model on `device`, and its tokenizer: gpt2, gpt2-medium, …, ORGANISATION/NAME on the hub, or a folder.
 
-    model: GPT
-    tokenizer: Tokenizer
-
-
-def load_pretrained(name: str, device: str = "cpu", *, dropout: float = 0.0) -> Pretrained:
-    """Return the model `name` on `device`: gpt2, gpt2-medium, …, ORGANISATION/NAME on the hub, or a folder.
-
-    Weights become float32, and go to `device` one at a time. Raises `CheckpointError` if the model cannot be had, is
-    damaged, or is of an architecture that is not known here.
+    Weights become float32, one at a time. Raises `CheckpointError` for what can't be had, read or run here.
     """
     folder = Path(name)
     if name in GPT2_NAMES or (is_hub_name(name) and not folder.is_dir()):
         files = [*TOKENIZER_FILES, "config.json", "model*.safetensors", "*.safetensors.index.json"]
         folder = hub_folder(f"openai-community/{name}" if name in GPT2_NAMES else name, files)
-    shape = replace(shape_of(folder), dropout=dropout)
+    config = read_json(folder / "config.json")
+    if "model_type" not in config:  # nor has the config.json of a run that was not saved yet
+        known = f"{', '.join(GPT2_NAMES)}, ORGANISATION/NAME on the hub, a folder, or a .pt or .gguf file"
+        raise CheckpointError(f"{folder} has no checkpoint of a run, and no config.json of a model; expected {known}")
     log.info(f"loading {folder}")
     try:
+        shape = replace(read_config(config), dropout=dropout)
         # GPT-2's oldest folders have its vocabulary in another form.
         is_gpt2 = shape.is_gpt2 and shape.vocab_size == 50257 and not (folder / "tokenizer.json").exists()
         tokenizer = GPT2Tokenizer() if is_gpt2 else read_tokenizer(folder)
-        if tokenizer.vocab_size > shape.vocab_size:
-            raise DataError(f"its tokenizer has {tokenizer.vocab_size} entries, but the model knows {shape.vocab_size}")
-        model = GPT.from_weights(shape, read_weights(folder, shape, device))
-    except (OSError, ValueError, KeyError, RuntimeError, DataError) as error:
-        raise CheckpointError(f"{folder}: {error}") from error
-    return Pretrained(model.eval(), tokenizer)
-
-
-# ---------------------------------------------------------------------------------------------------
-# The shape
-
-
-def shape_of(folder: Path) -> GPTConfig:
-    """Return the shape that `config.json` in `folder` describes. Raises `CheckpointError` for one unknown here."""
-    if not folder.is_dir():
-        known = f"{', '.join(GPT2_NAMES)}, ORGANISATION/NAME on the hub, a folder, or a .pt or .gguf file"
-        raise CheckpointError(f"{folder}: expected {known}")
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder} has neither the checkpoint of a run nor the config.json of a model")
-    try:
-        shape = read_config(parse_json((folder / "config.json").read_bytes()))
-        if problems := list(shape.problems()):
-            raise ValueError("; ".join(problems))
-        return shape
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
-        raise CheckpointError(f"{folder}: its config.json describes no model that can be built here: {what}") from error
+        if tokenizer.vocab_size > shape.vocab_size:  # people add a <pad>, and leave the embedding as it is
+            log.warning(
+                f"its tokenizer has {tokenizer.vocab_size} entries, of which the model knows {shape.vocab_size}"
+            )
+            tokenizer.vocab_size = shape.vocab_size
+        tensors = find_tensors(folder)
+        if shape.tied_head and (head := tensors.pop("lm_head.weight", None)):
+            first = next(layout(shape))
+            embedding = tensors.setdefault(short_name(first.theirs), head)
+            if not torch.equal(read_tensor(first, embedding), read_tensor(first, head)):
+                log.warning("config.json says that embedding and head share a matrix; there are two, and both are used")
+                shape.tied_head, tensors["lm_head.weight"] = False, head
+        return build_model(shape, tensors, short_name, read_tensor, device), tokenizer
+    except Exception as error:  # whatever a damaged file leads to
+        what = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{folder}: {what}") from error
 
 
 def read_config(config: dict[str, Any]) -> GPTConfig:
     """Return the shape that a config.json describes. Raises `KeyError` and `ValueError`."""
-    kind = config.get("model_type")
+    kind = config["model_type"]
     if kind not in FIELDS:
-        ours = "it is of a run that has no checkpoint yet" if "dataset" in config else ""
-        raise ValueError(ours or f"model_type is {kind!r}; known: {', '.join(FIELDS)}")
-    defaults = {"n_inner": None, "num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6,
-                "layer_norm_epsilon": 1e-5, "attention_bias": False, "mlp_bias": False,
-                "tie_word_embeddings": kind == "gpt2", "sliding_window": 4096}  # fmt: skip
-    values = {**defaults, **config}
-    for name, required in REQUIRED[kind].items():
-        if (value := values.get(name, required)) != required:
-            raise ValueError(f"{name} is {value!r}, not {required!r}")
-    shape = {**IMPLIED[kind], **{ours: values[theirs] for theirs, ours in FIELDS[kind].items()}}
+        raise ValueError(f"model_type is {kind!r}; known: {', '.join(FIELDS)}")
+    if config.get("quantization_config"):
+        raise ValueError(
+            "it has a quantization_config, and quantized weights can't be read; take the unquantized model"
+        )
     if kind == "gpt2":
-        activation = config.get("activation_function", "gelu_new")
-        if activation not in ACTIVATIONS:
+        config = {ALIASES.get(name, name): value for name, value in config.items()}
+    values = {**FIELDS[kind], "sliding_window": 4096, **config}  # Mistral's window is on by default
+    for name, required in REQUIRED[kind].items():
+        if values.get(name, required) != required:
+            raise ValueError(f"{name} is {values[name]!r}, not {required!r}")
+    shape = {**IMPLIED[kind], **{ours: values[theirs] for theirs, ours in zip(FIELDS[kind], OURS, strict=False)}}
+    if kind == "gpt2":
+        if (activation := config.get("activation_function", "gelu_new")) not in ACTIVATIONS:
             raise ValueError(f"activation_function is {activation!r}; known: {', '.join(ACTIVATIONS)}")
         return GPTConfig(**shape, activation=ACTIVATIONS[activation])  # type: ignore[arg-type]
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if rope_type not in ("default", "llama3"):
         raise ValueError(f"rope_type is {rope_type!r}; known: default, llama3")
     shape["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta") or 10_000.0
-    return GPTConfig(**shape, rope_scaling=[float(rope[key]) for key in SCALING] if rope_type == "llama3" else [])
+    rope = {SCALING[3]: shape["block_size"], **rope}
+    return GPTConfig(**shape, rope_scaling=[rope[key] for key in SCALING] if rope_type == "llama3" else [])
 
 
 def model_type(shape: GPTConfig) -> str:
@@ -139,25 +129,19 @@ def model_type(shape: GPTConfig) -> str:
 
 
 def config_of(shape: GPTConfig) -> dict[str, Any]:
-    """Return the `config.json` that describes `shape`. Raises `ConfigError` if there is none."""
+    """Return the `config.json` that describes `shape`, or what comes nearest to it."""
     kind = model_type(shape)
-    config = {theirs: getattr(shape, ours) for theirs, ours in FIELDS[kind].items()}
+    config = {theirs: getattr(shape, ours) for theirs, ours in zip(FIELDS[kind], OURS, strict=False)}
     config |= {"model_type": kind, "architectures": [f"{kind.capitalize()}ForCausalLM"], **REQUIRED[kind]}
     if kind == "gpt2":
-        names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-        if shape.activation not in names:
-            raise ConfigError(f"other engines do not know the activation {shape.activation!r}: it can't be exported")
+        names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
         config |= {"architectures": ["GPT2LMHeadModel"], "activation_function": names[shape.activation]}
-        return config | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), shape.dropout)
-    scaling = dict(zip(SCALING, shape.rope_scaling, strict=False))
-    config["rope_scaling"] = (
-        {"rope_type": "llama3", **scaling, SCALING[3]: int(scaling[SCALING[3]])} if scaling else None
-    )
-    return config | {"rope_theta": shape.rope_theta, "attention_dropout": 0.0}
-
-
-# ---------------------------------------------------------------------------------------------------
-# The weights
+        config |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), shape.dropout)
+    else:
+        config["rope_theta"] = shape.rope_theta
+        if shape.rope_scaling:
+            config["rope_scaling"] = {"rope_type": "llama3", **dict(zip(SCALING, shape.rope_scaling, strict=True))}
+    return config
 
 
 class Part(NamedTuple):
@@ -192,103 +176,92 @@ def layout(shape: GPTConfig) -> Iterator[Part]:
         yield Part("lm_head.weight", "lm_head.weight")
 
 
-def llama_block(shape: GPTConfig) -> list[tuple[str, str, slice, bool]]:
+def llama_block(shape: GPTConfig) -> list[tuple[str, str, slice, object]]:
     """Return the modules of a block of Llama's kind: their name, ours, which rows of ours, whether they have a bias."""
-    q, kv, hidden, whole = (
-        shape.n_head * shape.head_size,
-        shape.n_kv_head * shape.head_size,
-        shape.n_hidden,
-        slice(None),
-    )
+    q, kv, whole = shape.n_head * shape.head_size, shape.n_kv_head * shape.head_size, slice(None)
     norms = [("self_attn.q_norm", "attn.q_norm", whole, False), ("self_attn.k_norm", "attn.k_norm", whole, False)]
     return [
         ("input_layernorm", "ln_1", whole, False),
         ("self_attn.q_proj", "attn.c_attn", slice(0, q), shape.bias),
         ("self_attn.k_proj", "attn.c_attn", slice(q, q + kv), shape.bias),
-        ("self_attn.v_proj", "attn.c_attn", slice(q + kv, q + 2 * kv), shape.bias),
-        ("self_attn.o_proj", "attn.c_proj", whole, bool(shape.out_bias)),
+        ("self_attn.v_proj", "attn.c_attn", slice(q + kv, None), shape.bias),
+        ("self_attn.o_proj", "attn.c_proj", whole, shape.out_bias),
         ("post_attention_layernorm", "ln_2", whole, False),
-        ("mlp.gate_proj", "mlp.c_fc", slice(0, hidden), bool(shape.mlp_bias)),
-        ("mlp.up_proj", "mlp.c_fc", slice(hidden, 2 * hidden), bool(shape.mlp_bias)),
-        ("mlp.down_proj", "mlp.c_proj", whole, bool(shape.mlp_bias)),
+        ("mlp.gate_proj", "mlp.c_fc", slice(0, shape.n_hidden), shape.mlp_bias),
+        ("mlp.up_proj", "mlp.c_fc", slice(shape.n_hidden, None), shape.mlp_bias),
+        ("mlp.down_proj", "mlp.c_proj", whole, shape.mlp_bias),
         *(norms if shape.architecture == "qwen3" else []),
     ]
 
 
-def put_together(shape: GPTConfig, read: Callable[[Part], Tensor], device: str) -> dict[str, Tensor]:
-    """Return the weights of a model under our names, in float32 on `device`; `read` reads them part by part."""
+def build_model(
+    shape: GPTConfig, tensors: dict[str, Any], name_of: Callable[[str], str], read: Callable[[Part, Any], Tensor],
+    device: str,
+) -> GPT:  # fmt: skip
+    """Return the model, in evaluation mode and float32 on `device`, whose tensors `read` makes of `tensors` one by one.
+
+    name_of: from Hugging Face's names to keys of `tensors`. Raises `KeyError` or `ValueError` for too few or too many.
+    """
+    if problems := list(shape.problems()):
+        raise ValueError("; ".join(problems))
     weights: dict[str, Tensor] = {}
     for ours, parts in itertools.groupby(layout(shape), key=lambda part: part.ours):
-        weights[ours] = torch.cat([read(part).float() for part in parts]).to(device)
+        pieces = [read(part, tensors.pop(name_of(part.theirs))).float() for part in parts]
+        weights[ours] = torch.cat(pieces).to(device)
+    if tensors:
+        raise ValueError(f"{len(tensors)} tensors have no place in the model, {min(tensors)} for one")
     if shape.tied_head:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    return weights
+    return GPT.from_weights(shape, weights).eval()
 
 
-def find_tensors(folder: Path) -> dict[str, Path]:
-    """Return the names of the tensors in `folder` and the file of each: of the model, not of an adapter beside it."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if index.exists() and not whole.exists():
-        named = read_json(index).get("weight_map")
-        if not isinstance(named, dict) or not named:
-            raise ValueError(f"{index.name} is damaged: it does not say which file has which tensor")
-        return {name: folder / Path(str(file)).name for name, file in named.items()}
-    others = ("adapter", "optimizer", "scheduler")
-    paths = [path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith(others)]
-    if not paths:
+def short_name(name: str) -> str:
+    """Return the name of a tensor without the network's in front, which some files lack, and the names of wrappers."""
+    return name.replace("_orig_mod.", "").replace("module.", "").removeprefix("transformer.").removeprefix("model.")
+
+
+def find_tensors(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Return the file and the full name of each tensor in `folder`: of the model, not of what lies beside it."""
+    from safetensors import SafetensorError, safe_open
+
+    whole, others = folder / "model.safetensors", ("adapter", "optimizer", "scheduler", "consolidated")
+    index = {} if whole.exists() else read_json(folder / "model.safetensors.index.json").get("weight_map", {})
+    named = [whole] if whole.exists() else sorted({folder / file for file in index.values()})
+    usual = sorted(folder.glob("model*.safetensors"))
+    rest = [path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith(others)]
+    found: dict[str, tuple[Path, str]] = {}
+    for path in named or usual or rest:
+        try:
+            names: list[str] = safe_open(path, "pt").keys()  # type: ignore[no-untyped-call]
+        except SafetensorError as error:
+            raise ValueError(f"{path.name} is damaged: {error}") from error
+        for name in (name for name in names if not index or folder / index.get(name, "") == path):
+            if (short := short_name(name)) in found:
+                raise ValueError(f"{name} is in several files: remove those that are not of this model")
+            if not name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")):  # those are computed
+                found[short] = (path, name)
+    if not found:
         pickled = ": its weights are pickled, and a pickle can run any code" if list(folder.glob("*.bin")) else ""
-        raise ValueError(f"no *.safetensors there{pickled}; safetensors are what transformers' save_pretrained writes")
-    found: dict[str, Path] = {}
-    for path in [whole] if whole.exists() else paths:
-        with open_tensors(path) as file:
-            names = dict.fromkeys(file.keys(), path)
-        if twice := names.keys() & found.keys():
-            raise ValueError(f"{min(twice)} is in several files: remove those that are not of this model")
-        found |= names
+        raise ValueError(f"no model's *.safetensors there{pickled}; transformers' save_pretrained writes safetensors")
     return found
 
 
-@contextmanager
-def open_tensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file. Raises `ValueError` if it, or what is read from it, is missing or damaged."""
-    from safetensors import SafetensorError, safe_open
+def read_tensor(part: Part, place: tuple[Path, str]) -> Tensor:
+    """Return a tensor in our orientation."""
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path.name} is {'damaged' if path.exists() else 'missing'}: {error}") from error
-
-
-def read_weights(folder: Path, shape: GPTConfig, device: str) -> dict[str, Tensor]:
-    """Return the weights in `folder` under our names. Raises `ValueError` unless just those are there."""
-    found = find_tensors(folder)
-
-    def read(part: Part) -> Tensor:
-        # The oldest files of GPT-2 have no prefix.
-        name = next((n for n in (part.theirs, part.theirs.partition(".")[2]) if n in found), None)
-        if name is None:
-            raise ValueError(f"the weights lack {part.theirs}")
-        with open_tensors(found.pop(name)) as file:  # opened anew: what was mapped for the last one is let go
-            tensor: Tensor = file.get_tensor(name)
-        return tensor.t() if part.transposed else tensor
-
-    weights = put_together(shape, read, device)
-    ignored = (".attn.bias", ".attn.masked_bias", "lm_head.weight", "rotary_emb.inv_freq")  # computed, or tied
-    if unknown := [name for name in found if not name.endswith(ignored)]:
-        raise ValueError(f"{len(unknown)} tensors of the weights have no place in the model, {unknown[0]} for one")
-    return weights
-
-
-# ---------------------------------------------------------------------------------------------------
-# Out
+    path, name = place
+    with safe_open(path, "pt") as file:  # opened anew: what was mapped for the last one is let go
+        tensor: Tensor = file.get_tensor(name)
+    if not tensor.is_floating_point() or tensor.itemsize < 2:
+        raise ValueError(f"{name} is quantized ({tensor.dtype}), which can't be read; take the unquantized model")
+    return tensor.t() if part.transposed else tensor
 
 
 def tensors_of(model: GPT, vocab_size: int) -> Iterator[tuple[Part, Tensor]]:
-    """Yield the tensors of `model` as others cut and name them, in our orientation: rows are outputs.
+    """Yield the tensors of `model` as others cut and name them, in our orientation, without rows that only pad.
 
-    Embedding and head lose the rows that only pad the vocabulary. Where GPT-2 has biases and we have none, they are 0.
-    Raises `ConfigError` for a shape of which others would build another network.
+    Biases that GPT-2 has and we have not are 0. Raises `ConfigError` if others would build another network.
     """
     weights, shape = model.state_dict(), model.config
     described = read_config(config_of(shape))
@@ -305,12 +278,8 @@ def tensors_of(model: GPT, vocab_size: int) -> Iterator[tuple[Part, Tensor]]:
         yield part, tensor[:vocab_size] if part.ours in ("transformer.wte.weight", "lm_head.weight") else tensor
 
 
-def save_pretrained(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype, card: str) -> None:
-    """Write what transformers' `AutoModelForCausalLM` and `AutoTokenizer` load. `card` is the text of README.md.
-
-    Raises `DataError` for a tokenizer that has no such form.
-    """
-    from safetensors import SafetensorError
+def save_pretrained(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+    """Write what transformers loads. Raises `ConfigError` and `DataError` for what has no such form."""
     from safetensors.torch import save_file
 
     shape, generation = replace(model.config, vocab_size=tokenizer.vocab_size), tokenizer.full_generation_config
@@ -325,13 +294,10 @@ def save_pretrained(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch
     if tokenizer.chat_template:
         settings["chat_template"] = tokenizer.chat_template
     write_json(folder / "tokenizer_config.json", {**settings, "clean_up_tokenization_spaces": False})
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    tensors = {}
-    for part, tensor in tensors_of(model, tokenizer.vocab_size):
-        tensors[part.theirs] = (tensor.t() if part.transposed else tensor).to(dtype).contiguous()
-    try:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    except SafetensorError as error:  # what the library makes of a full disk
-        raise OSError(str(error)) from error
+    tensors = {
+        part.theirs: (tensor.t() if part.transposed else tensor).to(dtype).contiguous()
+        for part, tensor in tensors_of(model, tokenizer.vocab_size)
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     # The library lets only the owner read its file; the others have the rights that the umask gives.
     shutil.copymode(folder / "config.json", folder / "model.safetensors")

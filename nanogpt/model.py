@@ -327,6 +327,12 @@ class GPT(nn.Module):
         """Build a model around existing tensors, without copying them. Raises `RuntimeError` if they don't fit."""
         with torch.device("meta"):
             model = cls(config)
+        # torch's own message would list every tensor.
+        expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+        found = {name: list(getattr(tensor, "shape", [])) for name, tensor in weights.items()}
+        if wrong := sorted(name for name in {**expected, **found} if expected.get(name) != found.get(name)):
+            sizes = f"expected {expected.get(wrong[0], 'none')}, found {found.get(wrong[0], 'none')}"
+            raise RuntimeError(f"{len(wrong)} tensors do not fit the shape, as {wrong[0]}: {sizes}")
         model.load_state_dict(weights, assign=True)
         model.tie_weights()  # assigning unties them
         return model.requires_grad_()

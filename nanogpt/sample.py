@@ -122,7 +122,10 @@ def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
     if not text and tokenizer.end_of_text is not None:
         return [tokenizer.end_of_text]
     try:
-        return tokenizer.encode_prompt(text or "\n")
+        ids = tokenizer.encode_prompt(text or "\n")
+        if (largest := max(ids, default=0)) >= tokenizer.vocab_size:
+            raise DataError(f"the prompt has token {largest}, but the model knows {tokenizer.vocab_size}")
+        return ids
     except DataError:
         if text not in ("", "\n"):
             raise

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nanogpt.errors import DataError
-from nanogpt.files import atomic_write, read_json
+from nanogpt.files import atomic_write, parse_json, read_json
 
 log = logging.getLogger(__name__)
 warn_once = lru_cache(log.warning)
@@ -313,8 +313,11 @@ def read_tokenizer(path: Path) -> Tokenizer:
     named = [settings.get("bos_token"), settings.get("eos_token")]
     bos, eos = [str((token.get("content") if isinstance(token, dict) else token) or "") for token in named]
     template, separate = settings.get("chat_template"), file.with_name("chat_template.jinja")
+    if isinstance(template, list):  # of several with names
+        template = {str(each["name"]): each["template"] for each in template}.get("default")
     try:
-        tokenizer = from_definition(file.read_text(encoding="utf-8-sig"), eos)
+        definition = with_added_tokens(file.read_text(encoding="utf-8-sig"), settings.get("added_tokens_decoder", {}))
+        tokenizer = from_definition(definition, eos)
         template = separate.read_text(encoding="utf-8") if separate.exists() else template
     except Exception as error:  # the library raises plain `Exception`
         instead = "transformers writes one with AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)"
@@ -328,6 +331,20 @@ def read_tokenizer(path: Path) -> Tokenizer:
         config["bos_token_id"] = config["bos_token_id"] or tokenizer.engine.token_to_id(bos)
     keep_generation_config(tokenizer, config, template)
     return tokenizer
+
+
+def with_added_tokens(definition: str, tokens: dict[str, dict[str, Any]]) -> str:
+    """Return a tokenizer.json with the tokens that only tokenizer_config.json has, as transformers adds them."""
+    import tokenizers
+
+    added = parse_json(definition).get("added_tokens", []) if tokens else []
+    known = {token["content"] for token in added}
+    missing = [tokens[i] for i in sorted(tokens, key=int) if tokens[i]["content"] not in known]
+    if not missing:
+        return definition
+    engine = tokenizers.Tokenizer.from_str(definition)
+    engine.add_tokens([tokenizers.AddedToken(**token) for token in missing])
+    return str(engine.to_str())
 
 
 def keep_generation_config(tokenizer: Tokenizer, config: Mapping[str, Any], template: object) -> None:

@@ -23,11 +23,9 @@ class Hub:
                 tree, resolve = f"api/datasets/{repository}/tree/main", f"datasets/{repository}/resolve/main/"
                 name = path.removeprefix(resolve)
                 if path.startswith(tree):
-                    below = path.removeprefix(tree).strip("/")
-                    listed = [name for name in hub.files if name.startswith(below)]
-                    entries = [
-                        {"type": "file", "path": name, "size": len(hub.files[name]), "oid": "0" * 40} for name in listed
-                    ]
+                    listed = [name for name in hub.files if name.startswith(path.removeprefix(tree).strip("/"))]
+                    more = {"type": "file", "oid": "0" * 40}
+                    entries = [{"path": name, "size": len(hub.files[name]), **more} for name in listed]
                     self.answer(200, json.dumps(entries).encode())
                 elif name in hub.files:
                     if self.command == "GET":

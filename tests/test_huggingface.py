@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nanogpt import train
 from nanogpt.checkpoint import load_checkpoint
@@ -47,23 +48,30 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
 def test_logits_equal_transformers(tmp_path: Path, activation: str) -> None:
     theirs = write_gpt2(tmp_path / "gpt", activation_function=activation)
-    ours = load_pretrained(str(tmp_path / "gpt")).model
+    ours, _ = load_pretrained(str(tmp_path / "gpt"))
     x = random_ids(2, 32, vocab_size=50257)
     torch.testing.assert_close(ours(x, x)[0], theirs(x).logits, atol=1e-5, rtol=1e-4)
     assert ours.lm_head.weight is ours.transformer.wte.weight
+    on_meta = load_pretrained(str(tmp_path / "gpt"), "meta")[0].state_dict()
+    assert all(tensor.is_meta for tensor in on_meta.values())
 
 
-def test_the_released_files_old_names_are_understood(folder: Path) -> None:
-    """OpenAI's checkpoints on the hub have no `transformer.` in front, and attention masks among the weights."""
-    from safetensors.torch import load_file, save_file
-
-    tensors = {k.removeprefix("transformer."): v for k, v in load_file(folder / "model.safetensors").items()}
-    tensors.pop("lm_head.weight", None)
-    tensors["h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
-    expected = load_pretrained(str(folder)).model.state_dict()
-    save_file(tensors, folder / "model.safetensors")
-    for name, tensor in load_pretrained(str(folder)).model.state_dict().items():
-        assert torch.equal(tensor, expected[name])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.transformer.", "_orig_mod.transformer.", "module._orig_mod.transformer."]
+)
+def test_names_are_understood_with_more_or_less_in_front(prefix: str, folder: Path) -> None:
+    """OpenAI's files on the hub have no `transformer.`, but attention masks; DDP and torch.compile add prefixes."""
+    expected = load_pretrained(str(folder))[0].state_dict()
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {prefix + name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    renamed[f"{prefix}h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
+    save_file(renamed, folder / "model.safetensors")
+    arguments = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "bias": True, "vocab_size": 50257}
+    weights = {prefix.removesuffix("transformer.") + name: tensor for name, tensor in expected.items()}
+    progress = {"iter_num": 1, "best_val_loss": 1.0, "config": {"dataset": "openwebtext"}, "optimizer": None}
+    torch.save({"model": weights, "model_args": arguments, **progress}, "ckpt.pt")
+    for loaded in (load_pretrained(str(folder))[0], load_checkpoint(Path("ckpt.pt")).build_model()):
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
 
 
 def test_gpt2_by_name_comes_from_the_mirror(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +80,8 @@ def test_gpt2_by_name_comes_from_the_mirror(folder: Path, tmp_path: Path, monkey
     monkeypatch.setenv("NANOGPT_DOWNLOADS", str(tmp_path / "mirror"))
     model = GPT.from_pretrained("gpt2", {"dropout": 0.1})
     assert (model.config.activation, model.config.dropout, model.config.bias) == ("gelu_tanh", 0.1, True)
+    with pytest.raises(ConfigError, match="override_args: block_size can't be overridden; dropout can"):
+        GPT.from_pretrained("gpt2", {"dropout": 0.2, "block_size": 8})
 
 
 def test_without_a_network_it_says_what_to_bring(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,35 +106,37 @@ def change_config(**changes: Any) -> Callable[[Path], None]:
     return change
 
 
-def test_weights_go_to_their_device_one_at_a_time(folder: Path) -> None:
-    weights = load_pretrained(str(folder), "meta").model.state_dict()
-    assert all(tensor.is_meta for tensor in weights.values())
-    assert {name: tensor.shape for name, tensor in weights.items()} == {
-        name: tensor.shape for name, tensor in load_pretrained(str(folder)).model.state_dict().items()
-    }
+def convert(folder: Path, dtype: torch.dtype) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "config.json").unlink(), "neither the checkpoint of a run nor the config.json of a model"),
-        (lambda f: (f / "config.json").write_text("{"), "describes no model that can be built here"),
-        (lambda f: (f / "config.json").write_text("[]"), "describes no model that can be built here"),
-        (lambda f: (f / "model.safetensors").unlink(), "no *.safetensors there"),
+        (
+            lambda f: (f / "config.json").unlink(),
+            "no checkpoint of a run, and no config.json of a model; expected gpt2",
+        ),
+        (lambda f: (f / "config.json").write_text("{"), "no checkpoint of a run, and no config.json of a model"),
+        (lambda f: (f / "config.json").write_text('{"dataset": "tiny"}'), "no checkpoint of a run"),
+        (lambda f: f.rename(f.with_name("gone")), "no checkpoint of a run, and no config.json of a model"),
+        (lambda f: (f / "model.safetensors").unlink(), "no model's *.safetensors there"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "a pickle can run any code"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "model.safetensors is damaged"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 7 + b"\x00{}"), "model.safetensors is damaged"),
         (lambda f: os.truncate(f / "model.safetensors", 5000), "model.safetensors is damaged"),
+        (lambda f: convert(f, torch.float8_e4m3fn), "transformer.wte.weight is quantized (torch.float8_e4m3fn)"),
+        (lambda f: convert(f, torch.int8), "transformer.wte.weight is quantized (torch.int8)"),
+        (change_config(quantization_config={"quant_method": "fp8"}), "it has a quantization_config"),
         (change_config(model_type="bert"), "model_type is 'bert'; known: gpt2, llama, mistral, qwen2, qwen3"),
-        (change_config(model_type="llama"), "'max_position_embeddings' is missing"),
+        (change_config(model_type="llama"), "transformers writes one with AutoTokenizer"),
         (change_config(activation_function="relu"), "activation_function is 'relu'"),
         (change_config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True, not False"),
         (change_config(layer_norm_epsilon="1e-5"), "norm_eps is '1e-5', expected float"),
         (change_config(n_layer=2.0), "n_layer is 2.0, expected int"),
-        (change_config(dataset="tiny", model_type=None), "it is of a run that has no checkpoint yet"),
-        (change_config(n_inner=63), "size mismatch for transformer.h.0.mlp.c_fc.weight"),
+        (change_config(n_inner=63), "6 tensors do not fit the shape, as transformer.h.0.mlp.c_fc.bias: expected [63]"),
         (change_config(n_head=3), "n_embd=16 is not a multiple of n_head=3"),
-        (change_config(n_layer=3), "the weights lack transformer.h.2.ln_1.weight"),
+        (change_config(n_layer=3), "'h.2.ln_1.weight' is missing"),
         (change_config(n_layer=1), "have no place in the model"),
     ],
 )
@@ -135,21 +147,15 @@ def test_an_unusable_folder_is_one_message(folder: Path, damage: Callable[[Path]
     assert message in str(caught.value)
 
 
-@pytest.fixture
-def finetuning(recipe: Callable[..., TrainConfig], data_dir: Path, folder: Path) -> Callable[..., TrainConfig]:
+def test_finetuning_evaluating_and_sampling(
+    recipe: Callable[..., TrainConfig], data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tokenizer = GPT2Tokenizer()
     ids = tokenizer.encode("First Citizen: Before we proceed any further, hear me speak.\n" * 50)
     write_dataset(data_dir / "bard", tokenizer, ids[:500], ids[500:])
-    return lambda **settings: recipe(init_from=str(folder), dataset="bard", decay_lr=False, **settings)
-
-
-def test_finetuning_evaluating_and_sampling(
-    finetuning: Callable[..., TrainConfig], folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = finetuning(max_iters=20, learning_rate=1e-2)
-    before = evaluate(EvalConfig(init_from=str(folder), data_dir=config.data_dir, dataset="bard", dtype="float32"))[
-        "loss"
-    ]
+    config = recipe(init_from=str(folder), dataset="bard", decay_lr=False, max_iters=20, learning_rate=1e-2)
+    of_folder = EvalConfig(init_from=str(folder), data_dir=config.data_dir, dataset="bard", dtype="float32")
+    before = evaluate(of_folder)["loss"]
     assert train.train(config) == 0
     trained = load_checkpoint(Path(config.out_dir, "best.pt"))
     assert trained.model_config == GPTConfig(
@@ -160,33 +166,15 @@ def test_finetuning_evaluating_and_sampling(
     capsys.readouterr()
     sample(SampleConfig(init_from=str(folder), start="What is", num_samples=2, max_new_tokens=5, device="cpu"))
     assert capsys.readouterr().out.count("What is") == 2
-
-
-def test_what_is_no_model_is_named(tmp_path: Path) -> None:
-    for name, message in (
-        (tmp_path, "neither the checkpoint of a run nor the config.json of a model"),
-        ("gpt3", "gpt3: expected gpt2, gpt2-medium"),
-    ):
-        with pytest.raises(CheckpointError, match=message):
-            load_pretrained(str(name))
-
-
-def test_what_cannot_be_overridden_is_named(folder: Path) -> None:
-    assert GPT.from_pretrained(str(folder), {"dropout": 0.2}).config.dropout == 0.2
-    with pytest.raises(ConfigError, match="override_args: block_size can't be overridden; dropout can"):
-        GPT.from_pretrained(str(folder), {"dropout": 0.2, "block_size": 8})
-
-
-def test_mismatches_are_refused(finetuning: Callable[..., TrainConfig], folder: Path) -> None:
     with pytest.raises(DataError, match=r"tiny holds ids of the char tokenizer \(28 .* uses the gpt2 tokenizer"):
-        train.train(TrainConfig(**{**vars(finetuning()), "dataset": "tiny"}))
+        train.train(recipe(init_from=str(folder), dataset="tiny"))
     with pytest.raises(ConfigError, match="block_size=64 exceeds the model's 32"):
-        train.train(finetuning(block_size=64))
+        train.train(recipe(init_from=str(folder), dataset="bard", block_size=64))
     with pytest.raises(ConfigError, match="on which data set"):
         evaluate(EvalConfig(init_from=str(folder), device="cpu"))
 
 
-def test_transformers_is_not_needed(folder: Path, tmp_path: Path) -> None:
+def test_transformers_is_not_needed(folder: Path) -> None:
     code = (
         "import sys; sys.modules['transformers'] = None\n"
         f"from nanogpt.huggingface import load_pretrained; load_pretrained({str(folder)!r})"

@@ -114,7 +114,7 @@ def test_logprobs_are_listed(run: Callable[..., list[str]]) -> None:
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3"])
 def test_a_folder_in_hugging_faces_format(kind: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shape = GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16, architecture=kind)
-    save_pretrained(tmp_path, GPT(shape), ByteTokenizer(), torch.float32, "")
+    save_pretrained(tmp_path, GPT(shape), ByteTokenizer(), torch.float32)
     for precision in ("--dtype=float32", "--dtype=bfloat16", "--int8"):
         words = [f"--init_from={tmp_path}", "--device=cpu", precision, "--start=hello", "--max_new_tokens=20"]
         sample(parse(SampleConfig, [*words, "--num_samples=2"], ""))

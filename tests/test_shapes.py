@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,20 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+from safetensors.torch import load_file, save_file
 
 from nanogpt import train
 from nanogpt.checkpoint import load_checkpoint
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data import document_ids_of, open_dataset
-from nanogpt.errors import CheckpointError
+from nanogpt.errors import CheckpointError, DataError
 from nanogpt.evaluate import evaluate
-from nanogpt.huggingface import load_pretrained
+from nanogpt.export import export
+from nanogpt.huggingface import FIELDS, OURS, SCALING, load_pretrained, read_config
 from nanogpt.model import GPT
 from nanogpt.prepare import prepare
 from nanogpt.sample import sample
-from nanogpt.settings import EvalConfig, PrepareConfig, SampleConfig
-from nanogpt.tokenizer import train_bpe
+from nanogpt.settings import EvalConfig, ExportConfig, PrepareConfig, SampleConfig
+from nanogpt.tokenizer import read_tokenizer, train_bpe
 from tests.conftest import ROOT, random_ids, write_dataset
 
 Recipe = Callable[..., TrainConfig]
@@ -30,6 +35,11 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_fr
           "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
 TINY = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128}  # fmt: skip
+VARIANTS: list[dict[str, Any]] = [
+    {}, {"tie_word_embeddings": True}, {"attention_bias": True}, {"num_key_value_heads": 1},
+    {"num_key_value_heads": 4}, {"rope_parameters": LLAMA3}, {"rms_norm_eps": 1e-3}, {"head_dim": 8},
+]  # fmt: skip
+INDEX = "m/model.safetensors.index.json"
 TOKENIZER = train_bpe(["the quick brown fox jumps over the lazy dog"] * 9, 300)
 
 
@@ -53,15 +63,14 @@ def write_model(folder: Path, kind: str, max_shard_size: str = "1GB", **changes:
     return theirs.eval()
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"tie_word_embeddings": True}, {"attention_bias": True}, {"num_key_value_heads": 1},
-     {"num_key_value_heads": 4}, {"rope_parameters": LLAMA3}, {"rms_norm_eps": 1e-3}, {"head_dim": 8}],
-)  # fmt: skip
+    ("kind", "changes"),
+    [*itertools.product(["llama", "qwen3"], VARIANTS), ("llama", {"mlp_bias": True}), ("mistral", {}), ("qwen2", {})],
+)
 def test_logits_and_gradients_equal_transformers(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
     theirs = write_model(tmp_path / "m", kind, **changes)
-    ours = load_pretrained(str(tmp_path / "m")).model
+    ours, _ = load_pretrained(str(tmp_path / "m"))
+    assert ours.config.architecture == ("qwen3" if kind == "qwen3" else "llama")
     x = random_ids(2, 100, vocab_size=300)
     logits, loss = ours(x, x)
     expected = theirs(x).logits
@@ -69,66 +78,154 @@ def test_logits_and_gradients_equal_transformers(kind: str, changes: dict[str, A
     loss.backward()
     torch.nn.functional.cross_entropy(expected.flatten(0, 1), x.flatten()).backward()
     gradient = theirs.model.embed_tokens.weight.grad
-    torch.testing.assert_close(
-        ours.transformer.wte.weight.grad, gradient, atol=1e-4 * gradient.abs().max().item(), rtol=1e-3
-    )
+    atol = 1e-4 * gradient.abs().max().item()
+    torch.testing.assert_close(ours.transformer.wte.weight.grad, gradient, atol=atol, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
-def test_llama_under_other_names(kind: str, tmp_path: Path) -> None:
-    theirs = write_model(tmp_path / "m", kind)
-    ours = load_pretrained(str(tmp_path / "m")).model
-    assert ours.config.architecture == "llama"
-    x = random_ids(2, 100, vocab_size=300)
-    expected = theirs(x).logits
-    torch.testing.assert_close(ours(x, x)[0], expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-5)
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral", "qwen2", "qwen3"])
+def test_what_a_config_leaves_out_is_transformers_default(kind: str) -> None:
+    import transformers
+
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    other = {"rope_parameters": {"rope_theta": 7.0}}
+    of_gpt2 = {"num_attention_heads": 6, "num_hidden_layers": 3, "hidden_size": 48, "max_position_embeddings": 9}
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    rotary = [
+        {},
+        sizes,
+        {"head_dim": 64},
+        {"rope_scaling": rope},
+        {"rope_scaling": rope, **other},
+        other,
+        {"rope_theta": 3.0},
+    ]
+    for config in [{}, of_gpt2] if kind == "gpt2" else rotary:
+        config = {**config, **({"sliding_window": None} if kind == "mistral" else {})}
+        theirs = transformers.AutoConfig.for_model(kind, **json.loads(json.dumps(config)))
+        ours = read_config({**config, "model_type": kind})
+        for name, field in zip(FIELDS[kind], OURS, strict=False):
+            if (value := getattr(theirs, name, None)) is not None:
+                assert getattr(ours, field) == value, name
+        if kind != "gpt2":
+            expected = theirs.rope_parameters
+            assert ours.rope_theta == expected["rope_theta"]
+            assert ours.rope_scaling == [expected[name] for name in SCALING if name in expected]
 
 
-def test_attention_over_a_window_is_refused(tmp_path: Path) -> None:
-    write_model(tmp_path / "m", "mistral", sliding_window=16)
-    with pytest.raises(CheckpointError, match="sliding_window is 16, not None"):
-        load_pretrained(str(tmp_path / "m"))
-
-
-def test_mlp_biases_are_llamas_own(tmp_path: Path) -> None:
-    theirs = write_model(tmp_path / "m", "llama", mlp_bias=True)
-    ours = load_pretrained(str(tmp_path / "m")).model
+@pytest.mark.parametrize(
+    ("has_whole", "thirds", "has_index"),
+    [(True, "model-{}", True), (True, "model-{}", False), (False, "model-{}", True), (False, "model-{}", False),
+     (False, "weights.{}", False), (False, "weights.{}", True)],
+)  # fmt: skip
+def test_of_a_folders_files_the_models_count(has_whole: bool, thirds: str, has_index: bool, tmp_path: Path) -> None:
+    """The whole file, else of each file what the index names, else model*, else what is there; nothing beside it."""
+    theirs = write_model(tmp_path / "m", "qwen3")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    wrong = {name: torch.ones_like(tensor) for name, tensor in tensors.items()}
+    files = dict.fromkeys(("adapter_model", "optimizer", "consolidated"), wrong)
+    index: dict[str, str] = {}
+    for n in range(3):
+        part = {name: (wrong if has_whole else tensors)[name] for name in sorted(tensors)[n::3]}
+        files[thirds.format(n)] = {**wrong, **part} if has_index else part
+        index |= dict.fromkeys(part, f"{thirds.format(n)}.safetensors")
+    if has_whole:
+        files["model"] = tensors
+    for name, content in files.items():
+        save_file(content, tmp_path / "m" / f"{name}.safetensors")
+    if has_index:
+        (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     x = random_ids(1, 20, vocab_size=300)
-    expected = theirs(x).logits
-    torch.testing.assert_close(ours(x, x)[0], expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-5)
-    assert (ours.config.bias, ours.config.mlp_bias) == (False, True)
+    ours = load_pretrained(str(tmp_path / "m"))[0]
+    torch.testing.assert_close(ours(x, x)[0], theirs(x).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_weights_in_several_files_are_the_same(tmp_path: Path) -> None:
-    write_model(tmp_path / "one", "qwen3")
-    write_model(tmp_path / "many", "qwen3", max_shard_size="20KB")
-    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
-    one, many = (load_pretrained(str(tmp_path / name)).model.state_dict() for name in ("one", "many"))
-    assert all(torch.equal(tensor, many[name]) for name, tensor in one.items())
-    (tmp_path / "one" / "adapter_model.safetensors").write_bytes(b"of something else")
-    (tmp_path / "many" / "consolidated.safetensors").write_bytes(b"not in the index")
-    for name in ("one", "many"):
-        load_pretrained(str(tmp_path / name))
-    first = min((tmp_path / "many").glob("model-*.safetensors"))
-    first.rename(tmp_path / "many" / "first.safetensors")
-    with pytest.raises(CheckpointError, match=f"{first.name} is missing"):
-        load_pretrained(str(tmp_path / "many"))
-    (tmp_path / "many" / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"index\.json is damaged"):
-        load_pretrained(str(tmp_path / "many"))
-    (tmp_path / "many" / "model.safetensors.index.json").unlink()
-    (tmp_path / "many" / "consolidated.safetensors").rename(tmp_path / "many" / "optimizer.safetensors")
-    load_pretrained(str(tmp_path / "many"))  # whatever names they have
-    (tmp_path / "many" / "twice.safetensors").write_bytes((tmp_path / "many" / "first.safetensors").read_bytes())
-    with pytest.raises(CheckpointError, match="is in several files"):
-        load_pretrained(str(tmp_path / "many"))
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(lambda shards: shards[1].unlink(), "No such file or directory: .*model-00002"),
+     (lambda shards: shards[1].write_bytes(b"x" * 100), "model-00002.*is damaged"),
+     (lambda shards: shards[1].write_bytes(shards[0].read_bytes()), "weight' is missing"),
+     (lambda shards: [shard.rename(f"m/adapter{shard.name}") for shard in shards], "No such file"),
+     (lambda shards: shutil.copy(shards[0], "m/model-0.safetensors") and os.remove(INDEX), "is in several files"),
+     (lambda shards: [os.remove(path) for path in (INDEX, *shards)], r"no model's \*\.safetensors there")],
+)  # fmt: skip
+def test_files_that_are_not_all_there_are_one_message(damage: Callable[[list[Path]], Any], message: str) -> None:
+    write_model(Path("m"), "llama", max_shard_size="20KB")
+    damage(sorted(Path("m").glob("model-*.safetensors")))
+    with pytest.raises(CheckpointError, match=message):
+        load_pretrained("m")
+
+
+def test_a_token_that_the_embedding_lacks_is_an_error_only_where_it_is_used(
+    recipe: Recipe, data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import transformers
+
+    theirs = write_model(tmp_path / "m", "llama", vocab_size=TOKENIZER.vocab_size)
+    engine = tokenizers.Tokenizer.from_str(TOKENIZER.definition)
+    engine.add_special_tokens(["<pad>"])
+    engine.save(str(tmp_path / "m" / "tokenizer.json"))
+    model, tokenizer = load_pretrained(str(tmp_path / "m"))
+    assert "its tokenizer has 290 entries, of which the model knows 289" in caplog.text
+    x = random_ids(1, 20, vocab_size=289)
+    torch.testing.assert_close(model(x, x)[0], theirs(x).logits, atol=1e-4, rtol=1e-4)
+    ids = tokenizer.encode("the quick brown fox " * 99)
+    write_dataset(data_dir / "fox", read_tokenizer(tmp_path / "m"), ids, ids)
+    train.train(recipe(init_from=str(tmp_path / "m"), dataset="fox"))
+    for source in ({"init_from": str(tmp_path / "m")}, {"out_dir": "out"}):
+        sample(SampleConfig(**source, start="the", num_samples=1, max_new_tokens=3, device="cpu"))
+        with pytest.raises(DataError, match="the prompt has token 289, but the model knows 289"):
+            sample(SampleConfig(**source, start="the <pad>", device="cpu"))
+    export(ExportConfig(out_dir="out", output="again"))
+    assert len(transformers.AutoTokenizer.from_pretrained("again")) == 290
+    assert transformers.AutoModelForCausalLM.from_pretrained("again").config.vocab_size == 289
+    ids[:] = 289
+    write_dataset(data_dir / "pad", read_tokenizer(tmp_path / "m"), ids, ids)
+    for init_from in (str(tmp_path / "m"), "out"):
+        with pytest.raises(DataError, match="holds token 289, but the vocabulary ends at 288"):
+            train.train(recipe(init_from=init_from, dataset="pad", out_dir="new"))
+
+
+def test_a_tokenizer_config_may_have_tokens_and_templates_of_its_own(tmp_path: Path) -> None:
+    import transformers
+
+    write_model(tmp_path / "m", "llama")
+    token = {"special": True, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    names = {str(289 + n): {"content": f"<|{name}|>", **token} for n, name in enumerate(["user", "assistant"])}
+    templates = [{"name": "tool_use", "template": "other"}, {"name": "default", "template": "{{ bos_token }}x"}]
+    config = {"added_tokens_decoder": names, "chat_template": templates}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
+    (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours, theirs = load_pretrained(str(tmp_path / "m"))[1], transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
+    text = "the<|assistant|>quick<|user|>fox"
+    assert ours.encode_prompt(text) == theirs(text).input_ids
+    assert (ours.vocab_size, ours.chat_template) == (len(theirs), theirs.get_chat_template())
+
+
+@pytest.mark.parametrize(
+    ("change", "tied_head"),
+    [(lambda tensors: tensors["lm_head.weight"].mul_(2), False), (lambda tensors: None, True),
+     (lambda tensors: tensors.pop("model.embed_tokens.weight"), True)],
+)  # fmt: skip
+def test_a_head_beside_a_tied_embedding(change: Callable[[Any], Any], tied_head: bool, tmp_path: Path) -> None:
+    import transformers
+
+    write_model(tmp_path / "m", "llama", tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    change(tensors)
+    save_file(tensors, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    ours = load_pretrained(str(tmp_path / "m"))[0]
+    assert ours.config.tied_head == tied_head
+    x = random_ids(1, 20, vocab_size=300)
+    torch.testing.assert_close(ours(x, x)[0], theirs(x).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_masked_documents_equal_each_document_alone(architecture: str) -> None:
-    model = GPT(
-        GPTConfig(block_size=32, vocab_size=61, n_layer=2, n_head=4, n_embd=32, architecture=architecture, n_kv_head=2)
-    )  # type: ignore[arg-type]
+    shape: Any = {"block_size": 32, "vocab_size": 61, "n_layer": 2, "n_head": 4, "n_embd": 32, "n_kv_head": 2}
+    model = GPT(GPTConfig(**shape, architecture=architecture))
     idx = random_ids(1, 32)
     idx[idx == 0] = 1
     idx[0, [7, 20]] = 0
@@ -137,60 +234,22 @@ def test_masked_documents_equal_each_document_alone(architecture: str) -> None:
     torch.testing.assert_close(logits, torch.cat(alone, dim=1), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
-def test_a_run_resumes_samples_and_is_refused_by_name(
-    architecture: str, recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings = {"architecture": architecture, "n_kv_head": 1, "tied_head": False, "dropout": 0.1}
-    whole, parts = recipe(**settings), recipe(**settings, out_dir=str(tmp_path / "parts"))
-    train.train(whole)
-    train.train(recipe(**{**vars(parts), "max_iters": 4}))
-    train.train(recipe(**{**vars(parts), "init_from": "resume"}))
-    a, b = (load_checkpoint(Path(out_dir, "ckpt.pt")) for out_dir in (whole.out_dir, parts.out_dir))
-    assert all(torch.equal(tensor, b.weights[name]) for name, tensor in a.weights.items())
-    assert (a.model_config.architecture, a.model_config.n_kv_head) == (architecture, 1)
-    sample(SampleConfig(out_dir=whole.out_dir, num_samples=1, max_new_tokens=5, device="cpu"))
-    assert "the shape of the loaded model counts" not in capsys.readouterr().out
-
-
-def test_finetuning_a_folder(recipe: Recipe, data_dir: Path, tmp_path: Path) -> None:
-    write_model(tmp_path / "m", "llama")
-    ids = TOKENIZER.encode("the quick brown fox jumps over the lazy dog " * 60)
-    write_dataset(data_dir / "fox", TOKENIZER, ids[:500], ids[500:])
-    config = recipe(init_from=str(tmp_path / "m"), dataset="fox", max_iters=30, lr_decay_iters=30)
-    assert train.train(config) == 0
-    best = load_checkpoint(Path(config.out_dir, "best.pt"))
-    assert best.model_config.block_size == 16  # rotary positions: cropping forgets nothing
-    assert best.state.best_val_loss < 5
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_parameters": None}, "rope_type is 'yarn'"),
-     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"), ({"use_sliding_window": True}, "use_sliding_window"),
+     ({"sliding_window": 16}, "sliding_window is 16, not None"), ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+     ({"use_sliding_window": True}, "use_sliding_window"),
      ({"num_key_value_heads": 3}, "n_head=4 is not a multiple of n_kv_head=3"),
      ({"head_dim": 7}, "must be even"), ({"rope_parameters": {"rope_theta": -1.0}}, "rope_theta=-1.0"),
-     ({"num_key_value_heads": 4}, "size mismatch for transformer.h.0.attn.c_attn.weight"),
-     ({"vocab_size": 200}, "entries, but the model knows 200")],
+     ({"num_key_value_heads": 4}, "2 tensors do not fit the shape, as transformer.h.0.attn.c_attn.weight: expected")],
 )  # fmt: skip
 def test_what_cannot_be_rebuilt_is_one_message(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    write_model(tmp_path / "m", "qwen3")
+    write_model(tmp_path / "m", "mistral" if "sliding_window" in changes else "qwen3")
     path = tmp_path / "m" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(CheckpointError) as caught:
         load_pretrained(str(tmp_path / "m"))
     assert message in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [({"n_kv_head": 2}, "GPT-2 has n_head=4"), ({"head_size": 4}, "GPT-2's heads have"),
-     ({"architecture": "llama", "n_kv_head": 3}, "n_head=4 is not a multiple"),
-     ({"architecture": "llama", "head_size": 5}, "must be even")],
-)  # fmt: skip
-def test_combinations_that_are_no_architecture_are_refused(settings: dict[str, Any], message: str) -> None:
-    [problem] = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32, **settings).problems()
-    assert message in problem
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
@@ -202,7 +261,7 @@ def test_weights_are_copied_once(tmp_path: Path) -> None:
         "from nanogpt.huggingface import load_pretrained\nimport safetensors.torch\n"
         "def peak(): return int(re.findall(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[0]) * 1024\n"
         "load_pretrained(sys.argv[2])\n"  # what is imported on the way does not count
-        "before = peak()\nmodel = load_pretrained(sys.argv[1]).model\n"
+        "before = peak()\nmodel = load_pretrained(sys.argv[1])[0]\n"
         "size = sum(p.numel() * p.element_size() for p in model.parameters())\nprint((peak() - before) / size)"
     )
     write_model(tmp_path / "tiny", "llama")

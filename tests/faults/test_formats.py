@@ -100,7 +100,7 @@ def test_checkpoints(recipe: Recipe) -> None:
 def test_folders_of_hugging_face(file: str, tmp_path: Path) -> None:
     write_model(tmp_path / "m", "llama")
     x = random_ids(1, 8, vocab_size=300)
-    try_all(tmp_path / "m" / file, lambda: load_pretrained(str(tmp_path / "m")).model(x))
+    try_all(tmp_path / "m" / file, lambda: load_pretrained(str(tmp_path / "m"))[0](x))
 
 
 def test_gguf_files(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_gguf_files(tmp_path: Path) -> None:
     shape = GPTConfig(block_size=8, vocab_size=300, n_layer=1, n_head=2, n_embd=8, architecture="llama", bias=False)
     save_gguf(tmp_path / "m.gguf", "m", GPT(shape), TOKENIZER, "float32")
     x = random_ids(1, 8, vocab_size=200)
-    try_all(tmp_path / "m.gguf", lambda: load_gguf(tmp_path / "m.gguf").model(x))
+    try_all(tmp_path / "m.gguf", lambda: load_gguf(tmp_path / "m.gguf")[0](x))
 
 
 class Bomb:
