@@ -135,6 +135,8 @@ def config_of(shape: GPTConfig) -> dict[str, Any]:
     config |= {"model_type": kind, "architectures": [f"{kind.capitalize()}ForCausalLM"], **REQUIRED[kind]}
     if kind == "gpt2":
         names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+        if shape.activation not in names:
+            raise ConfigError(f"other engines do not know the activation {shape.activation!r}: it can't be exported")
         config |= {"architectures": ["GPT2LMHeadModel"], "activation_function": names[shape.activation]}
         config |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), shape.dropout)
     else:
