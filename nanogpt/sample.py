@@ -1,6 +1,5 @@
 """The program behind `sample.py`, and what lies between text and the engine: prompts, streamed text, stop strings."""
 
-import codecs
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ from nanogpt.engine import Engine, Request, Row, Sampling, quantize
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.model import GPT
 from nanogpt.settings import SampleConfig, unescape
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.tokenizer import TextDecoder, Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ def sample(config: SampleConfig) -> None:
     )
     stop = [unescape(text) for text in config.stop]
     streams = {row: TextStream(tokenizer, prompt, stop) for row in rows}
-    texts = dict.fromkeys(rows, tokenizer.decode(prompt))
+    texts = {row: "".join(stream.prompt_texts) for row, stream in streams.items()}
     print(texts[rows[0]], end="", flush=True)
     while engine.rows:
         for row in engine.step():
@@ -71,21 +70,20 @@ class TextStream:
     """Text of the tokens that follow a prompt, piece by piece, up to a stop string.
 
     A character whose bytes span several tokens comes when it is complete, and what may be the beginning of a stop
-    string when it has turned out not to be one. Bytes that form no character become U+FFFD.
+    string when it has turned out not to be one.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, stop
         self.stopped = False  # whether a stop string has come; neither it nor what follows is part of the text
         self._held = ""
-        # The decoders of the tokenizers library raise an error at bytes that form no character.
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        prompt_text = self._decoder.decode(tokenizer.decode_bytes(prompt))  # It may end within a character.
-        self.length = len(prompt_text)  # characters so far, with the prompt's and those that are held back
+        self._decoder = TextDecoder(tokenizer)
+        self.prompt_texts = [self._decoder.decode([token]) for token in prompt]  # The prompt may end in a character.
+        self.length = sum(map(len, self.prompt_texts))  # characters so far, with the prompt's and those held back
 
     def push(self, tokens: Sequence[int], final: bool = False) -> str:
         """Return the text that is certain after these tokens; with `final`, all that is left."""
-        text = self._decoder.decode(self.tokenizer.decode_bytes(tokens), final)
+        text = self._decoder.decode(tokens, final)
         self.length += len(text)
         self._held += text
         places = [place for each in self.stop if (place := self._held.find(each)) >= 0]

@@ -54,7 +54,7 @@ class Job:
     request: Request
     stream: TextStream
     changed: asyncio.Event  # set when there is something new; the jobs of a request share it
-    starts: list[int]  # where the texts of the prompt's tokens begin, if their logprobs are asked for
+    echo: bool  # begin with the prompt
     text: str  # the prompt's, and what is certain of the completion
     taken: int  # characters
     tokens: list[Token] = field(default_factory=list)
@@ -147,11 +147,11 @@ class Scheduler:
 
         A failure ends only these jobs.
         """
-        prompt = self.waiting[0].request.prompt
+        prompt, count = self.waiting[0].request.prompt, self.waiting[0].request.logprobs
         jobs = list(itertools.takewhile(lambda job: job.request.prompt is prompt, self.waiting[: self.engine.room]))
         del self.waiting[: len(jobs)]
         try:
-            scores = [None, *self.engine.score(prompt, jobs[0].request.logprobs or 0)] if jobs[0].starts else []
+            scores = [None, *self.engine.score(prompt, count)] if jobs[0].echo and count is not None else []
             rows = self.engine.add([job.request for job in jobs])
         except Exception as error:
             self.fail(jobs, error)
@@ -160,7 +160,8 @@ class Scheduler:
         self.counters["prompt_tokens"] += len(prompt)
         for row, job in zip(rows, jobs, strict=True):
             job.deadline = time.monotonic() + self.config.timeout
-            job.tokens = list(zip(job.starts, prompt, scores, strict=False))
+            starts = itertools.accumulate(map(len, job.stream.prompt_texts), initial=0)
+            job.tokens = list(zip(starts, prompt, scores, strict=False))
             self.running[row] = job
             self.update(row, "")
         return len(prompt)
@@ -265,13 +266,11 @@ def make_jobs(body: CompletionRequest, scheduler: Scheduler) -> list[Job]:
             raise HTTPException(400, f"prompt: {len(ids):,} tokens of at most {longest:,}; see truncate_prompt_tokens")
         if max(ids) >= tokenizer.vocab_size:
             raise HTTPException(400, f"prompt: token id {max(ids)}, where the vocabulary has {tokenizer.vocab_size:,}")
-        texts = list(itertools.islice(tokenizer.decode_stream(ids), len(ids)))
-        starts = list(itertools.accumulate(map(len, texts), initial=0))
         for n in range(body.n):
             request = Request(ids, body.max_tokens, sampling, body.seed + n, tokenizer.end_tokens, body.logprobs)
-            stream, scored = TextStream(tokenizer, ids, stop), starts if body.echo and body.logprobs is not None else []
-            taken = 0 if body.echo else stream.length
-            jobs.append(Job(len(jobs), request, stream, changed, scored, "".join(texts), taken))
+            stream = TextStream(tokenizer, ids, stop)
+            text, taken = "".join(stream.prompt_texts), 0 if body.echo else stream.length
+            jobs.append(Job(len(jobs), request, stream, changed, body.echo, text, taken))
     return jobs
 
 

@@ -38,6 +38,8 @@ GPT2_SHA256 = "7db3ecccc3244b0f6caf9087f7d9c8224cbb8bdc6d01888e547329c0e064260f"
 BPE_TEXT = 1 << 28  # characters, at most, that a vocabulary is learned from
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
+codecs.register_error("each_byte", lambda error: ("\ufffd" * (error.end - error.start), error.end))  # type: ignore[attr-defined]
+
 
 class Tokenizer:
     """Text to ids and back, by an engine of the `tokenizers` library where a subclass knows no shorter way."""
@@ -46,6 +48,8 @@ class Tokenizer:
     engine: Any  # the library's tokenizer
     vocab_size: int
     end_of_text: int | None = None  # id of the token that ends a document, where there is one
+    strips_space: bool = False  # whether a text loses the space before its first word, which encoding adds
+    errors: str = "replace"  # what becomes of bytes that form no character, by the names of Python's codecs
     # What comes with somebody's model and is no part of the ids: Hugging Face's generation_config.json, and the Jinja
     # template that turns a conversation into a text.
     generation_config: Mapping[str, Any] = MappingProxyType({})
@@ -144,13 +148,29 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode(errors="replace")
+        return TextDecoder(self).decode(ids, final=True)
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yield the text of each id; a character that spans several tokens comes with the last of them."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        yield from (decoder.decode(self.token_bytes[i]) for i in ids)
-        yield decoder.decode(b"", final=True)
+        decoder = TextDecoder(self)
+        yield from (decoder.decode([i]) for i in ids)
+        yield decoder.decode([], final=True)
+
+
+class TextDecoder:
+    """Decodes a text piece by piece. What is cut off within a character waits for the next piece, or for the end."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.at_start = tokenizer, tokenizer.strips_space
+        # The decoders of the tokenizers library raise an error at bytes that form no character.
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(tokenizer.errors)
+
+    def decode(self, ids: Sequence[int], final: bool = False) -> str:
+        """Return the text that `ids` add."""
+        text = self.utf8.decode(self.tokenizer.decode_bytes(ids), final)
+        if self.at_start and text:
+            self.at_start, text = False, text.removeprefix(" ")
+        return text
 
 
 class CharTokenizer(Tokenizer):
@@ -246,6 +266,12 @@ class BPETokenizer(Tokenizer):
         self.engine = tokenizers.Tokenizer.from_str(json.dumps({**json.loads(definition), **without}))
         self.vocab_size = max(self.engine.get_vocab().values(), default=0) + 1
         self.end_of_text = end_of_text
+        steps = json.loads(definition).get("decoder") or {}
+        for step in steps.get("decoders", [steps]):
+            if step.get("type") == "Strip" or step.get("prepend_scheme", "never") != "never":
+                self.strips_space = True
+            if step.get("type") == "ByteFallback":  # As SentencePiece does it; byte-level vocabularies do as Python.
+                self.errors = "each_byte"
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"end_of_text": self.end_of_text, "definition": self.definition}

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,6 +115,36 @@ def write_dataset(folder: Path, tokenizer: Tokenizer, train: Ids, val: Ids) -> N
 def random_ids(*shape: int, vocab_size: int = 61, seed: int = 0) -> torch.Tensor:
     """Token ids that are the same everywhere."""
     return torch.from_numpy(np.random.default_rng(seed).integers(vocab_size, size=shape))
+
+
+def write_llama(folder: Path, starts: bool = True) -> dict[str, int]:
+    """A tiny Llama 2 in transformers' format, and the ids of its tokens: bytes for what has none, words with blanks."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
+    words = ["▁Hello", "▁world", "▁is", "▁true"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), *sorted(set("".join(words)))]
+    merges = [(word[:n], word[n]) for word in words for n in range(1, len(word))]
+    ids = {piece: n for n, piece in enumerate(dict.fromkeys([*pieces, *map("".join, merges)]))}
+    engine = Tokenizer(models.BPE(ids, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    engine.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    engine.decoder = decoders.Sequence(back)
+    if starts:
+        engine.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=engine, **named).save_pretrained(folder)
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    shape |= {"vocab_size": len(ids), "max_position_embeddings": 64, "initializer_range": 0.5}
+    config = transformers.LlamaConfig(**shape, bos_token_id=1, eos_token_id=2)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return ids
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

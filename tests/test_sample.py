@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
-from tokenizers import decoders, models
+from transformers import AutoTokenizer
 
 from nanogpt import sample as module
 from nanogpt import train
@@ -18,7 +17,8 @@ from nanogpt.huggingface import save_pretrained
 from nanogpt.model import GPT
 from nanogpt.sample import SEPARATOR, TextStream, prompt_ids, sample
 from nanogpt.settings import SampleConfig
-from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
+from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, read_tokenizer
+from tests.conftest import write_llama
 
 
 @pytest.fixture
@@ -154,16 +154,24 @@ def test_only_what_may_be_a_stop_string_is_held_back() -> None:
 @pytest.mark.parametrize(
     ("tokens", "expected"),
     [
-        (["<0xE2>", "<0x82>", "<0xAC>", "a"], ["", "", "€", "a", ""]),
-        (["<0xE2>", "<0x82>", "a"], ["", "", "\ufffda", ""]),
-        (["<0xFF>", "▁b", "<0xE2>", "<0xE2>", "a"], ["\ufffd", " b", "", "\ufffd", "\ufffda", ""]),
-        (["a", "<0xE2>", "<0x82>"], ["a", "", "", "\ufffd"]),  # cut off at the end
+        (["<0xE2>", "<0x82>", "<0xAC>", "e"], ["", "", "€", "e", ""]),
+        (["<0xE2>", "<0x82>", "▁is"], ["", "", "\ufffd\ufffd is", ""]),
+        (["<0xFF>", "▁is", "<0xE2>", "<0xE2>", "e"], ["\ufffd", " is", "", "\ufffd", "\ufffde", ""]),
+        (["▁Hello", "<0xE2>", "<0x82>"], ["Hello", "", "", "\ufffd\ufffd"]),  # cut off at the end
+        (["▁", "▁Hello", "▁world"], ["", " Hello", " world", ""]),
+        (["<s>", "▁Hello"], ["<s>", " Hello", ""]),
+        # Here SentencePiece keeps the character, and transformers does not.
+        (["<0xE2>", "<0x82>", "<0xAC>", "<0xFF>", "e"], ["", "", "€", "\ufffd", "e", ""]),
     ],
 )
-def test_bytes_that_form_no_character_do_not_end_a_text(tokens: list[str], expected: list[str]) -> None:
-    vocabulary = {**{f"<0x{n:02X}>": n for n in range(256)}, "a": 256, "▁b": 257}
-    engine = tokenizers.Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
-    engine.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer, ids = BPETokenizer(engine.to_str()), [vocabulary[token] for token in tokens]
+def test_sentencepieces_bytes_and_spaces(tokens: list[str], expected: list[str], tmp_path: Path) -> None:
+    ids_of = write_llama(tmp_path)
+    tokenizer, ids = read_tokenizer(tmp_path), [ids_of.get(token, 0) for token in tokens]
     assert streamed(tokenizer, ids) == expected
     assert "".join(expected) == tokenizer.decode(ids)
+    if "€\ufffd" not in "".join(expected):
+        assert tokenizer.decode(ids) == AutoTokenizer.from_pretrained(tmp_path).decode(ids)
+    for n in range(len(ids)):  # whatever of it is the prompt
+        stream = TextStream(tokenizer, ids[:n])
+        texts = [*stream.prompt_texts, *(stream.push([token]) for token in ids[n:]), stream.push([], final=True)]
+        assert texts == expected
