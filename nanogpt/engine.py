@@ -31,15 +31,25 @@ class Sampling:
     min_p: float = 0.0  # tokens with at least this share of the highest probability (Nguyen et al. 2024)
 
 
-def draw(logits: Tensor, settings: Sequence[Sampling], points: Sequence[float]) -> list[int]:
-    """Return one id per row of logits (B, V): the one at a random point in [0, 1) of its distribution; -1 for NaN."""
-    kinds = ["greedy" if s.temperature == 0 else "ranked" if s.top_k or s.top_p < 1 else "plain" for s in settings]
-    drawn = torch.empty(len(kinds), dtype=torch.long)
-    for kind in set(kinds):  # in groups, because the algorithm of a row must not depend on its neighbours
-        rows = [n for n, other in enumerate(kinds) if other == kind]
-        part = logits if len(rows) == len(kinds) else logits[rows]
-        drawn[rows] = _draw(kind, part, [settings[n] for n in rows], [points[n] for n in rows]).cpu()
-    return drawn.masked_fill(~logits.amax(dim=-1).isfinite().cpu(), -1).tolist()
+def draw(logits: Tensor, settings: Sequence[Sampling], points: Sequence[float]) -> list[int | Exception]:
+    """Return one id per row of logits (B, V): the one at a random point in [0, 1) of its distribution.
+
+    A row that fails gets its exception, and ends no other.
+    """
+    try:
+        kinds = ["greedy" if s.temperature == 0 else "ranked" if s.top_k or s.top_p < 1 else "plain" for s in settings]
+        drawn = torch.empty(len(kinds), dtype=torch.long)
+        for kind in set(kinds):  # in groups, because the algorithm of a row must not depend on its neighbours
+            rows = [n for n, other in enumerate(kinds) if other == kind]
+            part = logits if len(rows) == len(kinds) else logits[rows]
+            drawn[rows] = _draw(kind, part, [settings[n] for n in rows], [points[n] for n in rows]).cpu()
+    except Exception as error:
+        if len(settings) == 1:
+            return [error]
+        return [draw(logits[[n]], [settings[n]], [points[n]])[0] for n in range(len(settings))]
+    bad = FloatingPointError("the model's output is not a number; its weights may be damaged")
+    finite = logits.amax(dim=-1).isfinite().tolist()
+    return [token if is_finite else bad for token, is_finite in zip(drawn.tolist(), finite, strict=True)]
 
 
 def _draw(kind: str, logits: Tensor, settings: Sequence[Sampling], points: Sequence[float]) -> Tensor:
@@ -191,17 +201,19 @@ class Engine:
         for row in rows:
             row.seen += 1
         for row, token, of_row in zip(rows, drawn, logits, strict=True):
-            if token < 0:
-                row.error = FloatingPointError("the model's output is not a number; its weights may be damaged")
+            try:
+                if isinstance(token, Exception):
+                    raise token
+                row.tokens.append(token)
+                if row.request.logprobs is not None:
+                    row.logprobs.append(_logprobs(of_row, token, row.request.logprobs))
+                if token in row.request.stop:
+                    self.finish(row, "stop")
+                elif len(row.tokens) - len(row.request.prompt) >= row.request.max_new_tokens:
+                    self.finish(row, "length")
+            except Exception as error:  # It ends no other row.
+                row.error = error
                 self.finish(row, "error")
-                continue
-            row.tokens.append(token)
-            if row.request.logprobs is not None:
-                row.logprobs.append(_logprobs(of_row, token, row.request.logprobs))
-            if token in row.request.stop:
-                self.finish(row, "stop")
-            elif len(row.tokens) - len(row.request.prompt) >= row.request.max_new_tokens:
-                self.finish(row, "length")
         return rows
 
     def complete(self, requests: Sequence[Request]) -> list[Row]:

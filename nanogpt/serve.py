@@ -90,7 +90,7 @@ class Scheduler:
         self.running: dict[Row, Job] = {}
         self.news: set[asyncio.Event] = set()
         self.counters = dict.fromkeys(["prompt_tokens", "sampled_tokens", "refused_requests", "failures"], 0)
-        self.failures_in_a_row = 0
+        self.failures_in_a_row = 0  # of the model; not what only one completion has met
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue the jobs of a request, all or none."""
@@ -116,54 +116,63 @@ class Scheduler:
 
     def step(self) -> None:
         """Admit waiting jobs, and sample one token for every running one."""
-        for row, job in list(self.running.items()):
-            if job.error or time.monotonic() > job.deadline:  # Its client has left, or its time is over.
-                self.engine.finish(row, "length")
-                self.update(row, job.stream.push([], final=True))
-        prefilled = 0  # One context at most between two steps, or those who are running would wait too long.
-        while self.waiting and self.engine.room and prefilled < self.engine.block_size:
-            prefilled += self.admit()
         try:
+            for row, job in list(self.running.items()):
+                if job.error or time.monotonic() > job.deadline:  # Its client has left, or its time is over.
+                    self.engine.finish(row, "length")
+                    self.update(row, job.stream.push([], final=True))
+            prefilled = 0  # One context at most between two steps, or those who are running would wait too long.
+            while self.waiting and self.engine.room and prefilled < self.engine.block_size:
+                prefilled += self.admit()
             rows = self.engine.step()
         except Exception as error:
+            self.failures_in_a_row += 1
             self.fail(list(self.running.values()), error)
             self.running.clear()
             self.engine.rows.clear()
             return
         for row in rows:
             job, start = self.running[row], self.running[row].stream.length
-            if row.error:
-                self.fail([self.running.pop(row)], row.error)
-                continue
-            text = follow(self.engine, row, job.stream)  # This also ends the row where a stop string is complete.
-            if row.logprobs:
-                job.tokens.append((start, row.tokens[-1], row.logprobs[-1]))
-            job.sampled += 1
-            self.counters["sampled_tokens"] += 1
-            self.update(row, text)
+            try:
+                if row.error:
+                    raise row.error
+                text = follow(self.engine, row, job.stream)  # This also ends the row where a stop string is complete.
+                if row.logprobs:
+                    job.tokens.append((start, row.tokens[-1], row.logprobs[-1]))
+                job.sampled += 1
+                self.counters["sampled_tokens"] += 1
+                self.update(row, text)
+            except Exception as error:
+                self.failures_in_a_row += isinstance(error, FloatingPointError)
+                self.drop(row, error)
 
     def admit(self) -> int:
         """Prefill the next prompt for all jobs that share it and find a row; return its length.
 
         A failure ends only these jobs.
         """
-        prompt, count = self.waiting[0].request.prompt, self.waiting[0].request.logprobs
+        prompt = self.waiting[0].request.prompt
         jobs = list(itertools.takewhile(lambda job: job.request.prompt is prompt, self.waiting[: self.engine.room]))
         del self.waiting[: len(jobs)]
         try:
-            scores = [None, *self.engine.score(prompt, count)] if jobs[0].echo and count is not None else []
             rows = self.engine.add([job.request for job in jobs])
         except Exception as error:
+            self.failures_in_a_row += 1
             self.fail(jobs, error)
             self.engine.rows = [row for row in self.engine.rows if row in self.running]
             return 0
         self.counters["prompt_tokens"] += len(prompt)
         for row, job in zip(rows, jobs, strict=True):
             job.deadline = time.monotonic() + self.config.timeout
-            starts = itertools.accumulate(map(len, job.stream.prompt_texts), initial=0)
-            job.tokens = list(zip(starts, prompt, scores, strict=False))
             self.running[row] = job
-            self.update(row, "")
+            try:
+                if job.echo and job.request.logprobs is not None:
+                    starts = itertools.accumulate(map(len, job.stream.prompt_texts), initial=0)
+                    scores = [None, *self.engine.score(prompt, job.request.logprobs)]
+                    job.tokens = list(zip(starts, prompt, scores, strict=False))
+                self.update(row, "")
+            except Exception as error:
+                self.drop(row, error)
         return len(prompt)
 
     def update(self, row: Row, text: str) -> None:
@@ -176,11 +185,16 @@ class Scheduler:
             del self.running[row]
             self.failures_in_a_row = 0
 
+    def drop(self, row: Row, error: Exception) -> None:
+        """End a row that has failed, and no other."""
+        if not row.end:
+            self.engine.finish(row, "error")
+        self.fail([self.running.pop(row)], error)
+
     def fail(self, jobs: Sequence[Job], error: Exception) -> None:
         """End jobs with an error; the log says what clients need not know."""
         if not isinstance(error, HTTPException):
             self.counters["failures"] += 1
-            self.failures_in_a_row += 1
             log.error("the engine failed", exc_info=error)
             error = HTTPException(500, "the model failed; the server's log says how")
         for job in jobs:

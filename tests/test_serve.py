@@ -17,10 +17,11 @@ import openai
 import pytest
 import torch
 
-from nanogpt import cli, serve, train
+from nanogpt import cli, engine, serve, train
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.engine import Engine, Request, Sampling
 from nanogpt.model import GPT
+from nanogpt.sample import TextStream
 from nanogpt.serve import Scheduler
 from nanogpt.settings import ServeConfig
 from nanogpt.tokenizer import ByteTokenizer
@@ -95,8 +96,8 @@ def server() -> Iterator[Server]:
 
 def sampled(prompt: bytes, count: int, seed: int, temperature: float = 1.0) -> str:
     """What the engine says by itself."""
-    engine = Engine(make_model(), 1, vocab_size=TOKENIZER.vocab_size)
-    [row] = engine.complete([Request(list(prompt), count, Sampling(temperature), seed, frozenset([256]))])
+    alone = Engine(make_model(), 1, vocab_size=TOKENIZER.vocab_size)
+    [row] = alone.complete([Request(list(prompt), count, Sampling(temperature), seed, frozenset([256]))])
     return TOKENIZER.decode([token for token in row.new_tokens if token != 256])
 
 
@@ -398,6 +399,44 @@ def test_a_failure_ends_neither_other_requests_nor_the_server(monkeypatch: pytes
             model.lm_head.weight.copy_(weight)
         assert server.complete(prompt="a")[0] == 200
         assert server.ask("/health") == (200, {"status": "ok"})
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "is_victims"),
+    [
+        (TextStream, "push", lambda stream, *_, **__: stream.stop == ["victim"]),
+        (engine, "_draw", lambda _kind, _logits, settings, _points: any(s.top_k == 7 for s in settings)),
+        (engine, "_logprobs", lambda _logits, _token, count: count == 7),
+        (engine.Engine, "score", lambda _engine, _tokens, count: count == 7),
+        (serve, "choice_of", lambda job: job.request.logprobs == 7),
+    ],
+)
+def test_a_fault_in_one_completion_ends_no_other(
+    server: Server, owner: Any, name: str, is_victims: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works = getattr(owner, name)
+
+    def fail(*args: Any, **keywords: Any) -> Any:
+        if is_victims(*args, **keywords):
+            raise RuntimeError("secret")
+        return works(*args, **keywords)
+
+    neighbour: dict[str, Any] = {"prompt": "q", "max_tokens": 60, "seed": 4, "top_k": 5, "logprobs": 1}
+    victim = {"prompt": "q", "max_tokens": 30, "stop": "victim", "top_k": 7, "logprobs": 7, "echo": True}
+    with slowed(server, lambda: time.sleep(0.005)), ThreadPoolExecutor() as pool:
+        alone = server.complete(**neighbour)[1]["choices"][0]["text"]
+        monkeypatch.setattr(owner, name, fail)
+        answers = [pool.submit(server.complete, **neighbour) for _ in range(2)]
+        server.wait_for(running=2, waiting=0)
+        for stream in (False, True, False, False):
+            status, answer = server.complete(stream=stream, **victim)
+            assert status == (200 if stream else 500)
+            told = answer.decode() if stream else json.dumps(answer)
+            assert "server_error" in told
+            assert "secret" not in told
+        assert [answer.result()[1]["choices"][0]["text"] for answer in answers] == [alone] * 2
+        assert server.ask("/health") == (200, {"status": "ok"})
+    server.wait_for(running=0, waiting=0)
 
 
 def test_what_serving_needs_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
