@@ -36,7 +36,7 @@ from nanogpt.config import GPTConfig, TrainConfig, steps_and_seconds
 from nanogpt.data import tokenizer_of_original
 from nanogpt.device import Device
 from nanogpt.distributed import Distributed, full_tensor, shard_like
-from nanogpt.errors import CheckpointError, DamagedError, UserError
+from nanogpt.errors import CheckpointError, ConfigError, DamagedError, UserError
 from nanogpt.files import atomic_write, locked, read_json, sync_folder, write_json
 from nanogpt.gguf import load_gguf
 from nanogpt.huggingface import load_pretrained
@@ -508,6 +508,10 @@ def load_trained(config: SourceConfig, device: Device) -> TrainedModel:
         trained = TrainedModel(loaded.build_model(device.name), loaded.tokenizer, name, loaded.config, loaded.state)
     else:
         trained = TrainedModel(*load_model(config.init_from, device.name, data_dir=data_dir), config.init_from)
+    if config.add_bos != "auto":
+        if config.add_bos and trained.tokenizer.bos is None:
+            raise ConfigError(f"add_bos=True: the {trained.tokenizer} has no start token")
+        trained.tokenizer.adds_bos = config.add_bos
     if device.compile:
         trained.model.compile()
     return trained

@@ -140,6 +140,11 @@ class Scorer:
     device: Device
     batch_size: int = 32
 
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, with a start token where the model's tokenizer adds one."""
+        ids: list[int] = self.tokenizer.encode(text).tolist()
+        return [self.tokenizer.bos or 0] * self.tokenizer.adds_bos + ids
+
     def scores(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """Return of each (context, completion) the completion's logprob, and whether greedy decoding would write it.
 
@@ -148,9 +153,9 @@ class Scorer:
         rows = []
         for context, completion in pairs:
             # Tokens hold the space before a word, not the one behind it.
-            start, ids = (self.tokenizer.encode(text).tolist() for text in (context.rstrip(), context + completion))
+            start, ids = self.encode(context.rstrip()), self.encode(context + completion)
             if not start:
-                start = [self.tokenizer.end_of_text or 0]
+                start = [self.tokenizer.bos or 0]
                 ids = start + ids
             rows.append((ids, max(len(ids) - len(start), 1)))  # a token may reach back into the context
         return self.scores_of_ids(rows)
@@ -246,7 +251,7 @@ def run_harness(scorer: Scorer, names: list[str], manager: Any, limit: int) -> d
             """Return the logprobs of whole texts, each token predicted once, in windows of the model's context."""
             windows = []
             for request in requests:
-                ids = [tokenizer.end_of_text or 0, *tokenizer.encode(request.args[0]).tolist()]
+                ids = [tokenizer.bos or 0, *scorer.encode(request.args[0])]  # As there, a start token comes twice.
                 last = len(ids) - 1
                 spans = [(start, min(start + block_size, last)) for start in range(0, last, block_size)]
                 windows.append([(ids[max(0, end - block_size) : end + 1], end - start) for start, end in spans])
@@ -258,7 +263,7 @@ def run_harness(scorer: Scorer, names: list[str], manager: Any, limit: int) -> d
             texts = []
             for prompt, settings in with_progress([each.args for each in requests]):
                 new, until = settings.get("max_gen_toks", 256), settings.get("until") or []
-                ids = tokenizer.encode(prompt).tolist()[-max(1, block_size - new) :] or [tokenizer.end_of_text or 0]
+                ids = scorer.encode(prompt)[-max(1, block_size - new) :] or [tokenizer.bos or 0]
                 row = scorer.model.generate(scorer.device.put(torch.tensor([ids])), new, temperature=0.0)[0, len(ids) :]
                 text = tokenizer.decode(list(takewhile(lambda token: token not in tokenizer.end_tokens, row.tolist())))
                 for stop in filter(None, [until] if isinstance(until, str) else until):

@@ -144,6 +144,13 @@ def read_tokenizer(keys: dict[str, Any]) -> Tokenizer:
         tokenizer = CharTokenizer([bytes.fromhex(text.replace("\\x", "")).decode() for text in texts])
     config = {name: round(keys[key], 6) for name, key in CONFIG.items() if key in keys}  # stored in float32
     keep_generation_config(tokenizer, {**config, "eos_token_id": ends}, keys.get("tokenizer.chat_template"))
+    # Where nothing is said, llama.cpp adds a start token for SentencePiece's vocabularies and Llama 3's.
+    usual = keys["tokenizer.ggml.model"] == "llama" or keys.get("tokenizer.ggml.pre") in (
+        "llama-bpe",
+        "llama3",
+        "llama-v3",
+    )
+    tokenizer.adds_bos = bool(keys.get("tokenizer.ggml.add_bos_token", usual))
     return tokenizer
 
 
@@ -255,7 +262,7 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
     listed = [entries.get(i, (f"[unused {i}]", TokenType.UNUSED)) for i in range(tokenizer.vocab_size)]
     writer.add_token_list([text for text, _ in listed])
     writer.add_token_types([kind for _, kind in listed])
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(tokenizer.adds_bos)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
     config = tokenizer.full_generation_config

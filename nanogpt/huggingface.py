@@ -282,13 +282,20 @@ def tensors_of(model: GPT, vocab_size: int) -> Iterator[tuple[Part, Tensor]]:
 
 def save_pretrained(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
     """Write what transformers loads. Raises `ConfigError` and `DataError` for what has no such form."""
+    import tokenizers
     from safetensors.torch import save_file
 
     shape, generation = replace(model.config, vocab_size=tokenizer.vocab_size), tokenizer.full_generation_config
     ends = {name: generation[name] for name in ("bos_token_id", "eos_token_id")}
     write_json(folder / "config.json", {**config_of(shape), **ends, "torch_dtype": str(dtype).removeprefix("torch.")})
     write_json(folder / "generation_config.json", generation)
-    (folder / "tokenizer.json").write_text(tokenizer.definition, encoding="utf-8")
+    definition = tokenizer.definition
+    if tokenizer.adds_bos:
+        engine, bos = tokenizers.Tokenizer.from_str(definition), tokenizer.decode([generation["bos_token_id"]])
+        special = [(bos, generation["bos_token_id"])]
+        engine.post_processor = tokenizers.processors.TemplateProcessing(f"{bos} $A", special_tokens=special)
+        definition = engine.to_str()
+    (folder / "tokenizer.json").write_text(definition, encoding="utf-8")
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": shape.block_size}
     for name, ids in ends.items():
         if ids is not None:

@@ -78,7 +78,8 @@ class TextStream:
         self.stopped = False  # whether a stop string has come; neither it nor what follows is part of the text
         self._held = ""
         self._decoder = TextDecoder(tokenizer)
-        self.prompt_texts = [self._decoder.decode([token]) for token in prompt]  # The prompt may end in a character.
+        starts = tokenizer.adds_bos and list(prompt[:1]) == [tokenizer.bos]  # A start token is no text.
+        self.prompt_texts = [""] * starts + [self._decoder.decode([token]) for token in prompt[starts:]]
         self.length = sum(map(len, self.prompt_texts))  # characters so far, with the prompt's and those held back
 
     def push(self, tokens: Sequence[int], final: bool = False) -> str:
@@ -113,17 +114,18 @@ def read_prompt(text: str) -> str:
 
 
 def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of a prompt, at least one: an empty prompt begins a new document, or else a new line.
+    """Return the ids of a prompt, at least one, behind a start token where the model's tokenizer adds one.
 
-    Raises `DataError` for characters that the vocabulary lacks.
+    An empty prompt begins a new document, or else a new line. Raises `DataError` for what the vocabulary lacks.
     """
-    if not text and tokenizer.end_of_text is not None:
-        return [tokenizer.end_of_text]
+    start = [tokenizer.bos] if tokenizer.adds_bos and tokenizer.bos is not None else []
+    if not text and (start or tokenizer.end_of_text is not None):
+        return start or [tokenizer.end_of_text or 0]
     try:
         ids = tokenizer.encode_prompt(text or "\n")
         if (largest := max(ids, default=0)) >= tokenizer.vocab_size:
             raise DataError(f"the prompt has token {largest}, but the model knows {tokenizer.vocab_size}")
-        return ids
+        return ids if ids[:1] == start else start + ids
     except DataError:
         if text not in ("", "\n"):
             raise

@@ -49,6 +49,7 @@ class SourceConfig(Settings):
     init_from: str = "resume"  # resume: the run in out_dir; gpt2 (-medium, -large, -xl), ORGANISATION/NAME on the
     # Hugging Face hub, a folder in its format, a checkpoint, or a .gguf file
     checkpoint: str = "auto"  # best (lowest validation loss), last, or a file; auto: best, else last
+    add_bos: bool | Literal["auto"] = "auto"  # begin prompts with the start token; auto: as the model's own tokenizer
 
 
 class SampleConfig(SourceConfig, Machine):

@@ -50,8 +50,9 @@ class Tokenizer:
     end_of_text: int | None = None  # id of the token that ends a document, where there is one
     strips_space: bool = False  # whether a text loses the space before its first word, which encoding adds
     errors: str = "replace"  # what becomes of bytes that form no character, by the names of Python's codecs
-    # What comes with somebody's model and is no part of the ids: Hugging Face's generation_config.json, and the Jinja
-    # template that turns a conversation into a text.
+    # What comes with somebody's model and is no part of a text's ids: whether prompts begin with a start token, Hugging
+    # Face's generation_config.json, and the Jinja template that turns a conversation into a text.
+    adds_bos: bool = False
     generation_config: Mapping[str, Any] = MappingProxyType({})
     chat_template: str = ""
 
@@ -62,13 +63,20 @@ class Tokenizer:
 
     def describe(self) -> dict[str, Any]:
         """Return all that `from_description` needs to build this tokenizer again, as JSON."""
-        chat = {"generation_config": dict(self.generation_config), "chat_template": self.chat_template}
+        chat = {"adds_bos": self.adds_bos, "chat_template": self.chat_template}
+        chat |= {"generation_config": dict(self.generation_config)}
         return {"kind": self.kind, **{key: value for key, value in chat.items() if value}}
 
     def has_ids_of(self, other: "Tokenizer") -> bool:
         """Return whether both give every text the same ids, whatever else comes with them."""
-        ignored = dict.fromkeys(("generation_config", "chat_template"))
+        ignored = dict.fromkeys(("adds_bos", "generation_config", "chat_template"))
         return {**self.describe(), **ignored} == {**other.describe(), **ignored}
+
+    @property
+    def bos(self) -> int | None:
+        """Return the id that begins a text: what the model's maker names, or else what ends a document."""
+        bos: int | None = self.full_generation_config["bos_token_id"]
+        return bos
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -355,8 +363,20 @@ def read_tokenizer(path: Path) -> Tokenizer:
         ends = config["eos_token_id"] if isinstance(config["eos_token_id"], list) else [config["eos_token_id"]]
         config["eos_token_id"] = [tokenizer.engine.token_to_id(eos), *ends]
         config["bos_token_id"] = config["bos_token_id"] or tokenizer.engine.token_to_id(bos)
+    if (start := start_token(definition)) is not None:
+        tokenizer.adds_bos, config["bos_token_id"] = True, start
     keep_generation_config(tokenizer, config, template)
     return tokenizer
+
+
+def start_token(definition: str) -> int | None:
+    """Return the id that a tokenizer.json puts before every text; transformers looks nowhere else for it."""
+    step = parse_json(definition).get("post_processor") or {}
+    for each in step.get("processors", [step]):
+        first = (each.get("single") or [{}])[0].get("SpecialToken")
+        if first:
+            return int(each["special_tokens"][first["id"]]["ids"][0])
+    return None
 
 
 def with_added_tokens(definition: str, tokens: dict[str, dict[str, Any]]) -> str:
@@ -413,7 +433,9 @@ def make_tokenizer(setting: str, characters: Iterable[str], texts: Iterable[str]
         return from_description({"kind": setting})
     if setting.startswith("bpe:"):
         return train_bpe(texts, int(setting.removeprefix("bpe:")))
-    return CharTokenizer(sorted(characters)) if setting == "char" else read_tokenizer(Path(setting))
+    tokenizer = CharTokenizer(sorted(characters)) if setting == "char" else read_tokenizer(Path(setting))
+    tokenizer.adds_bos = False  # Data sets have no start tokens, so a model that knows only this one learns none.
+    return tokenizer
 
 
 def from_description(description: Any) -> Tokenizer:
@@ -431,6 +453,7 @@ def from_description(description: Any) -> Tokenizer:
         case _:
             raise DataError(f"unknown tokenizer description: {str(description)[:200]}")
     keep_generation_config(tokenizer, description.get("generation_config", {}), description.get("chat_template"))
+    tokenizer.adds_bos = bool(description.get("adds_bos"))
     return tokenizer
 
 

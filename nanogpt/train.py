@@ -230,6 +230,7 @@ def build_or_resume(
         may_shard = dist.world_size > 1 and config.parallel != "ddp"
         resumed = load_latest(config.out_dir, config.data_dir, dist, sharded=may_shard)
         dataset.check_tokenizer(resumed.tokenizer, str(resumed.path))
+        dataset.tokenizer.adds_bos = resumed.tokenizer.adds_bos
         dataset.check_length(resumed.model_config.block_size)
         model = resumed.build_model(dropout=config.dropout)
         log.info(f"resuming {resumed.path} after {resumed.state.step} steps")
@@ -240,6 +241,7 @@ def build_or_resume(
         else:
             model, tokenizer = load_model(config.init_from, dropout=config.dropout, data_dir=config.data_dir)
             dataset.check_tokenizer(tokenizer, config.init_from)
+            dataset.tokenizer.adds_bos = tokenizer.adds_bos
             model.crop_block_size(config.block_size)
     model.transformer.gradient_checkpointing = config.gradient_checkpointing
 

@@ -141,7 +141,7 @@ def write_llama(folder: Path, starts: bool = True) -> dict[str, int]:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
     }
-    shape |= {"vocab_size": len(ids), "max_position_embeddings": 64, "initializer_range": 0.5}
+    shape |= {"vocab_size": len(ids), "max_position_embeddings": 512, "initializer_range": 0.2}
     config = transformers.LlamaConfig(**shape, bos_token_id=1, eos_token_id=2)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return ids

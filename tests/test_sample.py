@@ -5,20 +5,30 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoTokenizer
 
+from nanogpt import gguf, train
 from nanogpt import sample as module
-from nanogpt import train
-from nanogpt.checkpoint import TrainedModel
+from nanogpt.checkpoint import TrainedModel, load_model, load_trained
 from nanogpt.cli import parse
 from nanogpt.config import GPTConfig, TrainConfig
+from nanogpt.device import choose_device
 from nanogpt.errors import ConfigError, DataError
+from nanogpt.export import export
 from nanogpt.huggingface import save_pretrained
 from nanogpt.model import GPT
 from nanogpt.sample import SEPARATOR, TextStream, prompt_ids, sample
-from nanogpt.settings import SampleConfig
-from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, read_tokenizer
-from tests.conftest import write_llama
+from nanogpt.settings import ExportConfig, SampleConfig
+from nanogpt.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    from_description,
+    make_tokenizer,
+    read_tokenizer,
+)
+from tests.conftest import write_dataset, write_llama
 
 
 @pytest.fixture
@@ -165,7 +175,7 @@ def test_only_what_may_be_a_stop_string_is_held_back() -> None:
     ],
 )
 def test_sentencepieces_bytes_and_spaces(tokens: list[str], expected: list[str], tmp_path: Path) -> None:
-    ids_of = write_llama(tmp_path)
+    ids_of = write_llama(tmp_path, starts=False)
     tokenizer, ids = read_tokenizer(tmp_path), [ids_of.get(token, 0) for token in tokens]
     assert streamed(tokenizer, ids) == expected
     assert "".join(expected) == tokenizer.decode(ids)
@@ -175,3 +185,58 @@ def test_sentencepieces_bytes_and_spaces(tokens: list[str], expected: list[str],
         stream = TextStream(tokenizer, ids[:n])
         texts = [*stream.prompt_texts, *(stream.push([token]) for token in ids[n:]), stream.push([], final=True)]
         assert texts == expected
+
+
+@pytest.mark.parametrize("kind", ["llama 2", "llama 3", "qwen"])
+def test_prompts_begin_as_transformers_begins_them(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_llama(tmp_path, starts=kind == "llama 2")
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    if kind == "llama 3":
+        template = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+        theirs.backend_tokenizer.post_processor = processors.Sequence([processors.ByteLevel(), template])
+        theirs.save_pretrained(tmp_path)
+    ours = read_tokenizer(tmp_path)
+    for tokenizer in (ours, from_description(ours.describe())):
+        for text in ("Hello world", "x", "</s>Hello") + (("",) if kind != "qwen" else ()):
+            assert prompt_ids(text, tokenizer) == theirs(text).input_ids
+    assert prompt_ids("<s>Hello", ours).count(1) == 1  # not twice
+    assert not make_tokenizer(str(tmp_path), "", []).adds_bos  # of a data set
+    lengths = {}
+    for setting in ("auto", "True", "False"):
+        words = [f"--init_from={tmp_path}", f"--add_bos={setting}", "--start=Hello world", "--max_new_tokens=1"]
+        config = parse(SampleConfig, [*words, "--num_samples=1", "--device=cpu"], "")
+        lengths[setting] = len(prompt_ids("x", load_trained(config, choose_device(config)).tokenizer))
+        sample(config)
+        assert "\nHello world" in capsys.readouterr().out
+    assert lengths == {"auto": 2 if kind == "qwen" else 3, "True": 3, "False": 2}
+    exported = tmp_path / "exported"
+    export(ExportConfig(init_from=str(tmp_path), output=str(exported)))
+    assert AutoTokenizer.from_pretrained(exported)("Hello").input_ids == theirs("Hello").input_ids
+
+
+@pytest.mark.parametrize(
+    ("model", "said", "adds"),
+    [("llama", None, True), ("llama", False, False), ("gpt2", None, False), ("gpt2", True, True)],
+)
+def test_a_gguf_says_whether_prompts_have_a_start_token(model: str, said: bool | None, adds: bool) -> None:
+    keys = {"general.architecture": "llama", "tokenizer.ggml.model": model, "tokenizer.ggml.pre": "qwen2"}
+    keys |= {"tokenizer.ggml.tokens": ["<s>", "a", "b"], "tokenizer.ggml.token_type": [3, 1, 1]}  # type: ignore[dict-item]
+    keys |= {"tokenizer.ggml.merges": [], "tokenizer.ggml.scores": [0.0] * 3}  # type: ignore[dict-item]
+    keys |= {"tokenizer.ggml.bos_token_id": 0}  # type: ignore[dict-item]
+    tokenizer = gguf.read_tokenizer(keys | ({} if said is None else {"tokenizer.ggml.add_bos_token": said}))
+    assert (tokenizer.adds_bos, tokenizer.bos) == (adds, 0)
+
+
+def test_a_start_token_stays_with_the_model_that_knows_it(recipe: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    write_llama(tmp_path / "llama")
+    tokenizer = make_tokenizer(str(tmp_path / "llama"), "", [])
+    ids = tokenizer.encode("Hello world is true " * 20)
+    write_dataset(tmp_path / "data" / "words", tokenizer, ids, ids)
+    found = []
+    for settings in ({"init_from": str(tmp_path / "llama")}, {"init_from": "resume"}, {"init_from": "scratch"}):
+        config = recipe(dataset="words", max_iters=1 + (settings["init_from"] == "resume"), **settings)
+        train.train(config)
+        found.append(load_model(config.out_dir)[1].adds_bos)
+    assert found == [True, True, False]
