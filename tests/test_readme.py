@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import urllib.request
 from pathlib import Path
 
@@ -84,6 +85,12 @@ def try_server(command: list[str], folder: Path, environment: dict[str, str]) ->
         assert answer.status == 200
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 0
+
+
+def test_the_loop_that_is_shown_is_that_of_the_program() -> None:
+    [shown] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    program = re.sub(r"  # type: ignore.*", "", (ROOT / "nanogpt" / "train.py").read_text("utf-8"))
+    assert textwrap.indent(shown, " " * 16) in program
 
 
 def test_every_make_target_of_the_readme_exists() -> None:
