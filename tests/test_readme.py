@@ -102,5 +102,5 @@ def test_every_make_target_of_the_readme_exists() -> None:
 
 @pytest.mark.parametrize("page", [path.relative_to(ROOT) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))])
 def test_every_link_leads_somewhere(page: Path) -> None:
-    for path in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text("utf-8")):
+    for path in re.findall(r"\]\(([^)#:\s]+)\)", (ROOT / page).read_text("utf-8")):
         assert (ROOT / page.parent / path).exists(), path
