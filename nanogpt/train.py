@@ -154,8 +154,8 @@ def train(config: TrainConfig) -> int:
                         scaler.scale(micro_loss).backward()  # type: ignore[no-untyped-call]
                     loss += micro_loss.detach()
 
-                # Clip and step; without grad_clip, the norm is only measured. If loss or gradient of any process is not finite,
-                # all processes skip the step: scaler.step would let each decide for itself.
+                # Clip and step; without grad_clip, only measure the norm. If loss or gradient of any process is not
+                # finite, all skip the step: scaler.step would let each decide for itself.
                 scaler.unscale_(optimizer)
                 grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
                 grad_norm = distributed.full_tensor(grad_norm)
