@@ -1,4 +1,4 @@
-# make demo: train a GPT on this machine and see what it writes, in about three minutes
+# make demo: train a GPT on this machine and see what it writes, within three minutes
 # make test: everything that must hold
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -25,15 +25,15 @@ $(RUNS) $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(RUNS)
 	$(PY) data/pystdlib/prepare.py
-	$(PY) train.py config/train_pystdlib_fast.py --resume=auto
+	$(PY) train.py config/train_pystdlib_fast.py --max_iters=250 --lr_decay_iters=250 --resume=auto
 	$(PY) sample.py --out_dir=out-pystdlib-fast --num_samples=2 --max_new_tokens=400 --start='def '
 	$(PY) -m nanogpt plot out-pystdlib-fast
 	@echo
 	@echo "You have trained a GPT on the Python library of this machine: 0.7M parameters with rotary positions and"
-	@echo "normalised queries and keys, by Muon, in 500 steps of 4,096 bytes. Where things lie:"
+	@echo "normalised queries and keys, by Muon, in 250 steps of 4,096 bytes. Where things lie:"
 	@echo "  data/pystdlib/                 the text as token ids, and which files it came from"
 	@echo "  out-pystdlib-fast/best.pt      the model; metrics.jsonl and loss.png show how it learned"
-	@echo "  config/train_pystdlib_fast.py  its recipe; train_pystdlib.py has GPT-2's architecture and AdamW instead"
+	@echo "  config/train_pystdlib_fast.py  its recipe, for twice the steps; train_pystdlib.py has GPT-2's shape and AdamW"
 	@echo "Next, with '. .venv/bin/activate':"
 	@echo "  python sample.py --out_dir=out-pystdlib-fast --start='class Model' --temperature=0.6"
 	@echo "  python train.py config/train_pystdlib_fast.py --n_layer=6 --max_iters=3000 --lr_decay_iters=3000 --out_dir=out-deeper"

@@ -113,7 +113,7 @@ def main() -> None:
         result[f"{side}_spread"] = [min(seconds), max(seconds)]
         result[f"{side}_peak_bytes"] = statistics.median(row["peak"] for row in rows[side])
         config = config_of(arguments, parallel)
-        share = config.rows // processes
+        share = config.global_batch_size // processes
         with torch.device("meta"):
             model = GPT(config.model_config(VOCABULARY))
         result[f"{side}_planned_bytes"] = memory(

@@ -91,7 +91,7 @@ def bench(config: BenchConfig) -> None:
 
     ms = [seconds * 1000 for seconds in times[config.warmup_steps :]]
     median = statistics.median(ms)
-    speed = config.rows * config.block_size / median * 1000
+    speed = config.global_batch_size * config.block_size / median * 1000
     peak, memory = device.peak_flops(), device.peak_memory()
     mfu = model.flops_per_token() * speed / peak if peak else None
     print(

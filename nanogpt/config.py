@@ -126,7 +126,9 @@ class GPTConfig(Shape):
     """The complete shape of a network: everything that the meaning of its weights depends on."""
 
     vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for efficiency
-    out_bias: bool | Literal["auto"] = "auto"  # in attention's output Linear; auto: as `bias`, which Qwen2 has not
+    out_bias: bool | Literal["auto"] = (
+        "auto"  # in attention's output Linear; auto: as `bias`. Qwen2 has only q, k, v with it
+    )
     mlp_bias: bool | Literal["auto"] = "auto"  # in the MLP's Linears; auto: as `bias`, never in qwen3
     norm_eps: float = 1e-5  # added to the variance in LayerNorm and RMSNorm
     rope_scaling: list[float] = field(default_factory=list)  # Llama 3's: factor, low and high freq_factor, old context
@@ -202,7 +204,7 @@ class TrainConfig(Shape, Machine):
     always_save_checkpoint: bool = True  # save at every evaluation; False: when the loss improved, and at the end
     checkpoint_interval: str = "30m"  # save also every so many steps (500) or minutes (30m); 0: only at evaluations
     keep_checkpoints: int = 2  # how many: ckpt.pt, ckpt.prev.pt, …; an older one is used if the newest is damaged
-    max_bad_steps: int = 20  # stop after this to twice this many steps in a row whose loss or gradient is not finite
+    max_bad_steps: int = 20  # stop after so many steps in a row, at most twice as many, of non-finite loss or gradient
     sample_interval: int = 1  # print a short sample at every so many-th evaluation; 0: never
     plot: bool = True  # draw loss.png at evaluations, at most every two minutes, and at the end; needs matplotlib
     dry_run: bool = False  # print the resolved settings and what follows from them, then exit
@@ -241,8 +243,8 @@ class TrainConfig(Shape, Machine):
     lr_decay_iters: int = 600_000  # step at which min_lr is reached; usually max_iters (Chinchilla)
     min_lr: float = 6e-5  # usually learning_rate / 10 (Chinchilla)
     # --- model ---
-    model: str = ""  # sets the shape by name: gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama-3.2-1b, llama-3.2-3b,
-    # llama-2-7b, llama-3.1-8b, qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b
+    model: str = ""  # sets the shape by name, before the other settings: gpt2, gpt2-medium, gpt2-large, gpt2-xl,
+    # llama-3.2-1b, llama-3.2-3b, llama-2-7b, llama-3.1-8b, qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b
     bias: bool = False  # in Linears and LayerNorms; True: like GPT-2, False: a bit better and faster
     zero_init: bool = False  # c_proj starts at zero, so that each block starts as the identity; helps Muon
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
@@ -250,15 +252,15 @@ class TrainConfig(Shape, Machine):
     compile: bool | Literal["auto"] = "auto"  # torch.compile: a minute to start, then faster; auto: for long runs
 
     @property
-    def rows(self) -> int:
-        """Rows of a global batch: one step sees this many windows of `block_size` tokens."""
+    def global_batch_size(self) -> int:
+        """Rows of all processes together: one step sees this many windows of `block_size` tokens."""
         return self.gradient_accumulation_steps * self.batch_size
 
     def model_config(self, vocab_size: int) -> GPTConfig:
         """Return the shape of a new network for a vocabulary of `vocab_size` entries."""
         return GPTConfig(vocab_size=vocab_size, **{each.name: getattr(self, each.name) for each in fields(Shape)})
 
-    def with_derived_rates(self) -> "TrainConfig":
+    def with_muon_rates(self) -> "TrainConfig":
         """Return a copy in which Muon's 0s are replaced by rates that fit width and length (docs/LOG.md)."""
         if self.optimizer != "muon":
             return self
@@ -273,6 +275,6 @@ class TrainConfig(Shape, Machine):
             yield f"text={self.text!r}: there is no such file"
         if "," in self.dataset and self.sampling == "epoch":
             yield "sampling=epoch: in a mixture the weights say how often a text is seen; use --sampling=random"
-        rate = self.with_derived_rates().learning_rate if self.n_embd > 0 else 0.0
+        rate = self.with_muon_rates().learning_rate if self.n_embd > 0 else 0.0
         if self.decay_lr and 0 < rate < self.min_lr:
             yield f"min_lr={self.min_lr:g} is above learning_rate={rate:g}: set --min_lr={rate / 10:g} or --decay_lr=0"

@@ -61,7 +61,10 @@ class Dataset:
         return self.train if name == "train" else self.val
 
     def check_tokenizer(self, tokenizer: Tokenizer, owner: str) -> None:
-        """Raise `DataError` unless this data set's ids are those of `tokenizer`, which `owner` uses."""
+        """Raise `DataError` unless this data set's ids are those of `tokenizer`, which `owner` uses.
+
+        Ids that only this data set's tokenizer has are errors from now on: the model of `owner` does not know them.
+        """
         if not self.tokenizer.has_ids_of(tokenizer):
             raise DataError(
                 f"data set {self.folder.name} holds ids of the {self.tokenizer}, but {owner} uses the {tokenizer}; "
@@ -164,7 +167,7 @@ def get_batch(
         x, y = mix(dataset, parts, config.seed, step, rows)
     else:
         draw = epoch_window_starts if config.sampling == "epoch" else window_starts
-        starts = draw(len(dataset.train), config.block_size, seed=config.seed, step=step, rows=config.rows)
+        starts = draw(len(dataset.train), config.block_size, seed=config.seed, step=step, rows=config.global_batch_size)
         x, y = windows(dataset, "train", starts[rows.start : rows.stop], config.block_size)
     return put(x), put(y)
 
@@ -203,7 +206,7 @@ def windows(dataset: Dataset, split: str, starts: Starts, block_size: int) -> tu
 
 
 def generator(seed: int, step: int, stream: int) -> np.random.Generator:
-    """Return the random numbers of one step. Philox is counter-based: no step's numbers depend on those before it.
+    """Return a generator for one step, or epoch. Philox is counter-based: no step's numbers depend on those before it.
 
     Source: Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3.
     """

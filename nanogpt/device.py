@@ -121,7 +121,7 @@ def compiling_pays(kind: str, training: TrainConfig) -> bool:
     if kind == "mps" or training.eval_only:
         return False
     # Seconds are saved per value of a layer's output: measured on a CPU, estimated from the memory traffic on an H100.
-    values = training.max_iters * training.rows * training.block_size * training.n_layer * training.n_embd
+    values = training.max_iters * training.global_batch_size * training.block_size * training.n_layer * training.n_embd
     if kind == "cpu":
         # GPT-2 gains nothing; the small operations of rotary positions, RMSNorm and SwiGLU do.
         can_gain = training.architecture != "gpt2" and shutil.which(os.environ.get("CXX", "g++"))

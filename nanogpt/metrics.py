@@ -77,7 +77,7 @@ class Metrics:
         """Print and record the step before `state.step`; its time is the mean since the last log line."""
         seconds = (state.seconds - self.seconds) / (state.step - self.step)
         self.step, self.seconds = state.step, state.seconds
-        speed = self.config.rows * self.config.block_size / seconds
+        speed = self.config.global_batch_size * self.config.block_size / seconds
         values = {"train/loss": loss, "lr": learning_rate, "grad_norm": grad_norm, "tokens_per_second": speed}
         values["epoch"] = state.tokens / self.tokens_per_epoch
         line = f"iter {state.step - 1}: loss {loss:.4f}, time {seconds * 1000:.2f}ms"

@@ -23,8 +23,8 @@ from nanogpt.errors import ConfigError
 __all__ = ["GPT", "MLP", "Block", "CausalSelfAttention", "GPTConfig", "LayerNorm"]
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines
-# Takes a layer's new keys and values and returns all of its keys and values so far.
-Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# Takes a layer's new keys and values and returns all of its keys and values so far: see engine.KVCache.
+UpdateCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 # Of GPT-2's MLP: exact GELU, or the tanh form that OpenAI's weights expect. Llama and Qwen3 have SwiGLU instead.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
@@ -141,7 +141,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float) -> Tensor
 
 
 def attend_in_bfloat16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """Return the same from plain matmuls, for training on CPUs with AMX.
+    """Return what `attend` returns by plain matmuls, for training on CPUs with AMX.
 
     The backward pass of torch's fused attention for CPUs is slow: 6 layers of 384 channels, 256 tokens, take 378 ms a
     step with this and 474 ms without; at 1,024 tokens both are even.
@@ -159,31 +159,31 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        D, self.heads = config.head_size, [config.n_head, config.n_kv_head, config.n_kv_head]  # of q, k, v
-        self.drop = Dropout(config)
-        self.dropout = config.dropout if config.is_gpt2 else 0.0  # of attention probabilities
+        D, self.qkv_heads = config.head_size, [config.n_head, config.n_kv_head, config.n_kv_head]
+        self.resid_dropout = Dropout(config)
+        self.attn_dropout = config.dropout if config.is_gpt2 else 0.0  # of the probabilities
         # Queries, keys and values of all heads in one matmul: a large one is faster than three small ones.
-        self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * D, bias=config.bias)
+        self.c_attn = nn.Linear(config.n_embd, sum(self.qkv_heads) * D, bias=config.bias)
         self.c_proj = nn.Linear(config.n_head * D, config.n_embd, bias=bool(config.out_bias))
         has_qk_norm = config.architecture == "qwen3"
         self.q_norm = RMSNorm(D, eps=config.norm_eps) if has_qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, eps=config.norm_eps) if has_qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rotary: Rotary | None, mask: Any, append: Append | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None, mask: Any, update_cache: UpdateCache | None = None) -> Tensor:
         B, T, _ = x.shape
-        qkv = self.c_attn(x).view(B, T, sum(self.heads), -1)
-        q, k, v = qkv.transpose(1, 2).split(self.heads, dim=1)  # (B, H, T, D); keys and values (B, H_kv, T, D)
+        qkv = self.c_attn(x).view(B, T, sum(self.qkv_heads), -1)
+        q, k, v = qkv.transpose(1, 2).split(self.qkv_heads, dim=1)  # (B, H, T, D); keys and values (B, H_kv, T, D)
         if rotary:  # in float32, which the angles of far positions need
             q = rotate(self.q_norm(q.float()), *rotary).to(q.dtype)
             k = rotate(self.k_norm(k.float()), *rotary).to(k.dtype)
-        if append:
-            k, v = append(k, v)  # with those of the tokens before
-        elif k.shape[1] < q.shape[1] and not (q.is_cuda and mask is None and q.dtype != torch.float32):
-            # In training, other kernels than CUDA's flash attention are faster with copies of the shared heads.
+        uses_flash = q.is_cuda and mask is None and q.dtype != torch.float32
+        if update_cache:
+            k, v = update_cache(k, v)  # with those of the tokens before
+        elif k.shape[1] < q.shape[1] and not uses_flash:  # other kernels are faster with copies of the shared heads
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        y = attend(q, k, v, mask, self.attn_dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, -1)
-        return self.drop(self.c_proj(y))  # type: ignore[no-any-return]
+        return self.resid_dropout(self.c_proj(y))  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
@@ -209,7 +209,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: in attention tokens exchange information, in the MLP each digests it; both add to the stream."""
+    """One layer: in attention tokens exchange information, in the MLP each digests it; both add to what comes in."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -218,8 +218,8 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: Rotary | None, mask: Any, append: Append | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rotary, mask, append)
+    def forward(self, x: Tensor, rotary: Rotary | None, mask: Any, update_cache: UpdateCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rotary, mask, update_cache)
         return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
 
 
@@ -399,7 +399,7 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     chunk = loss_chunk(len(x), len(weight), device, dtype)
     if chunk == len(x):
         return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1)
-    needs_gradients = torch.is_grad_enabled()  # within forward() it never is
+    needs_gradients = torch.is_grad_enabled()  # asked here: within ChunkedLoss.forward it never is
     return ChunkedLoss.apply(x, weight, targets, dtype, chunk, needs_gradients)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -414,9 +414,9 @@ def loss_chunk(n_positions: int, vocab_size: int, device: str, dtype: torch.dtyp
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """The same loss in chunks of positions. Gradients are computed while a chunk's logits exist, so none are kept.
+    """The loss in chunks of positions. Gradients are computed while a chunk's logits exist, so that none are kept.
 
-    At GPT-2's vocabulary the logits of a batch need more memory than all blocks: 4,096 rows 2.2 GB, in chunks 0.5.
+    At GPT-2's vocabulary the logits of a batch need more memory than all blocks: 4,096 positions 2.2 GB, in chunks 0.5.
     """
 
     @staticmethod

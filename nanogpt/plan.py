@@ -126,7 +126,7 @@ def plan(config: PlanConfig) -> None:
     }  # fmt: skip
     needed = memory(model, rows, **how)
     largest = largest_batch(model, available, 4096, **how)
-    tokens, recomputed = config.rows * shape.block_size, 4 / 3 if config.gradient_checkpointing else 1.0
+    tokens, recomputed = config.global_batch_size * shape.block_size, 4 / 3 if config.gradient_checkpointing else 1.0
     seconds = model.flops_per_token() * tokens * recomputed / (flops * config.mfu * config.gpus)
     result = {
         "parameters": n_parameters, "parallel": parallel, "fits": needed["peak"] <= available,

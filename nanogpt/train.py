@@ -34,7 +34,7 @@ from nanogpt.sample import short_sample
 log = logging.getLogger(__name__)
 
 STOPPED = 75  # exit code of a run that a signal has stopped and that can be resumed
-AGAINST_DIVERGENCE = "try a lower learning_rate (with muon, muon_lr), grad_clip=1 or dtype=float32"
+DIVERGENCE_ADVICE = "try a lower learning_rate (with muon, muon_lr), grad_clip=1 or dtype=float32"
 
 
 @dataclass(frozen=True)
@@ -55,24 +55,24 @@ def train(config: TrainConfig) -> int:
     process = distributed.this_process()
     show_log_lines(config.verbosity if process.is_main else "quiet")
     device = choose_device(config, process.local_rank if process.world_size > 1 else None)
-    # Which rows of each global batch are this process's.
-    rows = process.my_rows(config.batch_size, config.gradient_accumulation_steps)
+    my_rows = process.my_rows(config.batch_size, config.gradient_accumulation_steps)
     if config.dry_run:
         return dry_run(config) if process.is_main else 0
     with init_distributed(config.backend, device, config.dist_timeout) as dist:
         dist.check_same(dataclasses.asdict(config))
-        for name, value in vars(config.with_derived_rates()).items():
+        for name, value in vars(config.with_muon_rates()).items():
             if value != getattr(TrainConfig, name):
                 log.info(f"{name} = {value!r}")
 
         # What to train, on what, and how far an earlier run came.
         dataset = open_or_prepare(config, dist)
         config, model, resumed = build_or_resume(config, dataset, dist)
-        network = distributed.parallelize(model, config.parallel, device, dist)  # compiles, too
+        # The model itself, compiled in place where that pays, or DDP around it.
+        network = distributed.parallelize(model, config.parallel, device, dist)
         run = Run(config, device, dist, dataset, model, any(map(distributed.is_sharded, model.parameters())))
         optimizer = make_optimizer(model, config, device.dtype)
         scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
-        # The weights are there already, unless they are sharded; the optimizer is nothing that an evaluation needs.
+        # Unsharded weights are there already, and an evaluation needs no optimizer.
         if resumed and (resumed.is_sharded or not config.eval_only):
             resumed.restore(model, optimizer, scaler)
         state = resumed.state if resumed else TrainState()
@@ -90,13 +90,14 @@ def train(config: TrainConfig) -> int:
             Checkpoints(config, dist, run.is_sharded) as checkpoints,
             stop_signals() as stop_requested,
         ):
-            n_micro = math.ceil(len(rows) / config.batch_size)
-            batch_at = partial(data.get_batch, dataset, config=config, rows=rows, put=device.put)
+            n_micro = math.ceil(len(my_rows) / config.batch_size)
+            batch_at = partial(data.get_batch, dataset, config=config, rows=my_rows, put=device.put)
             get_batch = data.Prefetcher(batch_at) if device.type == "cuda" else batch_at
             model.train()
-            if network is not model:  # DDP
-                settle_ddp_buckets(run, network, optimizer, *get_batch(state.step))
+            if network is not model:
+                warm_up_ddp(run, network, optimizer, *get_batch(state.step))
             save = partial(checkpoints.save, model, optimizer, scaler, state, dataset.tokenizer)
+            # state.step counts the steps done, so it is also the number of the next one.
             saved_step = state.step if resumed else -1  # of the newest checkpoint
             # Counted on the device, since `.item()` makes the CPU wait for a GPU.
             skipped = torch.tensor(state.skipped, device=device.name)
@@ -119,9 +120,9 @@ def train(config: TrainConfig) -> int:
                     if not math.isfinite(losses["val"]):
                         raise DivergedError(
                             f"the validation loss is {losses['val']} after {state.step} steps, and this model is not "
-                            f"saved; {AGAINST_DIVERGENCE}"
+                            f"saved; {DIVERGENCE_ADVICE}"
                         )
-                    # Step 0 does not compete: best.pt is a model that this run has trained, also when it finetunes.
+                    # Step 0 does not compete, unless it is all: best.pt is a model that this run has trained.
                     if state.step > 0 or is_done:
                         is_best = losses["val"] < state.best_val_loss
                         state.best_val_loss = min(losses["val"], state.best_val_loss)
@@ -153,7 +154,8 @@ def train(config: TrainConfig) -> int:
                         scaler.scale(micro_loss).backward()  # type: ignore[no-untyped-call]
                     loss += micro_loss.detach()
 
-                # Clip and step. If loss or gradient of any one process is not finite, all processes skip the step.
+                # Clip and step; without grad_clip, only measure the norm. If loss or gradient of any process is not
+                # finite, all skip the step: scaler.step would let each decide for itself.
                 scaler.unscale_(optimizer)
                 grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
                 grad_norm = distributed.full_tensor(grad_norm)
@@ -164,9 +166,9 @@ def train(config: TrainConfig) -> int:
                 skipped += ~is_finite
                 skipped_in_a_row = (skipped_in_a_row + 1) * ~is_finite
                 state.step += 1
-                state.tokens += config.rows * config.block_size
+                state.tokens += config.global_batch_size * config.block_size
 
-                # Log. Waiting for the GPU first lets the clock count these steps and nothing else.
+                # Log. The GPU finishes first, so that the clock counts these steps, without the evaluation after them.
                 log_is_due = (state.step - 1) % config.log_interval == 0 or state.step == config.max_iters
                 if log_is_due or state.step % config.eval_interval == 0:
                     device.synchronize()
@@ -174,21 +176,21 @@ def train(config: TrainConfig) -> int:
                 if log_is_due:
                     state.skipped = int(skipped)
                     metrics.log_step(state, dist.all_reduce_mean(loss).item(), grad_norm.item(), learning_rate)
-                # Reading the counter waits for the GPU: with a log line, else once in max_bad_steps steps.
+                # Reading the counter waits for the GPU, so that is done with log lines and every max_bad_steps steps.
                 count_is_due = log_is_due or state.step % config.max_bad_steps == 0
                 if count_is_due and (n_bad := int(skipped_in_a_row)) >= config.max_bad_steps:
                     raise DivergedError(
                         f"loss or gradient was not finite in {n_bad} steps in a row, up to step {state.step}; they "
-                        f"were skipped; {AGAINST_DIVERGENCE}"
+                        f"were skipped; {DIVERGENCE_ADVICE}"
                     )
 
-            # Save once more if this step is not saved yet, since a signal came, or if the last save failed.
+            # Checkpoints are written in a thread. Save again if that failed, or if a signal came after an unsaved step.
             state.skipped = int(skipped)
             if dist.any(saved_step != state.step or not checkpoints.wait()):
                 if metrics.step != state.step:
-                    metrics.log(state, {})  # so that the table of runs shows this step
+                    metrics.log(state, {})  # so that `nanogpt runs` shows this step
                 metrics.sync()
-                save()
+                save(is_best=is_best)
     if stopped:
         log.info(f"stopped after {state.step} steps and saved; to resume, repeat the command with --init_from=resume")
         return STOPPED
@@ -251,7 +253,7 @@ def build_or_resume(
         asked, default = getattr(config, name), getattr(TrainConfig, name)
         if asked != value and asked != default:
             log.warning(f"{name} = {asked!r} is ignored: the model that is loaded has {name} = {value!r}")
-    config = dataclasses.replace(config, **shape).with_derived_rates()
+    config = dataclasses.replace(config, **shape).with_muon_rates()
     if resumed:
         for name, value in dataclasses.asdict(config).items():
             if resumed.config.get(name, value) != value and name not in ("init_from", "resume", "out_dir"):
@@ -263,7 +265,7 @@ def build_or_resume(
 
 def print_sizes(config: TrainConfig, model: GPT, optimizer: torch.optim.Optimizer | None, train_tokens: int) -> None:
     """Print the size of model, batch and run, and what is decayed; train_tokens: 0 if there is no data set yet."""
-    tokens = config.rows * config.block_size
+    tokens = config.global_batch_size * config.block_size
     log.info(f"model: {model.get_num_params() / 1e6:.2f}M parameters, vocabulary {model.config.vocab_size}")
     epochs = f", {tokens * config.max_iters / train_tokens:.3g} epochs of {train_tokens:,}" if train_tokens else ""
     log.info(
@@ -277,7 +279,7 @@ def print_sizes(config: TrainConfig, model: GPT, optimizer: torch.optim.Optimize
 
 def dry_run(config: TrainConfig) -> int:
     """Print the resolved config, and of a new model the sizes that follow from it; allocate and write nothing."""
-    for name, value in dataclasses.asdict(config.with_derived_rates()).items():
+    for name, value in dataclasses.asdict(config.with_muon_rates()).items():
         print(f"{name} = {value!r}")
     if config.init_from == "scratch":
         dataset = data.open_if_prepared(config)
@@ -287,10 +289,11 @@ def dry_run(config: TrainConfig) -> int:
     return 0
 
 
-def settle_ddp_buckets(run: Run, network: Any, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
-    """Let DDP choose its buckets, and so the order in which it adds up gradients, before the first step.
+def warm_up_ddp(run: Run, network: Any, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+    """Run one backward pass and drop its gradients.
 
-    It does so after its first backward pass: without this one, a resumed run would differ in the last bit.
+    After its first one, DDP rebuilds its buckets, which changes the order of summation: without this, a resumed run
+    would differ in the last bit.
     """
     compute_loss(run, network, x[: run.config.batch_size], y[: run.config.batch_size]).backward()  # type: ignore[no-untyped-call]
     optimizer.zero_grad(set_to_none=True)

@@ -122,9 +122,9 @@ def test_muon_brings_its_rates_which_explicit_ones_override(tmp_path: Path) -> N
     parsed = train(str(file), "--decay_share=0.5")
     assert (parsed.schedule, parsed.warmup_iters, parsed.beta1) == ("wsd", 0, 0.8)
     assert (parsed.weight_decay, parsed.decay_share) == (0.2, 0.5)
-    derived = parsed.with_derived_rates()
+    derived = parsed.with_muon_rates()
     assert (derived.learning_rate, derived.muon_momentum) == (0.005, 0.85)  # half of the rate at 128 channels
-    own = train(str(file), "--learning_rate=0.00123", "--muon_momentum=0.5").with_derived_rates()
+    own = train(str(file), "--learning_rate=0.00123", "--muon_momentum=0.5").with_muon_rates()
     assert (own.learning_rate, own.muon_momentum) == (0.00123, 0.5)
     again = train(str(file), "--optimizer=muon")
     assert (again.weight_decay, again.beta1) == (0.2, 0.8)

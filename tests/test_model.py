@@ -330,7 +330,7 @@ def test_dropout_of_numbers_and_of_channels() -> None:
     x = torch.ones(5, 8, 64)
     for architecture in ("gpt2", "llama"):
         block = GPT(GPTConfig(**shape, architecture=architecture)).transformer.h[0]  # type: ignore[arg-type]
-        for drop in (block.attn.drop, block.mlp.drop):
+        for drop in (block.attn.resid_dropout, block.mlp.drop):
             assert torch.equal(drop.eval()(x), x)
             dropped = drop.train()(x)
             assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
@@ -338,4 +338,4 @@ def test_dropout_of_numbers_and_of_channels() -> None:
             same = (dropped == dropped[:, :1]).all().item()  # in all tokens of a row, but not in all rows
             assert same == (architecture == "llama")
             assert not torch.equal(dropped[0], dropped[1])
-        assert block.attn.dropout == (0.25 if architecture == "gpt2" else 0.0)
+        assert block.attn.attn_dropout == (0.25 if architecture == "gpt2" else 0.0)

@@ -52,10 +52,6 @@ SHAPES = [
     ({"n_layer": 8, "n_head": 4, "n_embd": 256, "block_size": 1024, "vocab_size": 256}, 8),
     ({"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 512, "vocab_size": 50304}, 2),
 ]
-TAKES_MINUTES_WITHOUT_BF16 = pytest.mark.skipif(
-    not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
-    reason="this processor has no bfloat16, and takes minutes to imitate it; the slow grid does",
-)
 
 
 def meta_model(shape: GPTConfig) -> GPT:
@@ -75,7 +71,7 @@ def assert_plan_holds(shape: dict[str, Any], rows: int, dtype: str, checkpointin
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts memory as Linux does")
 @pytest.mark.parametrize(
-    ("dtype", "checkpointing"), [("float32", False), pytest.param("bfloat16", True, marks=TAKES_MINUTES_WITHOUT_BF16)]
+    ("dtype", "checkpointing"), [("float32", False), pytest.param("bfloat16", True, marks=pytest.mark.slow)]
 )
 def test_planned_memory_is_within_15_percent_of_measured(dtype: str, checkpointing: bool) -> None:
     shape = {"n_layer": 6, "n_head": 4, "n_embd": 256, "block_size": 512, "vocab_size": 4096}

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import urllib.request
 from pathlib import Path
 
@@ -86,6 +87,12 @@ def try_server(command: list[str], folder: Path, environment: dict[str, str]) ->
     assert process.wait(timeout=30) == 0
 
 
+def test_the_loop_that_is_shown_is_that_of_the_program() -> None:
+    [shown] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    program = re.sub(r"  # type: ignore.*", "", (ROOT / "nanogpt" / "train.py").read_text("utf-8"))
+    assert textwrap.indent(shown, " " * 16) in program
+
+
 def test_every_make_target_of_the_readme_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     named = set(re.findall(r"\bmake ([a-z][a-z-]+)\b", "\n".join(COMMANDS)))
@@ -95,5 +102,5 @@ def test_every_make_target_of_the_readme_exists() -> None:
 
 @pytest.mark.parametrize("page", [path.relative_to(ROOT) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))])
 def test_every_link_leads_somewhere(page: Path) -> None:
-    for path in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text("utf-8")):
+    for path in re.findall(r"\]\(([^)#:\s]+)\)", (ROOT / page).read_text("utf-8")):
         assert (ROOT / page.parent / path).exists(), path
