@@ -34,7 +34,7 @@ END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"]
 MERGES_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-GPT2_SHA256 = "7db3ecccc3244b0f6caf9087f7d9c8224cbb8bdc6d01888e547329c0e064260f"  # of its tokens' bytes, one a line
+GPT2_IDENTITY = "d9e61ed7050bce01a078bcd7b85ab214d12c6c1fa7862753d16394d030d514eb"
 BPE_TEXT = 1 << 28  # characters, at most, that a vocabulary is learned from
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -61,10 +61,26 @@ class Tokenizer:
         chat = {"generation_config": dict(self.generation_config), "chat_template": self.chat_template}
         return {"kind": self.kind, **{key: value for key, value in chat.items() if value}}
 
+    @cached_property
+    def identity(self) -> str:
+        """Return a hash of what decides about the ids of a text, in whatever way a tokenizer.json puts it."""
+
+        def usual(step: dict[str, Any]) -> Any:
+            parts = step.get("normalizers") or step.get("pretokenizers") or []
+            return parts[0] if len(parts) == 1 else {key: value for key, value in step.items() if key != "trim_offsets"}
+
+        parts = json.loads(self.definition)
+        steps = json.loads(json.dumps([parts["normalizer"], parts["pre_tokenizer"]]), object_hook=usual)
+        flags = ["id", "special", "single_word", "lstrip", "rstrip", *(["normalized"] if parts["normalizer"] else [])]
+        added = {token["content"]: [token[flag] for flag in flags] for token in parts["added_tokens"]}
+        model = {key: value for key, value in parts["model"].items() if value}  # null, "" and false mean the same
+        if isinstance(model.get("vocab"), dict):  # An added token may also be an entry of the vocabulary.
+            model["vocab"] = {token: i for token, i in model["vocab"].items() if token not in added}
+        return hashlib.sha256(json.dumps([steps, added, model], sort_keys=True).encode()).hexdigest()
+
     def has_ids_of(self, other: "Tokenizer") -> bool:
         """Return whether both give every text the same ids, whatever else comes with them."""
-        ignored = dict.fromkeys(("generation_config", "chat_template"))
-        return {**self.describe(), **ignored} == {**other.describe(), **ignored}
+        return self.identity == other.identity
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -167,6 +183,10 @@ class CharTokenizer(Tokenizer):
                 self._id_of[ord(token)] = i
 
     @cached_property
+    def identity(self) -> str:
+        return super().identity if self.kind == "char" else str(self.tokens)
+
+    @cached_property
     def engine(self) -> Any:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -217,6 +237,10 @@ class GPT2Tokenizer(Tokenizer):
     kind, vocab_size, end_of_text = "gpt2", 50257, 50256
 
     @cached_property
+    def identity(self) -> str:
+        return GPT2_IDENTITY  # which needs no vocabulary
+
+    @cached_property
     def engine(self) -> Any:
         from tiktoken.load import read_file_cached
 
@@ -251,7 +275,7 @@ class BPETokenizer(Tokenizer):
         return super().describe() | {"end_of_text": self.end_of_text, "definition": self.definition}
 
     def __str__(self) -> str:
-        return f"BPE {hashlib.sha256(self.definition.encode()).hexdigest()[:8]} tokenizer ({self.vocab_size} entries)"
+        return f"BPE {self.identity[:8]} tokenizer ({self.vocab_size} entries)"
 
 
 def byte_level_engine(alphabet: list[str], merges: list[tuple[str, str]]) -> Any:
@@ -353,14 +377,9 @@ def from_definition(definition: str, eos_token: str) -> Tokenizer:
     candidates = [END_OF_TEXT, "<|end_of_text|>", eos_token, "</s>", "<eos>"]
     ids = map(tokenizer.engine.token_to_id, candidates)
     tokenizer.end_of_text = next((i for i in ids if i is not None), None)
-    # Data sets and models compare what tokenizers describe.
-    for ours in (ByteTokenizer(), CharTokenizer(sorted(tokenizer.engine.get_vocab()))):
-        if ours.kind != "vocabulary" and ours.definition == tokenizer.definition:
+    for ours in (ByteTokenizer(), GPT2Tokenizer(), CharTokenizer(sorted(tokenizer.engine.get_vocab()))):
+        if ours.has_ids_of(tokenizer):
             return ours
-    # Spelling out the bytes of a large vocabulary takes time, so its size is asked first.
-    is_gpt2s = tokenizer.vocab_size == GPT2Tokenizer.vocab_size and tokenizer._encoding is not None
-    if is_gpt2s and hashlib.sha256(b"\n".join(tokenizer.token_bytes)).hexdigest() == GPT2_SHA256:
-        return GPT2Tokenizer()
     return tokenizer
 
 

