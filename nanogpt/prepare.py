@@ -418,7 +418,7 @@ def make_plan(work: Path, config: PrepareConfig, sources: dict[str, int]) -> dic
     texts = (piece[0] for piece in pieces if isinstance(piece, tuple))
     setting = config.tokenizer
     if "/" in setting and not os.path.exists(setting):
-        setting = str(hub_folder(setting, ["tokenizer*.json"], option="tokenizer"))
+        setting = str(hub_folder(setting, ["*.json", "merges.txt", "*.jinja"], option="tokenizer"))
     tokenizer = make_tokenizer(setting, characters, texts)
     log.info(f"{tokenizer}")
     write_json(work / "tokenizer.json", tokenizer.describe())
