@@ -203,9 +203,9 @@ class Scheduler:
 
 
 Text = Annotated[str, Field(min_length=1)]
-# Parts of the standard that are absent here, and the values with which they change nothing.
+# Parts of the standard that are absent here, and the values with which they change nothing. A seed of -1 is none.
 ABSENT = {"best_of": 1, "suffix": "", "frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1,
-          "logit_bias": {}}  # fmt: skip
+          "logit_bias": {}, "seed": -1}  # fmt: skip
 
 
 class CompletionRequest(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):

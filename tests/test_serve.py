@@ -293,8 +293,8 @@ def test_what_changes_nothing_is_taken(server: Server) -> None:
     neutral = {"top_k": -1, "repetition_penalty": 1.0, "presence_penalty": 0, "frequency_penalty": 0.0, "best_of": 1}
     neutral |= {"suffix": None, "logit_bias": {}, "user": "me", "stop": None, "max_tokens": None, "seed": -1}
     assert server.complete(prompt="a", stream_options={"include_obfuscation": False}, **neutral)[0] == 200
-    unseeded = [server.complete(prompt="a", max_tokens=20, n=3)[1]["choices"] for _ in range(2)]
-    assert len({choice["text"] for choices in unseeded for choice in choices}) == 6
+    unseeded = [server.complete(prompt="a", max_tokens=20, n=3, seed=seed)[1]["choices"] for seed in (None, -1, -1)]
+    assert len({choice["text"] for choices in unseeded for choice in choices}) == 9
 
 
 def test_long_prompts_are_cut_on_demand(server: Server) -> None:
