@@ -71,7 +71,8 @@ def _draw(kind: str, logits: Tensor, settings: Sequence[Sampling], points: Seque
         rank = torch.arange(p.shape[-1], device=p.device)
         p = p.masked_fill(rank >= top_k, 0.0)
         before = (p.cumsum(dim=-1) - p) / p.sum(dim=-1, keepdim=True)  # the probability of all higher ranks
-        p = p.masked_fill((before >= top_p) & (rank > 0), 0.0)
+        # Where probabilities add up to top_p, rounding must not let another one in.
+        p = p.masked_fill((before >= top_p - 1e-6) & (top_p < 1) & (rank > 0), 0.0)
     if any(s.min_p for s in settings):
         p = p.masked_fill(p < p.amax(dim=-1, keepdim=True) * min_p, 0.0)
     total = p.cumsum(dim=-1)

@@ -154,10 +154,9 @@ class Scorer:
         for context, completion in pairs:
             # Tokens hold the space before a word, not the one behind it.
             start, ids = self.encode(context.rstrip()), self.encode(context + completion)
-            if not start:
-                start = [self.tokenizer.bos or 0]
-                ids = start + ids
-            rows.append((ids, max(len(ids) - len(start), 1)))  # a token may reach back into the context
+            count = max(len(ids) - len(start), 1)  # A token may reach back into the context.
+            before = [self.tokenizer.bos or 0] if count == len(ids) else []
+            rows.append((before + ids, count))
         return self.scores_of_ids(rows)
 
     @torch.no_grad()

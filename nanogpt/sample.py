@@ -1,8 +1,10 @@
 """The program behind `sample.py`, and what lies between text and the engine: prompts, streamed text, stop strings."""
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from nanogpt.engine import Engine, Request, Row, Sampling, quantize
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.model import GPT
 from nanogpt.settings import SampleConfig, unescape
-from nanogpt.tokenizer import TextDecoder, Tokenizer
+from nanogpt.tokenizer import BPETokenizer, TextDecoder, Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +62,32 @@ def sample(config: SampleConfig) -> None:
         print(f"{texts[row] if row is not rows[0] else ''}\n{SEPARATOR}")
         # Each new token with its logprob, and the top-k ids in its place with theirs.
         for token, (logprob, top) in zip(row.new_tokens, row.logprobs, strict=False):
-            others = "".join(f"   {tokenizer.decode([other])!r} {each:.3f}" for other, each in top)
-            print(f"{logprob:8.3f} {tokenizer.decode([token])!r:16}{others}")
+            others = "".join(f"   {names_of(tokenizer)[other]!r} {each:.3f}" for other, each in top)
+            print(f"{logprob:8.3f} {names_of(tokenizer)[token]!r:16}{others}")
         if logprobs is not None:
             print(SEPARATOR)
+
+
+@lru_cache
+def names_of(tokenizer: Tokenizer) -> list[str]:
+    r"""Return a name of its own for each id: its text, with its spaces, or else its bytes, like `bytes:\xe2`.
+
+    Bytes name a part of a character, and a token whose text is another's: in SentencePiece's vocabularies `<0x41>`,
+    where there is also an `A`.
+    """
+
+    def is_byte(token: int) -> bool:
+        return isinstance(tokenizer, BPETokenizer) and bool(
+            re.fullmatch("<0x..>", tokenizer.engine.id_to_token(token) or "")
+        )
+
+    ids: dict[str, int] = {}
+    for token in sorted(range(tokenizer.vocab_size), key=is_byte):  # The others come first.
+        content = tokenizer.decode_bytes([token])
+        text, by_bytes = content.decode(errors="ignore"), "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+        names = [text] * (text.encode() == content) + [by_bytes, f"{by_bytes}#{token}"]
+        ids[next(name for name in names if name not in ids)] = token
+    return sorted(ids, key=ids.__getitem__)
 
 
 class TextStream:

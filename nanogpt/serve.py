@@ -36,7 +36,7 @@ from nanogpt.checkpoint import load_trained
 from nanogpt.device import choose_device
 from nanogpt.engine import Engine, Logprobs, Request, Row, Sampling, quantize
 from nanogpt.errors import UserError
-from nanogpt.sample import TextStream, follow, prompt_ids
+from nanogpt.sample import TextStream, follow, names_of, prompt_ids
 from nanogpt.settings import ServeConfig
 from nanogpt.tokenizer import Tokenizer
 
@@ -203,9 +203,9 @@ class Scheduler:
 
 
 Text = Annotated[str, Field(min_length=1)]
-# Parts of the standard that are absent here, and the values with which they change nothing.
+# Parts of the standard that are absent here, and the values with which they change nothing. A seed of -1 is none.
 ABSENT = {"best_of": 1, "suffix": "", "frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1,
-          "logit_bias": {}}  # fmt: skip
+          "logit_bias": {}, "seed": -1}  # fmt: skip
 
 
 class CompletionRequest(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):
@@ -289,30 +289,19 @@ def make_jobs(body: CompletionRequest, scheduler: Scheduler) -> list[Job]:
 
 
 def choice_of(job: Job) -> dict[str, Any]:
-    r"""Return what is new of a job, with the logprobs of its tokens and of the top-k ones in their places.
-
-    A token that is only a part of a character is called by its bytes, like `bytes:\xe2`.
-    """
-
-    def name(token: int) -> str:
-        content = job.stream.tokenizer.decode_bytes([token])
-        try:
-            return content.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
-
+    """Return what is new of a job, with the logprobs of its tokens and of the top-k ones in their places."""
     text, tokens, end = job.take()
     choice: dict[str, Any] = {"index": job.index, "text": text, "logprobs": None, "finish_reason": end or None}
     if job.request.logprobs is not None:
-        # JSON knows no infinity. A prompt's first token has no logprob.
+        names, first = names_of(job.stream.tokenizer), job.stream.prompt_texts[0]
+        # JSON knows no infinity. A prompt's first token has no logprob, and SentencePiece's no space.
         tops = [
-            found and {name(each): round(max(value, -9999.0), 6) for each, value in [*found[1], (token, found[0])]}
+            found and {names[each]: round(max(value, -9999.0), 6) for each, value in [*found[1], (token, found[0])]}
             for _, token, found in tokens
         ]
-        names = [name(token) for _, token, _ in tokens]
         choice["logprobs"] = {
-            "tokens": names,
-            "token_logprobs": [top and top[name] for top, name in zip(tops, names, strict=True)],
+            "tokens": [names[token] if found else first or names[token] for _, token, found in tokens],
+            "token_logprobs": [top and top[names[token]] for top, (_, token, _) in zip(tops, tokens, strict=True)],
             "top_logprobs": tops,
             "text_offset": [start for start, _, _ in tokens],
         }

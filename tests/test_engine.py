@@ -203,6 +203,14 @@ def test_what_is_drawn_and_how_often(settings: dict[str, Any], kept: list[int]) 
     assert (found[kept] - expected / expected.sum()).abs().max() < 0.015
 
 
+@pytest.mark.parametrize(("top_p", "kept"), [(0.4, 1), (0.7, 2), (0.75, 3), (0.9, 3), (0.95, 4)])
+def test_top_p_takes_no_token_more_where_it_is_reached_exactly(top_p: float, kept: int) -> None:
+    """The fewest tokens that reach it, as in transformers, in spite of rounding."""
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().repeat(1000, 1)
+    ids = draw(logits, [Sampling(top_p=top_p)] * 1000, [n / 1000 for n in range(1000)])
+    assert {token for token in ids if isinstance(token, int)} == set(range(kept))
+
+
 def test_a_rows_draw_does_not_depend_on_its_neighbours() -> None:
     logits = torch.randn(40, 100, generator=torch.Generator().manual_seed(0))
     kinds = [Sampling(), GREEDY, Sampling(0.7, 5), Sampling(1.0, 0, 0.8), Sampling(1.0, 60, 0.9, 0.01)]

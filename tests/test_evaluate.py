@@ -18,7 +18,7 @@ from nanogpt import train
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.device import Device
 from nanogpt.errors import ConfigError, DataError
-from nanogpt.evaluate import BENCHMARKS, evaluate, read_examples, whole_split_loss
+from nanogpt.evaluate import BENCHMARKS, Scorer, evaluate, read_examples, whole_split_loss
 from nanogpt.export import export
 from nanogpt.model import GPT
 from nanogpt.settings import EvalConfig, ExportConfig
@@ -119,6 +119,22 @@ def test_scores_equal_transformers(trained: tuple[str, Path], capsys: pytest.Cap
     assert re.search(r"lambada +accuracy +0\.\d{4} ± 0\.\d{4} +12 examples", table)
     settings["tasks"] = ["lambada"]
     assert evaluate(EvalConfig(init_from=str(folder), limit=9, **settings))["lambada"]["examples"] == 9
+
+
+@pytest.mark.parametrize(
+    ("context", "completion", "first"), [("Ans", "wer", True), ("hello wor", "ld", False), ("", " world", True)]
+)
+def test_a_token_that_reaches_back_into_the_context(context: str, completion: str, first: bool) -> None:
+    """Where lm-eval ends with `assert len(continuation_enc) > 0`."""
+    tokenizer = train_bpe(["Answer hello world " * 50], 300)
+    model = GPT(GPTConfig(block_size=8, vocab_size=tokenizer.padded_vocab_size, n_layer=1, n_head=2, n_embd=16)).eval()
+    ids = tokenizer.encode(context + completion).tolist()
+    assert len(ids) <= len(tokenizer.encode(context)) or not context
+    ids = torch.tensor([[tokenizer.end_of_text] * first + ids])
+    with torch.no_grad():
+        logprobs = model(ids, targets=ids)[0][0, -2, : tokenizer.vocab_size].log_softmax(0)
+    [(score, _)] = Scorer(model, tokenizer, CPU).scores([(context, completion)])
+    assert score == pytest.approx(logprobs[ids[0, -1]].item(), abs=1e-5)
 
 
 @pytest.fixture

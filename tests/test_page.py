@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_serve import Server, make_model, serving
+from tests.test_serve import Server, make_llama, make_model, serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
@@ -108,10 +108,30 @@ def test_branching_and_undo(page: Any) -> None:
     assert page.locator(".token").count() > 20
 
 
+def test_what_is_chosen_is_the_token_and_not_its_name(browser: Any, tmp_path: Path) -> None:
+    model, tokenizer, _ = make_llama(tmp_path)
+    with serving(model, tokenizer) as server:
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{server.port}/")
+        page.wait_for_selector("#about:not(:empty)")
+        generate(page, "eeeee", temperature="0")
+        page.locator(".token").nth(2).click()
+        taken = page.locator("#detail button.taken")  # `<0x65>`, called bytes:\\x65, because `e` has the text as well
+        assert taken.locator("code").text_content() == "e"
+        with page.expect_request("**/v1/completions") as request:
+            taken.click()
+        wait_for_status(page)
+        assert page.locator(".token.chosen").text_content() == "e"
+        assert request.value.post_data_json["prompt"] == "e" * 8
+        page.close()
+
+
 def test_with_the_keyboard_alone(page: Any) -> None:
     page.focus("#prompt")
     page.keyboard.type("key")
     page.fill("#max_tokens", "10")
+    page.fill("#seed", "1")
+    page.focus("#prompt")
     page.keyboard.press("Control+Enter")
     wait_for_status(page)
     page.focus("#tokens")

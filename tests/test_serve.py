@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -20,11 +21,13 @@ import torch
 from nanogpt import cli, engine, serve, train
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.engine import Engine, Request, Sampling
+from nanogpt.huggingface import load_pretrained
 from nanogpt.model import GPT
 from nanogpt.sample import TextStream
 from nanogpt.serve import Scheduler
 from nanogpt.settings import ServeConfig
-from nanogpt.tokenizer import ByteTokenizer
+from nanogpt.tokenizer import ByteTokenizer, Tokenizer
+from tests.conftest import write_llama
 
 TOKENIZER = ByteTokenizer()
 
@@ -72,10 +75,10 @@ class Server:
 
 
 @contextmanager
-def serving(model: GPT, **settings: Any) -> Iterator[Server]:
+def serving(model: GPT, tokenizer: Tokenizer = TOKENIZER, **settings: Any) -> Iterator[Server]:
     values = {"rows": 4, "queue": 32, "timeout": 60, "max_body": 20_000, "max_new_tokens": 3000, "name": "m"}
     config = ServeConfig(**{**values, **settings})
-    scheduler = Scheduler(Engine(model, config.rows, vocab_size=TOKENIZER.vocab_size), TOKENIZER, config)
+    scheduler = Scheduler(Engine(model, config.rows, vocab_size=tokenizer.vocab_size), tokenizer, config)
     server = serve.make_server(scheduler)
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -179,6 +182,46 @@ def test_logprobs_of_a_completion(server: Server) -> None:
         assert top[token] == logprob == max(top.values())
 
 
+def make_llama(folder: Path) -> tuple[GPT, Tokenizer, dict[str, int]]:
+    """A Llama 2 that finds `<0x65>` more probable than `e`, which is the same text, or less, but never as probable."""
+    ids = write_llama(folder)
+    model, tokenizer = load_pretrained(str(folder))
+    with torch.no_grad():
+        model.lm_head.weight[ids["e"]] *= -2  # often probable
+        model.lm_head.weight[ids["<0x65>"]] = model.lm_head.weight[ids["e"]] * 1.1
+    return model, tokenizer, ids
+
+
+def test_tokens_of_sentencepiece_keep_spaces_and_do_not_collide(tmp_path: Path) -> None:
+    model, tokenizer, ids_of = make_llama(tmp_path)
+    with serving(model, tokenizer) as server:
+        settings: dict[str, Any] = {"max_tokens": 1, "temperature": 0, "logprobs": 20, "echo": True}
+        text = "Hello world is true"
+        for prompt, tokens in ((text, ["<s>", " Hello"]), (tokenizer.encode(text).tolist(), ["Hello"])):
+            [choice] = server.complete(prompt=prompt, **settings)[1]["choices"]
+            assert choice["text"].startswith(text)
+            assert choice["logprobs"]["tokens"][:-1] == [*tokens, " world", " is", " true"]
+            offsets = choice["logprobs"]["text_offset"][:-1]
+            assert offsets == [0] * len(tokens[1:]) + [0, 5, 11, 14]
+        ids = [1, *(ids_of[token] for token in ["e"] * 30 + ["<0x65>", "e", "<0xE2>", "<0x82>", "<0xAC>", "▁is"] * 3)]
+        answer = server.complete(prompt=ids, **settings)[1]
+    [choice] = answer["choices"]
+    told = choice["logprobs"]
+    assert choice["text"].startswith("e" * 30 + "ee€ is" * 3)
+    assert told["tokens"][1:37] == ["e"] * 30 + [r"bytes:\x65", "e", r"bytes:\xe2", r"bytes:\x82", r"bytes:\xac", " is"]
+    with torch.no_grad():
+        logprobs = model(torch.tensor([ids]), targets=torch.tensor([ids]))[0][0, :-1].log_softmax(-1)
+    twins = 0
+    for n, (token, row) in enumerate(zip(ids[1:], logprobs, strict=True), start=1):
+        top = row.topk(20)
+        expected = sorted(row[sorted({token, *top.indices.tolist()})].tolist(), reverse=True)
+        assert sorted(told["top_logprobs"][n].values(), reverse=True) == pytest.approx(expected, abs=1e-4)
+        assert told["token_logprobs"][n] == pytest.approx(row[token].item(), abs=1e-4)
+        assert (told["token_logprobs"][n] == max(told["top_logprobs"][n].values())) == (row.argmax() == token)
+        twins += {"e", r"bytes:\x65"} <= set(told["top_logprobs"][n])
+    assert twins > 5
+
+
 def bytes_of(tokens: list[str]) -> bytes:
     """The bytes of tokens by their names."""
     parts = [re.sub(r"^bytes:\\x(..)$", lambda found: chr(int(found[1], 16)), token) for token in tokens]
@@ -250,8 +293,8 @@ def test_what_changes_nothing_is_taken(server: Server) -> None:
     neutral = {"top_k": -1, "repetition_penalty": 1.0, "presence_penalty": 0, "frequency_penalty": 0.0, "best_of": 1}
     neutral |= {"suffix": None, "logit_bias": {}, "user": "me", "stop": None, "max_tokens": None, "seed": -1}
     assert server.complete(prompt="a", stream_options={"include_obfuscation": False}, **neutral)[0] == 200
-    unseeded = [server.complete(prompt="a", max_tokens=20, n=3)[1]["choices"] for _ in range(2)]
-    assert len({choice["text"] for choices in unseeded for choice in choices}) == 6
+    unseeded = [server.complete(prompt="a", max_tokens=20, n=3, seed=seed)[1]["choices"] for seed in (None, -1, -1)]
+    assert len({choice["text"] for choices in unseeded for choice in choices}) == 9
 
 
 def test_long_prompts_are_cut_on_demand(server: Server) -> None:
