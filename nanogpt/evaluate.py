@@ -167,15 +167,18 @@ class Scorer:
         results = [(0.0, False)] * len(rows)
         for first in with_progress(range(0, len(rows), self.batch_size)):
             batch = by_length[first : first + self.batch_size]
+            targets = [ids_of[n][1:][-rows[n][1] :] for n in batch]
+            counts, ends = [len(each) for each in targets], [len(ids_of[n]) - 1 for n in batch]
             idx = pad_sequence([ids_of[n][:-1] for n in batch], batch_first=True)
             with self.device.autocast():
                 x = self.model.transformer(self.device.put(idx))  # (B, T, C)
-                for n, states in zip(batch, x, strict=True):
-                    targets = self.device.put(ids_of[n][1:][-rows[n][1] :])[:, None]
-                    last = states[: len(ids_of[n]) - 1][-len(targets) :]
-                    logprobs = self.model.lm_head(last)[:, : self.tokenizer.vocab_size].float().log_softmax(dim=-1)
-                    is_greedy = bool((logprobs.argmax(dim=-1, keepdim=True) == targets).all())
-                    results[n] = logprobs.gather(1, targets).double().sum().item(), is_greedy
+                x = torch.cat([row[end - count : end] for row, end, count in zip(x, ends, counts, strict=True)])
+                logits = self.model.lm_head(x)[:, : self.tokenizer.vocab_size].float()  # (sum of counts, V)
+            y = self.device.put(torch.cat(targets))[:, None]
+            logprobs = logits.log_softmax(dim=-1).gather(1, y).double().cpu().split(counts)
+            matches = (logits.argmax(dim=-1, keepdim=True) == y).cpu().split(counts)
+            for n, logprob, match in zip(batch, logprobs, matches, strict=True):
+                results[n] = logprob.sum().item(), bool(match.all())
         return results
 
 
