@@ -243,13 +243,28 @@ def documents(source: str, config: PrepareConfig, work: Path) -> Iterator[Piece]
 
 def read_pieces(path: Path, config: PrepareConfig) -> Iterator[Piece]:
     """Yield the documents of a file, of the kind that its name says."""
-    packing = path.suffix.lower()
-    if packing == ".parquet":
+    if path.suffix.lower() == ".parquet":
         for row in parquet_rows(path, config.field):
             yield from field_of(row, config.field)
         return
-    file: Any = gzip.open(path) if packing == ".gz" else path.open("rb")
-    if packing == ".zst":
+    reader, begin = open_text(path)
+    has_array, has_lines = re.match(r"\s*\[\s*\{", begin), re.match(r'\s*\{[ \t]*"[^"\n]*"[ \t]*:', begin)
+    with reader:
+        if re.search(JSON_LINES, path.name) or (re.search(JSON, path.name) and (has_array or has_lines)):
+            for row in array_rows(reader) if has_array else json_rows(reader):
+                yield from field_of(row, config.field)
+            return
+        if has_lines:
+            warn_once(f"{path} is read as plain text, but begins like JSON lines, whose files end in .jsonl")
+        yield from in_pieces(iter(lambda: reader.read(BLOCK), ""), unescape(config.separator))
+
+
+def open_text(path: Path) -> tuple[TextIO, str]:
+    """Return a file as text, unpacked and without a byte-order mark, and its beginning. Raises `UnicodeError`."""
+    file: Any = path.open("rb")
+    if path.suffix.lower() == ".gz" or file.peek(2).startswith(b"\x1f\x8b"):  # Downloads often lack the .gz.
+        file = gzip.open(path)
+    if path.suffix.lower() == ".zst":
         import pyarrow
 
         file = io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
@@ -262,19 +277,13 @@ def read_pieces(path: Path, config: PrepareConfig) -> Iterator[Piece]:
 
             unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
             file = io.BufferedReader(unpacker.stream_reader(path.open("rb"), read_across_frames=True))
-    # Without a byte-order mark, and with all kinds of newlines as \n, as in Python's text mode.
-    with io.TextIOWrapper(file, encoding="utf-8-sig") as reader:
-        begin = file.peek(1 << 13).removeprefix(codecs.BOM_UTF8)
-        if b"\0" in begin:
-            raise UnicodeError("it holds a zero byte")
-        has_array, has_lines = re.match(rb"\s*\[\s*\{", begin), re.match(rb'\s*\{[ \t]*"[^"\n]*"[ \t]*:', begin)
-        if re.search(JSON_LINES, path.name) or (re.search(JSON, path.name) and (has_array or has_lines)):
-            for row in array_rows(reader) if has_array else json_rows(reader):
-                yield from field_of(row, config.field)
-            return
-        if has_lines:
-            warn_once(f"{path} is read as plain text, but begins like JSON lines, whose files end in .jsonl")
-        yield from in_pieces(iter(lambda: reader.read(BLOCK), ""), unescape(config.separator))
+    begin = file.peek(1 << 13)
+    is_utf16 = begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as PowerShell writes text
+    encoding = "utf-16" if is_utf16 else "utf-8-sig"
+    text = begin.decode(encoding, "ignore")
+    if "\0" in text:
+        raise UnicodeError("it holds a zero byte")
+    return io.TextIOWrapper(file, encoding), text  # which reads all kinds of newlines as \n
 
 
 def in_pieces(texts: Iterable[str], separator: str = "") -> Iterator[Piece]:

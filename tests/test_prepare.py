@@ -274,8 +274,11 @@ def test_a_text_file_is_a_document_or_what_stands_between_separators(name: str) 
 def test_newlines_and_byte_order_marks_are_as_in_text_mode() -> None:
     Path("x.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
     assert read("x.txt") == ["one\ntwo\nthree\n"]
-    Path("x.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two\\r\\n"}\r\n')
-    assert read("x.jsonl") == ["one", "two\r\n"]
+    for encoding in ("utf-8-sig", "utf-16"):
+        content = '{"text": "öne"}\r\n{"text": "two\\r\\n"}\r\n'.encode(encoding)  # with a mark
+        for each in (content, gzip.compress(content)):
+            Path("x.jsonl").write_bytes(each)  # also without the name of its packing
+            assert read("x.jsonl") == ["öne", "two\r\n"]
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
