@@ -20,8 +20,6 @@ from torch.utils.checkpoint import checkpoint
 from nanogpt.config import GPTConfig
 from nanogpt.errors import ConfigError
 
-__all__ = ["GPT", "MLP", "Block", "CausalSelfAttention", "GPTConfig", "LayerNorm"]
-
 Rotary = tuple[Tensor, Tensor]  # cosines and sines
 # Takes a layer's new keys and values and returns all of its keys and values so far: see engine.KVCache.
 UpdateCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

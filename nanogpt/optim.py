@@ -10,6 +10,7 @@ import torch.distributed as c10d
 from torch import Tensor, nn
 
 from nanogpt.config import TrainConfig
+from nanogpt.device import without_compiler
 from nanogpt.distributed import full_tensor, shard_like
 from nanogpt.errors import ConfigError
 from nanogpt.model import GPT
@@ -29,9 +30,8 @@ def make_optimizer(model: GPT, config: TrainConfig, dtype: torch.dtype) -> torch
     settings = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "momentum": config.beta1}
     if config.optimizer in ("adamw", "adam"):
         settings["fused"] = True  # one kernel for all tensors
-    known = inspect.signature(kind).parameters
-    settings = {name: value for name, value in settings.items() if name in known}
-    return kind(decay_groups(model.parameters(), config.weight_decay), **settings)  # type: ignore[no-any-return]
+    settings = {name: value for name, value in settings.items() if name in inspect.signature(kind).parameters}
+    return without_compiler(kind)(decay_groups(model.parameters(), config.weight_decay), **settings)  # type: ignore[no-any-return]
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -52,7 +52,10 @@ def step_if_finite(optimizer: torch.optim.Optimizer, is_finite: Tensor) -> None:
         optimizer.step()
 
 
-class Muon(torch.optim.AdamW):
+AdamW: Any = without_compiler(torch.optim.AdamW)
+
+
+class Muon(AdamW):  # type: ignore[misc]
     """Muon for the matrices of the blocks, AdamW for everything else: embeddings, head, vectors.
 
     AdamW treats a matrix as a bag of numbers. Muon treats it as what it is, a linear map: it takes the momentum of its

@@ -212,9 +212,7 @@ def open_or_prepare(config: TrainConfig, dist: Distributed) -> data.Dataset:
     dist.broadcast_from_main(lambda: prepare_missing(config))
     dataset = data.open_mixture(config.data_dir, mixture(config.dataset))
     if config.mask_documents and dataset.tokenizer.end_of_text is None:
-        raise ConfigError(
-            f"mask_documents: the {dataset.tokenizer} of {config.dataset} has no token that ends a document"
-        )
+        raise ConfigError(f"mask_documents: no token of the {dataset.tokenizer} ends a document")
     return dataset
 
 

@@ -279,7 +279,7 @@ def test_a_data_set_that_needs_no_network_prepares_itself(recipe: Recipe) -> Non
         ({"dataset": "nowhere"}, DataError, "python -m nanogpt prepare nowhere --data_dir="),
         ({"block_size": 9_999_999}, DataError, "the train split has 5,000 tokens, too few for block_size=9999999"),
         ({"block_size": 900}, DataError, "the val split has 720 tokens"),
-        ({"mask_documents": True}, ConfigError, "has no token that ends a document"),
+        ({"mask_documents": True}, ConfigError, "no token of the char tokenizer"),
         ({"init_from": "resume"}, CheckpointError, "train a model first"),
         ({"device": "cuda"}, ConfigError, "finds none here"),
     ],
