@@ -150,7 +150,8 @@ def draw(runs: Sequence[RunRecord], target: Path, unit: str = "nats per token") 
     from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(14, 8), layout="constrained")
-    clock, length = ("hours", 3600) if max(run.rows[-1]["seconds"] for run in runs) > 7200 else ("minutes", 60)
+    longest = max(run.rows[-1]["seconds"] for run in runs)
+    clock, length = ("hours", 3600) if longest > 7200 else ("minutes", 60) if longest > 120 else ("seconds", 1)
     late = [y for run in runs for name in LOSSES for step, y in run.curve(name) if step >= run.step // 20]
     for axes, (by, names, quantity) in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
         for n, run in enumerate(runs):
@@ -169,6 +170,7 @@ def draw(runs: Sequence[RunRecord], target: Path, unit: str = "nats per token") 
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 50k, 1.5M
         if names != LOSSES:
             axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter(EngFormatter(sep="") if "tokens" in names[0] else "{x:g}")
         elif late:  # All the room is for the losses after the first twentieth of the runs.
             axes.set_ylim(min(late) - 0.05, max(late) + 0.05)
             begin = max(run.curve(name)[0][1] for run in runs for name in LOSSES if run.curve(name))
