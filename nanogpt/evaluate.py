@@ -51,7 +51,14 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     others = [name for name in tasks if name not in ("loss", *BENCHMARKS)]
     device = choose_device(config)
     examples = {name: read_examples(name, config) for name in BENCHMARKS if name in tasks}
-    manager = find_tasks(others, config.include_path) if others else None
+    manager: Any = None
+    if others:
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=config.include_path or None)
+        if unknown := [name for name in others if not manager.match_tasks([name])]:
+            names = f"loss, {', '.join(BENCHMARKS)}"
+            raise ConfigError(f"no such task: {', '.join(unknown)}; nanogpt's own tasks are {names}")
     trained = load_trained(config, device)
     log.info(trained.name)
     scorer = Scorer(trained.model, trained.tokenizer, device, config.batch_size)
@@ -224,16 +231,6 @@ def read_examples(name: str, config: EvalConfig) -> list[Example]:
         return [to_example(name, json.loads(line)) for line in lines]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path} is no file like {published}: {error!r}") from error
-
-
-def find_tasks(names: Sequence[str], include_path: str) -> Any:
-    """Return lm-eval's manager of tasks. Raises `ConfigError` if it does not know one of these names."""
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=include_path or None)
-    if unknown := [name for name in names if not manager.match_tasks([name])]:
-        raise ConfigError(f"no such task: {', '.join(unknown)}; nanogpt's own tasks are loss, {', '.join(BENCHMARKS)}")
-    return manager
 
 
 def run_harness(scorer: Scorer, names: list[str], manager: Any, limit: int) -> dict[str, Any]:

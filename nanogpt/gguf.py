@@ -62,7 +62,11 @@ def load_gguf(path: str | Path, device: str = "cpu", *, dropout: float = 0.0) ->
 
     log.info(f"loading {path}")
     try:
-        readers = [gguf.GGUFReader(each) for each in parts_of(Path(path))]
+        # llama.cpp splits large models into NAME-00001-of-00003.gguf, …; the first file has all keys.
+        files = [Path(path)]
+        if split := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", files[0].name):
+            files = [files[0].with_name(f"{split[1]}-{n:05}-of-{split[2]}.gguf") for n in range(1, int(split[2]) + 1)]
+        readers = [gguf.GGUFReader(file) for file in files]
         keys = {name: field.contents() for name, field in readers[0].fields.items()}
         tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
         shape = replace(read_shape(keys, tensors), dropout=dropout)
@@ -79,13 +83,6 @@ def load_gguf(path: str | Path, device: str = "cpu", *, dropout: float = 0.0) ->
     except Exception as error:  # the library raises many kinds
         what = f"{error} is missing" if isinstance(error, KeyError) else error
         raise CheckpointError(f"{path} cannot be read: {what}") from error
-
-
-def parts_of(path: Path) -> list[Path]:
-    """Return the files of a model: llama.cpp splits large ones, and the first has all keys."""
-    if not (split := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)):
-        return [path]
-    return [path.with_name(f"{split[1]}-{n:05}-of-{split[2]}.gguf") for n in range(1, int(split[2]) + 1)]
 
 
 def read_shape(keys: dict[str, Any], tensors: dict[str, Any]) -> GPTConfig:
@@ -145,12 +142,9 @@ def read_tokenizer(keys: dict[str, Any]) -> Tokenizer:
     config = {name: round(keys[key], 6) for name, key in CONFIG.items() if key in keys}  # stored in float32
     keep_generation_config(tokenizer, {**config, "eos_token_id": ends}, keys.get("tokenizer.chat_template"))
     # Where nothing is said, llama.cpp adds a start token for SentencePiece's vocabularies and Llama 3's.
-    usual = keys["tokenizer.ggml.model"] == "llama" or keys.get("tokenizer.ggml.pre") in (
-        "llama-bpe",
-        "llama3",
-        "llama-v3",
-    )
-    tokenizer.adds_bos = bool(keys.get("tokenizer.ggml.add_bos_token", usual))
+    is_llama3 = CUTS.get(keys.get("tokenizer.ggml.pre", "")) == CUTS["llama-bpe"]
+    default = keys["tokenizer.ggml.model"] == "llama" or is_llama3
+    tokenizer.adds_bos = bool(keys.get("tokenizer.ggml.add_bos_token", default))
     return tokenizer
 
 

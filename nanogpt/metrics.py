@@ -63,7 +63,11 @@ class Metrics:
         self.path = Path(config.out_dir) / "metrics.jsonl" if is_main else None
         if self.path is None:
             return
-        rows = [row for row in read_metrics(self.path) if resumed and is_done(row, resumed)]
+        rows = read_metrics(self.path) if resumed else []
+        if resumed:  # What came after the checkpoint is done, and recorded, again.
+            rows = [row for row in rows if row["step"] <= resumed.step]
+            if resumed.evaluated != resumed.step:
+                rows = [row for row in rows if row["step"] < resumed.step or "val/loss" not in row]
         with atomic_write(self.path) as file:
             file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
         self.file = open(self.path, "ab", buffering=0)
@@ -124,13 +128,6 @@ class Metrics:
             self.file.close()
         for tracker in self.trackers:
             tracker.close(has_failed=error is not None)
-
-
-def is_done(row: dict[str, Any], resumed: "TrainState") -> bool:
-    """Return whether a row belongs to what the resumed run has done; it will do, and record, the rest again."""
-    if row["step"] == resumed.step and "val/loss" in row:
-        return resumed.evaluated == resumed.step
-    return bool(row["step"] <= resumed.step)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -45,6 +45,8 @@ Result = TypeVar("Result")
 Piece = tuple[str, bool] | str  # text, and whether a document ends with it; or why one is skipped
 Unit = list[tuple[str, str, bool]]  # split, text, and whether a document ends with it
 State = dict[str, Any]  # how far reading is, as JSON
+# A worker builds its tokenizer once.
+tokenizer_of_json = functools.lru_cache(maxsize=1)(lambda text: from_description(json.loads(text)))
 
 SPLITS = ("train", "val")
 UNIT = 1 << 22  # characters of a unit of work
@@ -512,15 +514,9 @@ def start_worker() -> None:
     threading.Thread(target=leave_with_parent, args=[multiprocessing.parent_process()], daemon=True).start()
 
 
-@functools.lru_cache(maxsize=1)
-def tokenizer_of(description: str) -> Tokenizer:
-    """Return the tokenizer of a description in JSON, which a worker builds once."""
-    return from_description(json.loads(description))
-
-
 def encode_unit(unit: Unit, description: str, end_of_text: int | None) -> dict[str, bytearray]:
     """Return the ids of each split."""
-    tokenizer, ids = tokenizer_of(description), {split: bytearray() for split in SPLITS}
+    tokenizer, ids = tokenizer_of_json(description), {split: bytearray() for split in SPLITS}
     closing = b"" if end_of_text is None else end_of_text.to_bytes(tokenizer.dtype.itemsize, "little")
     for split, text, ends in unit:
         ids[split] += tokenizer.encode(text).astype(tokenizer.dtype, copy=False).tobytes() + closing * ends
