@@ -119,7 +119,7 @@ class Checkpoint:
             load_shards(self.path, tensors_of(model, optimizer))
         if self.scaler and scaler.is_enabled():
             scaler.load_state_dict(self.scaler)
-        self.weights, self.optimizer = {}, None  # the run holds them now
+        self.weights, self.optimizer = {}, None  # model and optimizer own them now
 
 
 class Checkpoints:
@@ -186,7 +186,7 @@ class Checkpoints:
         self.thread.start()
 
     def write(self, content: dict[str, Any], weights: dict[str, Tensor], shards: Any, is_best: bool) -> None:
-        """Write best.pt, then the newest: a run that is killed in between evaluates again and writes both again."""
+        """Write best.pt, then ckpt.pt: a run that is killed in between repeats the evaluation and writes both again."""
         keep, newest = self.config.keep_checkpoints, self.folder / "ckpt.pt"
         self.failure = None
         try:
@@ -234,7 +234,7 @@ def on_cpu(value: Any) -> Any:
 def write_file(path: Path, content: dict[str, Any], keep: int = 1) -> None:
     """Write a whole checkpoint atomically. With `keep` above 1, the ckpt.pt before it becomes ckpt.prev.pt, and so on.
 
-    A run that is killed between two renames finds a gap in these names, but no checkpoint less.
+    If the run is killed between two renames, one of these names is missing, but no checkpoint is lost.
     """
     with atomic_write(path) as file:
         try:
@@ -436,7 +436,7 @@ def load_shards(folder: Path, tensors: dict[str, Any], no_dist: bool = False) ->
     from torch.distributed.checkpoint.state_dict_loader import load
 
     try:
-        with warnings.catch_warnings(action="ignore"):  # that a process is alone
+        with warnings.catch_warnings(action="ignore"):  # torch warns if there is only one process
             load(tensors, storage_reader=shard_reader(folder), no_dist=no_dist)
     except CheckpointException as error:  # no Exception
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
@@ -507,7 +507,8 @@ def load_trained(config: SourceConfig, device: Device) -> TrainedModel:
         name = f"{loaded.path}, {loaded.state.step} steps"
         trained = TrainedModel(loaded.build_model(device.name), loaded.tokenizer, name, loaded.config, loaded.state)
     else:
-        trained = TrainedModel(*load_model(config.init_from, device.name, data_dir=data_dir), config.init_from)
+        found = load_model(config.init_from, device.name, data_dir=data_dir, which=config.checkpoint)
+        trained = TrainedModel(*found, config.init_from)
     if config.add_bos != "auto":
         if config.add_bos and trained.tokenizer.bos is None:
             raise ConfigError(f"add_bos=True: the {trained.tokenizer} has no start token")
@@ -518,12 +519,15 @@ def load_trained(config: SourceConfig, device: Device) -> TrainedModel:
 
 
 def load_model(
-    init_from: str, device: str = "cpu", *, dropout: float = 0.0, data_dir: str = "data"
+    init_from: str, device: str = "cpu", *, dropout: float = 0.0, data_dir: str = "data", which: str = "auto"
 ) -> tuple[GPT, Tokenizer]:
-    """Return a model: of a run folder or a checkpoint, ours or the original's, Hugging Face's format or a GGUF file."""
+    """Return a model: of a run folder or a checkpoint, ours or the original's, Hugging Face's format or a GGUF file.
+
+    which: of a run folder's checkpoints, see `find_checkpoint`.
+    """
     path = Path(init_from)
     if path.is_dir() and (checkpoints_of(path) or (path / "best.pt").exists()):
-        path = find_checkpoint(path, "auto")
+        path = find_checkpoint(path, which)
     if path.suffix != ".pt" and not (path / "run.json").exists():
         load = load_gguf if path.suffix == ".gguf" else load_pretrained
         return load(init_from, device, dropout=dropout)

@@ -19,6 +19,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from nanogpt.checkpoint import TrainedModel, load_trained
+from nanogpt.config import mixture
 from nanogpt.data import Ids, document_ids_of, open_dataset
 from nanogpt.device import Device, choose_device
 from nanogpt.errors import ConfigError, DataError
@@ -117,10 +118,11 @@ def whole_split_loss(
 
 def split_measures(config: EvalConfig, trained: TrainedModel, device: Device) -> dict[str, Any]:
     """Return loss, perplexity and bits per byte over a whole split of a data set."""
-    model, name = trained.model, config.dataset or str(trained.config.get("dataset", ""))
-    if not name or "," in name:
-        of = f"was trained on {name}" if name else "does not say"
+    model, names = trained.model, list(mixture(config.dataset or str(trained.config.get("dataset", ""))))
+    if len(names) != 1 or not names[0]:
+        of = f"was trained on {', '.join(names)}" if names[1:] else "does not say"
         raise ConfigError(f"on which data set? {trained.name} {of}; for example --dataset=shakespeare")
+    [name] = names
     dataset = open_dataset(Path(config.data_dir or trained.config.get("data_dir", "data")) / name)
     dataset.check_tokenizer(trained.tokenizer, trained.name)
     dataset.check_length(1)
@@ -140,7 +142,7 @@ def split_measures(config: EvalConfig, trained: TrainedModel, device: Device) ->
 
 @dataclass(frozen=True)
 class Scorer:
-    """A model that says how probable it finds texts."""
+    """Computes logprobs of texts."""
 
     model: GPT
     tokenizer: Tokenizer
@@ -159,7 +161,7 @@ class Scorer:
         """
         rows = []
         for context, completion in pairs:
-            # Tokens hold the space before a word, not the one behind it.
+            # The space between context and completion belongs to the completion's first token.
             start, ids = self.encode(context.rstrip()), self.encode(context + completion)
             count = max(len(ids) - len(start), 1)  # A token may reach back into the context.
             before = [self.tokenizer.bos or 0] if count == len(ids) else []
@@ -227,6 +229,8 @@ def read_examples(name: str, config: EvalConfig) -> list[Example]:
     kept = Path(config.data_dir or "data", name, published)
     path = Path(file) if file else download(kept, published, url, sha256, option=name)
     lines = [line for line in path.read_bytes().split(b"\n") if line.strip()][: config.limit or None]
+    if not lines:
+        raise DataError(f"{path} has no examples")
     try:
         return [to_example(name, json.loads(line)) for line in lines]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -250,7 +254,7 @@ def run_harness(scorer: Scorer, names: list[str], manager: Any, limit: int) -> d
             """Return the logprobs of whole texts, each token predicted once, in windows of the model's context."""
             windows = []
             for request in requests:
-                ids = [tokenizer.bos or 0, *scorer.encode(request.args[0])]  # As there, a start token comes twice.
+                ids = [tokenizer.bos or 0, *scorer.encode(request.args[0])]  # Like lm-eval, with two start tokens.
                 last = len(ids) - 1
                 spans = [(start, min(start + block_size, last)) for start in range(0, last, block_size)]
                 windows.append([(ids[max(0, end - block_size) : end + 1], end - start) for start, end in spans])
@@ -262,7 +266,8 @@ def run_harness(scorer: Scorer, names: list[str], manager: Any, limit: int) -> d
             texts = []
             for prompt, settings in with_progress([each.args for each in requests]):
                 new, until = settings.get("max_gen_toks", 256), settings.get("until") or []
-                ids = scorer.encode(prompt)[-max(1, block_size - new) :] or [tokenizer.bos or 0]
+                # Like lm-eval, leave space for the answer; but at least half of a small context is for the prompt.
+                ids = scorer.encode(prompt)[-max(block_size - new, block_size // 2, 1) :] or [tokenizer.bos or 0]
                 row = scorer.model.generate(scorer.device.put(torch.tensor([ids])), new, temperature=0.0)[0, len(ids) :]
                 text = tokenizer.decode(list(takewhile(lambda token: token not in tokenizer.end_tokens, row.tolist())))
                 for stop in filter(None, [until] if isinstance(until, str) else until):

@@ -32,7 +32,7 @@ def export(config: ExportConfig) -> None:
     check_output(output, config)
     trained = load_trained(config, Device("cpu", "cpu", torch.float32, compile=False))
     model, tokenizer, written = trained.model, trained.tokenizer, [output]
-    # What is given away tells nothing of this machine.
+    # An export may be published: leave out paths and names of this machine.
     settings = {key: value for key, value in trained.config.items() if key not in PRIVATE}
     if "init_from" in settings and not is_hub_name(settings["init_from"]):
         settings["init_from"] = Path(settings["init_from"]).name
@@ -58,6 +58,8 @@ def check_output(output: Path, config: ExportConfig) -> None:
     is_folder = output.is_dir()
     names = {path.name for path in output.iterdir()} if is_folder else {output.name} if output.exists() else set()
     if not names:
+        if config.to == "gguf" and (file := output.with_suffix(".Modelfile")).exists():
+            raise ConfigError(f"{file} would be replaced, and belongs to no earlier export; choose another output")
         return
     marked, mark = (output / "README.md", TAG) if is_folder else (output, MARK)
     is_export = marked.exists() and mark.encode() in open(marked, "rb").read(4096)

@@ -23,7 +23,7 @@ from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, from_defi
 
 log = logging.getLogger(__name__)
 
-MARK = "nanogpt.version"  # a key at the start of our files, by which an export is known
+MARK = "nanogpt.version"  # a key at the start of the files that we write, so that `--force` replaces no others
 LLAMA = {  # keys of our fields, below the name of the architecture
     "block_size": "context_length", "n_embd": "embedding_length", "n_layer": "block_count",
     "n_hidden": "feed_forward_length", "n_head": "attention.head_count", "n_kv_head": "attention.head_count_kv",
@@ -107,8 +107,8 @@ def read_shape(keys: dict[str, Any], tensors: dict[str, Any]) -> GPTConfig:
         **values,
     )
     if "rope_freqs.weight" in tensors:
-        # How much each pair of channels is slowed down, in place of Llama 3's four numbers. Meta's models and those
-        # made of them have 1, 4 and 8,192 behind the factor; our files say the last one.
+        # The factor by which each frequency is divided, in place of Llama 3's four parameters of RoPE scaling. Meta's
+        # models and finetunes have low_freq_factor 1, high_freq_factor 4 and context 8,192; our files give the context.
         slowed = torch.tensor(tensors["rope_freqs.weight"].data)
         context = keys.get(f"{kind}.rope.scaling.original_context_length", 8192)
         scaled = replace(shape, rope_scaling=[round(slowed.max().item(), 3), 1.0, 4.0, context])

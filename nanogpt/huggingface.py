@@ -24,7 +24,7 @@ from nanogpt.tokenizer import TOKENIZER_FILES, GPT2Tokenizer, Tokenizer, read_to
 
 log = logging.getLogger(__name__)
 
-# Of theirs, which of ours each is; exports have the last name of one.
+# Hugging Face's names of activations, and ours. An export writes the last name of each.
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # Our fields, and their names in the config.json of GPT-2 and of the others.
@@ -35,7 +35,7 @@ LLAMA = """vocab_size max_position_embeddings hidden_size num_hidden_layers num_
     rms_norm_eps tie_word_embeddings num_key_value_heads head_dim attention_bias mlp_bias""".split()
 # Other names of GPT-2's, which transformers reads as well.
 ALIASES = dict(zip(LLAMA[1:5], GPT2[1:5], strict=True))
-# For each model_type: its fields, with transformers' defaults in the order of OURS. None follows from the others.
+# For each model_type: transformers' default of each field, in the order of OURS; None: derived from other fields.
 FIELDS: dict[str, dict[str, Any]] = {
     "gpt2": dict(zip(GPT2, (50257, 1024, 768, 12, 12, None, 1e-5, True), strict=False)),
     "llama": dict(zip(LLAMA, (32000, 2048, 4096, 32, 32, 11008, 1e-6, False, None, None, False, False), strict=False)),
@@ -47,7 +47,7 @@ IMPLIED: dict[str, dict[str, Any]] = {  # what the name alone says about the sha
     "gpt2": {}, "llama": {"architecture": "llama"}, "mistral": {"architecture": "llama", "bias": False},
     "qwen2": {"architecture": "llama", "out_bias": False, "mlp_bias": False}, "qwen3": {"architecture": "qwen3"},
 }  # fmt: skip
-REQUIRED: dict[str, dict[str, Any]] = {  # options of theirs that we have in this form only
+REQUIRED: dict[str, dict[str, Any]] = {  # options of which only this value is supported
     "gpt2": {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
     "llama": {"hidden_act": "silu"},
     "mistral": {"hidden_act": "silu", "sliding_window": None},
@@ -59,7 +59,7 @@ REQUIRED: dict[str, dict[str, Any]] = {  # options of theirs that we have in thi
 def load_pretrained(name: str, device: str = "cpu", *, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
     """Return a model on `device`, and its tokenizer: gpt2, gpt2-medium, …, ORGANISATION/NAME on the hub, or a folder.
 
-    Weights become float32, one at a time. Raises `CheckpointError` for what can't be had, read or run here.
+    Weights are converted to float32 one at a time. Raises `CheckpointError` if the model can't be loaded.
     """
     folder = Path(name)
     if name in GPT2_NAMES or (is_hub_name(name) and not folder.is_dir()):
@@ -124,7 +124,7 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
 
 
 def model_type(shape: GPTConfig) -> str:
-    """Return what others call a network of this shape."""
+    """Return transformers' and llama.cpp's name of the architecture."""
     is_qwen2 = shape.architecture == "llama" and shape.bias and not shape.out_bias
     return "qwen2" if is_qwen2 else shape.architecture
 
@@ -224,7 +224,7 @@ def short_name(name: str) -> str:
 
 
 def find_tensors(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Return the file and the full name of each tensor in `folder`: of the model, not of what lies beside it."""
+    """Return the file and the full name of each of the model's tensors in `folder`; other files are ignored."""
     from safetensors import SafetensorError, safe_open
 
     whole, others = folder / "model.safetensors", ("adapter", "optimizer", "scheduler", "consolidated")
@@ -254,7 +254,7 @@ def read_tensor(part: Part, place: tuple[Path, str]) -> Tensor:
     from safetensors import safe_open
 
     path, name = place
-    with safe_open(path, "pt") as file:  # opened anew: what was mapped for the last one is let go
+    with safe_open(path, "pt") as file:  # opened for each tensor, so that the mapped memory of the last one is freed
         tensor: Tensor = file.get_tensor(name)
     if not tensor.is_floating_point() or tensor.itemsize < 2:
         raise ValueError(f"{name} is quantized ({tensor.dtype}), which can't be read; take the unquantized model")

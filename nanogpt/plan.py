@@ -69,7 +69,8 @@ def memory(model: GPT, rows: int, *, dtype: torch.dtype, parallel: str = "none",
     weights = gradients = 4 * total / share
     optimizer = (8 * total - 4 * muon * shape.n_layer * in_block) / share  # Muon keeps one moment, AdamW two
 
-    # The peak is at the loss, in the last block (the head has its gradient) or in the first (all others have theirs).
+    # Memory peaks at the loss, in the backward pass of the last block (only the head has its gradient yet), or in
+    # that of the first block (all other gradients exist).
     # With checkpointing, nothing keeps autocast's copies of the weights after the forward pass.
     stay = gradients if accumulate or parallel == "ddp" else 0
     later = 0 if gradient_checkpointing and parallel != "fsdp" else copies
@@ -106,7 +107,8 @@ def plan(config: PlanConfig) -> None:
         if config.gpu not in _MEMORY:
             raise ConfigError(f"gpu={config.gpu!r}: known are {', '.join(_MEMORY)}; others: take one and --gpu_memory")
         name, size, flops = config.gpu, _MEMORY[config.gpu] * 1e9, PEAK_FLOPS[config.gpu]
-        dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
+        fast = "float16" if config.gpu in ("V100", "T4") else "bfloat16"  # as device.choose_device decides
+        dtype = getattr(torch, fast if config.dtype == "auto" else config.dtype)
     else:
         device = choose_device(config)
         name, dtype = device.name, device.dtype

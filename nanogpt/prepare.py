@@ -104,7 +104,10 @@ def prepare_missing(config: TrainConfig) -> None:
     for name in mixture(config.dataset):
         folder = Path(config.data_dir, name)
         changed = os.path.getmtime(config.text) if config.text else 0.0
-        if is_prepared(folder) and os.path.getmtime(folder / "train.bin") > changed:
+        # notes.txt and notes.md have the same folder.
+        sources = [source["path"] for source in read_json(folder / "dataset.json").get("sources", [])]
+        is_same = not config.text or sources == [config.text]
+        if is_prepared(folder) and is_same and os.path.getmtime(folder / "train.bin") > changed:
             continue
         if not config.text and name != "pystdlib":
             own = "" if name in DATASETS else " --input=PATH"
@@ -199,7 +202,8 @@ def hub_sources(name: str) -> dict[str, int]:
         listed = with_retries(what, lambda: list(tree()), instead, pauses=())  # The library itself tries again.
         sizes = {root + each.path: getattr(each, "size", 0) for each in listed}
     held_out = re.compile(r"(?<![a-z])(test|val|valid|validation|dev|eval|dataset_infos)(?![a-z])", re.IGNORECASE)
-    paths = [path for path in sorted(sizes) if path.startswith(root + start) and not held_out.search(path, len(root))]
+    root += start  # Who asks for START by name means it, also if it is called test.
+    paths = [path for path in sorted(sizes) if path.startswith(root) and not held_out.search(path, len(root))]
     for kind in (r"\.parquet$", JSON_LINES, JSON, r"\.txt(\.gz|\.zst)?$"):
         if found := [path for path in paths if re.search(kind, path)]:
             return {path: sizes[path] for path in found}
@@ -473,7 +477,7 @@ def encode(work: Path, config: PrepareConfig, plan: State, sources: dict[str, in
     from tqdm import tqdm
 
     # Shakespeare is one text without end, as in the original.
-    end_of_text = None if config.name.startswith("shakespeare") else tokenizer.end_of_text
+    end_of_text = None if config.name in ("shakespeare", "shakespeare_char") else tokenizer.end_of_text
     setting = json.dumps(tokenizer.describe()), end_of_text
     names, counts, pending = list(sources), plan["counts"], deque[tuple[Future[dict[str, bytearray]], Unit, State]]()
     units = read_units(work, config, plan, names)

@@ -113,7 +113,7 @@ class TextStream:
         self._held += text
         places = [place for each in self.stop if (place := self._held.find(each)) >= 0]
         self.stopped = bool(places)
-        if not places and not final:  # The rest may become a stop string, from the first of these places on.
+        if not places and not final:  # Hold back what may be the beginning of a stop string.
             rests = ((n, self._held[n:]) for n in range(len(self._held)))
             places = [n for n, rest in rests if any(each.startswith(rest) for each in self.stop)]
         certain = min(places, default=len(self._held))

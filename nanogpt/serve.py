@@ -62,7 +62,7 @@ class Job:
     sampled: int = 0  # tokens
     end: str = ""  # "length", "stop", or empty while it continues
     error: HTTPException | None = None
-    is_told: bool = False  # whether its client knows how it has ended
+    is_told: bool = False  # whether finish_reason has been sent
     deadline: float = 0.0  # until when it may wait; once it runs, until when it may run
 
     def take(self) -> tuple[str, list[Token], str]:
@@ -121,7 +121,7 @@ class Scheduler:
                 if job.error or time.monotonic() > job.deadline:  # Its client has left, or its time is over.
                     self.engine.finish(row, "length")
                     self.update(row, job.stream.push([], final=True))
-            prefilled = 0  # One context at most between two steps, or those who are running would wait too long.
+            prefilled = 0  # Prefill at most one context between two steps: the running completions wait meanwhile.
             while self.waiting and self.engine.room and prefilled < self.engine.block_size:
                 prefilled += self.admit()
             rows = self.engine.step()
@@ -192,7 +192,7 @@ class Scheduler:
         self.fail([self.running.pop(row)], error)
 
     def fail(self, jobs: Sequence[Job], error: Exception) -> None:
-        """End jobs with an error; the log says what clients need not know."""
+        """End jobs with an error. Its traceback goes to the log; clients get a general message."""
         if not isinstance(error, HTTPException):
             self.counters["failures"] += 1
             log.error("the engine failed", exc_info=error)
@@ -203,7 +203,7 @@ class Scheduler:
 
 
 Text = Annotated[str, Field(min_length=1)]
-# Parts of the standard that are absent here, and the values with which they change nothing. A seed of -1 is none.
+# Unsupported parameters of OpenAI's API, each with the value that has no effect. A seed of -1 means: no seed.
 ABSENT = {"best_of": 1, "suffix": "", "frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1,
           "logit_bias": {}, "seed": -1}  # fmt: skip
 
@@ -239,7 +239,7 @@ class CompletionRequest(BaseModel, strict=True, extra="forbid", allow_inf_nan=Fa
 
 async def read_request(request: HTTPRequest, max_body: int) -> CompletionRequest:
     """Return the body of a request. Raises an HTTPException if it is too large or not as expected."""
-    # This also keeps web pages out: without leave, a browser sends JSON to no other origin.
+    # This also keeps out web pages of other origins: for JSON, a browser sends a preflight, which is never granted.
     if request.headers.get("content-type", "").partition(";")[0].lower() != "application/json":
         raise HTTPException(400, "expected JSON, with the header content-type: application/json")
     body = b""
@@ -318,7 +318,7 @@ def error_text(error: Exception) -> str:
 
 
 async def error_response(_: object, error: Exception) -> Response:
-    """Return the response that tells of an error."""
+    """Return an error as an HTTP response."""
     status, headers = getattr(error, "status_code", 500), getattr(error, "headers", None)
     return Response(error_text(error), status, headers, media_type="application/json")
 
@@ -364,7 +364,7 @@ async def answer(request: HTTPRequest, body: CompletionRequest, jobs: Sequence[J
 
 
 def make_server(scheduler: Scheduler) -> uvicorn.Server:
-    """Return the paths, behind their checks, and what speaks HTTP for them."""
+    """Return the HTTP server: routes, API key and host check."""
     config = scheduler.config
 
     async def check_key(request: HTTPRequest) -> None:

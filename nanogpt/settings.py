@@ -174,7 +174,7 @@ class InspectConfig(SourceConfig):
 
 
 def unescape(text: str) -> str:
-    r"""Return `text` with escapes such as `\n`, `\t`, `\x1e` replaced; U+FFFD stands for what is none."""
+    r"""Return `text` with escapes such as `\n`, `\t`, `\x1e` replaced; an invalid escape becomes U+FFFD."""
     return text.encode("latin-1", "backslashreplace").decode("unicode_escape", "replace")
 
 
@@ -191,7 +191,7 @@ _BY_SIZE = [
 
 
 def recipe_for_text(path: str) -> tuple[str, dict[str, Any]]:
-    """Return the vocabulary and the settings with which a small model learns from a text file, as long as it is."""
+    """Return the vocabulary, and the settings of a small model that suits the length of a text file."""
     n_bytes = Path(path).stat().st_size if Path(path).is_file() else 0
     tokenizer, sizes = next((tokenizer, sizes) for most, tokenizer, sizes in _BY_SIZE if n_bytes <= most)
     out_dir = f"out-{Path(path).name.partition('.')[0]}"

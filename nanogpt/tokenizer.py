@@ -46,7 +46,7 @@ codecs.register_error("each_byte", lambda error: ("\ufffd" * (error.end - error.
 
 
 class Tokenizer:
-    """Text to ids and back, by an engine of the `tokenizers` library where a subclass knows no shorter way."""
+    """Text to ids and back. Subclasses may replace the `tokenizers` library, which does it here."""
 
     kind: str  # names the tokenizer in descriptions
     engine: Any  # the library's tokenizer
@@ -54,8 +54,8 @@ class Tokenizer:
     end_of_text: int | None = None  # id of the token that ends a document, where there is one
     strips_space: bool = False  # whether a text loses the space before its first word, which encoding adds
     errors: str = "replace"  # what becomes of bytes that form no character, by the names of Python's codecs
-    # What comes with somebody's model and is no part of a text's ids: whether prompts begin with a start token, Hugging
-    # Face's generation_config.json, and the Jinja template that turns a conversation into a text.
+    # These come with a pretrained model, and change no ids of a corpus: whether prompts begin with a start token,
+    # Hugging Face's generation_config.json, and the Jinja template that turns a conversation into text.
     adds_bos: bool = False
     generation_config: Mapping[str, Any] = MappingProxyType({})
     chat_template: str = ""
@@ -73,7 +73,7 @@ class Tokenizer:
 
     @cached_property
     def identity(self) -> str:
-        """Return a hash of what decides about the ids of a text, in whatever way a tokenizer.json puts it."""
+        """Return a hash of everything that the ids of a text depend on; equal for all spellings of a tokenizer."""
 
         def usual(step: dict[str, Any]) -> Any:
             parts = step.get("normalizers") or step.get("pretokenizers") or []
@@ -135,12 +135,12 @@ class Tokenizer:
         return self._encode(text, special=True)
 
     def _encode(self, text: str, special: bool) -> list[int]:
-        self.engine.encode_special_tokens = not special  # the library's words for: they are plain text
+        self.engine.encode_special_tokens = not special  # in the library, True means: encode them like other text
         return list(self.engine.encode_batch_fast([well_formed(text)], add_special_tokens=False)[0].ids)
 
     @cached_property
     def _encoding(self) -> Any:
-        """The engine in tiktoken, which takes a third of the time, for what cuts text as GPT-2 does; else None."""
+        """Return tiktoken with the same vocabulary, three times as fast; None if the pre-tokenizer is not GPT-2's."""
         import tiktoken
         from tiktoken_ext.openai_public import r50k_pat_str
 
@@ -149,9 +149,12 @@ class Tokenizer:
         as_gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         special = {token["content"]: token["id"] for token in parts["added_tokens"] if token["special"]}
         ranks = {token: i for i, token in enumerate(self.token_bytes) if i not in special.values()}
-        # tiktoken merges what has the lowest id, so ids must follow the order of the merges, as they usually do.
+        # tiktoken merges what has the lowest id, so ids must follow the order of the merges, as they usually do, and it
+        # knows no entry that only `tokenizers` leaves alone: one that no merge makes.
         merged = [parts["model"]["vocab"]["".join(pair)] for pair in parts["model"].get("merges", [])]
-        is_whole = len(ranks) + len(special) == self.vocab_size and len(special) == len(parts["added_tokens"])
+        n_bytes = sum(len(token) == 1 for token in ranks)
+        is_whole = n_bytes + len(set(merged)) + len(special) == self.vocab_size == len(ranks) + len(special)
+        is_whole &= len(special) == len(parts["added_tokens"])
         if cut != as_gpt2 or parts["normalizer"] or merged != sorted(merged) or not is_whole:
             return None
         return tiktoken.Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
@@ -202,7 +205,7 @@ class TextDecoder:
 
 
 class CharTokenizer(Tokenizer):
-    """One id per character, as in the original; also any list of tokens out of somebody's own meta.pkl."""
+    """One id per character, as in the original; or any list of tokens, from a meta.pkl of another program."""
 
     def __init__(self, tokens: Sequence[str]) -> None:
         self.tokens, self.vocab_size = list(tokens), len(tokens)
@@ -446,7 +449,7 @@ def folder_definition(file: Path, settings: dict[str, Any], model: dict[str, Any
 
 
 def keep_generation_config(tokenizer: Tokenizer, config: Mapping[str, Any], template: object) -> None:
-    """Let `tokenizer` keep what somebody says about generating with their model, without ids that it does not have."""
+    """Store a model's generation config and chat template in `tokenizer`, without ids outside its vocabulary."""
     kept = dict(config)
     for key in [key for key in config if key.endswith("_token_id")]:
         ids = kept.pop(key)
@@ -486,7 +489,7 @@ def make_tokenizer(setting: str, characters: Iterable[str], texts: Iterable[str]
 
 
 def from_description(description: Any) -> Tokenizer:
-    """Return the tokenizer that `describe` described. Raises `DataError` for a description that is not one."""
+    """Return the tokenizer for what `describe` returned. Raises `DataError` for anything else."""
     tokenizer: Tokenizer
     match description:
         case {"characters": str(tokens)} | {"tokens": list(tokens)} if tokens:
