@@ -58,8 +58,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
         manager = TaskManager(include_path=config.include_path or None)
         if unknown := [name for name in others if not manager.match_tasks([name])]:
-            names = f"loss, {', '.join(BENCHMARKS)}"
-            raise ConfigError(f"no such task: {', '.join(unknown)}; nanogpt's own tasks are {names}")
+            ours = f"loss, {', '.join(BENCHMARKS)}"
+            raise ConfigError(f"no such task: {', '.join(unknown)}; nanogpt's own tasks are {ours}")
     trained = load_trained(config, device)
     log.info(trained.name)
     scorer = Scorer(trained.model, trained.tokenizer, device, config.batch_size)
