@@ -293,7 +293,11 @@ def find_checkpoint(out_dir: str | Path, which: str) -> Path:
         return Path(which)
     found = [path for path in candidates[which] if path.exists()]
     if not found:
-        there = f"{out_dir} has no {which} checkpoint" if Path(out_dir).is_dir() else f"there is no folder {out_dir}"
+        there = (
+            f"{out_dir} has no {which} checkpoint".replace(" auto", "")
+            if Path(out_dir).is_dir()
+            else f"there is no folder {out_dir}"
+        )
         raise CheckpointError(f"{there}; train a model first, or name its folder with --out_dir=…")
     if which == "auto" and len(found) > 1 and found[0] == best:
         # Another program, such as the original, may have continued the run: it leaves its best model in ckpt.pt.
@@ -318,6 +322,8 @@ def use_out_dir(config: TrainConfig, dist: Distributed, resumed_from: Path | Non
                 remove(path)
         earlier = [path for pattern in RUN_FILES for path in folder.glob(pattern)]
         if earlier and resumed_from is None:
+            if (folder / "config.json").exists() and "out_dir" not in read_json(folder / "config.json"):
+                raise ConfigError(f"out_dir={folder} holds files of another program; choose another folder")
             aside = next(path for n in itertools.count(1) if not (path := folder / f"previous-{n}").exists())
             aside.mkdir()
             for path in earlier:

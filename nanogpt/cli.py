@@ -100,11 +100,13 @@ def _read_words(cls: Class, arguments: Sequence[str], positional: str, problems:
             options[name.removeprefix("--")] = text  # There is no such setting, as _assign reports.
         elif word.endswith(".py"):
             files.append(word)
-        elif issubclass(cls, config.TrainConfig) and os.path.isfile(word):
-            options["text"] = word
         elif positional in hints and not (equals and name in hints):
-            is_list = get_origin(hints[positional]) is list
-            options[positional] = [*options.get(positional, []), word] if is_list else word
+            is_text = issubclass(cls, config.TrainConfig) and not os.path.isdir(word)
+            key = "text" if is_text and (os.path.isfile(word) or word.endswith((".txt", ".md"))) else positional
+            is_list = get_origin(hints[key]) is list
+            if key in options and not is_list:
+                problems.append(f"{word}: {key} is {options[key]} already, and takes one value")
+            options[key] = [*options.get(key, []), word] if is_list else word
         else:
             problems.append(f"{word}: expected config files (*.py) and --key=value only")
     for name in [name for name, text in options.items() if text in (None, [])]:

@@ -91,9 +91,11 @@ def prepare(config: PrepareConfig) -> None:
     with locked(folder / ".lock", f"the data set {folder}"):
         about = build(folder, config, sources)
     for split in SPLITS:
-        log.info(f"{split} has {about['tokens'][split]:,} tokens in {about['documents'][split]:,} documents")
+        count = about["documents"][split]
+        documents = {0: "a part of a document", 1: "1 document"}.get(count, f"{count:,} documents")
+        log.info(f"{split} has {about['tokens'][split]:,} tokens in {documents}")
     for reason, count in about["skipped"].items():
-        log.info(f"skipped {count:,} {reason if count == 1 else reason.replace(': ', 's: ', 1)}")
+        log.info(f"skipped {count:,} x {reason}")
     print(f"wrote {folder}/train.bin, val.bin and dataset.json")
 
 
@@ -103,10 +105,11 @@ def prepare_missing(config: TrainConfig) -> None:
 
     for name in mixture(config.dataset):
         folder = Path(config.data_dir, name)
-        changed = os.path.getmtime(config.text) if config.text else 0.0
+        changed = os.path.getmtime(config.text) if config.text and config.init_from != "resume" else 0.0
         # notes.txt and notes.md have the same folder.
         sources = [source["path"] for source in read_json(folder / "dataset.json").get("sources", [])]
-        is_same = not config.text or sources == [config.text]
+        # What a resumed run trains on stays, also if the text has changed since.
+        is_same = not config.text or sources == [config.text] or config.init_from == "resume"
         if is_prepared(folder) and is_same and os.path.getmtime(folder / "train.bin") > changed:
             continue
         if not config.text and name != "pystdlib":
@@ -233,7 +236,7 @@ def documents(source: str, config: PrepareConfig, work: Path) -> Iterator[Piece]
     except UnicodeError as error:
         if piece or source in config.input:
             raise DataError(f"{path} is not UTF-8 text: {error}") from error
-        yield "file: it is not UTF-8 text"
+        yield "file without UTF-8 text"
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
@@ -292,7 +295,7 @@ def in_pieces(texts: Iterable[str], separator: str = "") -> Iterator[Piece]:
     for text in texts:
         *whole, rest = (rest + text).split(separator) if separator else [rest + text]
         for document in whole:
-            yield (document, True) if is_begun or document.strip() else "document: it is empty"
+            yield (document, True) if is_begun or document.strip() else "empty document"
             is_begun = False
         while len(rest) > BLOCK + len(separator):  # What may begin a separator stays in `rest`.
             found = re.match(r"(?s).*[^\W_](?=[ \n])", rest[:BLOCK])  # the last one: it looks back from the end
@@ -300,7 +303,7 @@ def in_pieces(texts: Iterable[str], separator: str = "") -> Iterator[Piece]:
             yield rest[:cut], False
             rest, is_begun = rest[cut:], True
     if rest or not separator:
-        yield (rest, True) if is_begun or rest.strip() else "document: it is empty"
+        yield (rest, True) if is_begun or rest.strip() else "empty document"
 
 
 def parquet_rows(path: Path, field: str) -> Iterator[dict[str, Any]]:
@@ -350,12 +353,12 @@ def array_rows(reader: TextIO) -> Iterator[Any]:
 def field_of(row: Any, field: str) -> Iterator[Piece]:
     """Yield the text in a field of a row, or why there is none."""
     if not isinstance(row, dict):
-        yield "row: no JSON object"
+        yield "row without a JSON object"
     elif isinstance(text := row.get(field), str):
         yield from in_pieces([well_formed(text)])
     else:
         kinds = {int: "a number", float: "a number", type(None): "null" if field in row else "missing"}
-        yield f"row: the field {field!r} is {kinds.get(type(text), 'no text')}"
+        yield f"row whose field {field!r} is {kinds.get(type(text), 'no text')}"
 
 
 def build(folder: Path, config: PrepareConfig, sources: dict[str, int]) -> dict[str, Any]:
@@ -377,7 +380,8 @@ def build(folder: Path, config: PrepareConfig, sources: dict[str, int]) -> dict[
     except (OSError, BrokenProcessPool) as error:  # a full disk; a worker killed for want of memory
         raise DataError(f"{error}; what is finished in {work} is kept: the same command resumes") from error
     if min(plan["counts"]["tokens"].values()) < 2:
-        raise DataError(f"{plan['counts']['tokens']} tokens are too few: more text, or another --val_fraction")
+        counts = " and ".join(f"{count} in {split}" for split, count in plan["counts"]["tokens"].items())
+        raise DataError(f"too few tokens, {counts}: take more text, or another --val_fraction")
     (work / "plan.json").unlink()
     listed = [{"path": path, "bytes": size} for path, size in itertools.islice(sources.items(), 1000)]
     about = {**plan["counts"], "skipped": plan["state"]["skipped"], "source_files": len(sources), "sources": listed}
@@ -415,7 +419,9 @@ def make_plan(work: Path, config: PrepareConfig, sources: dict[str, int]) -> dic
         if count == (config.limit or -1) or (count >= enough and not is_char):
             break
     if not size:
-        raise DataError(f"there is no text to read; skipped: {dict(skipped) or 'nothing'}; see --field and --input")
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in skipped.items()) or "nothing"
+        hint = "; --field names another field" if "field" in reasons else ""
+        raise DataError(f"there is no text to read; skipped: {reasons}{hint}")
 
     # Files of one language or subject often lie side by side: a vocabulary is learned from files in any order.
     shuffled = random.Random(0).sample(list(sources), len(sources))

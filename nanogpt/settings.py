@@ -184,6 +184,8 @@ _MUON = {"learning_rate": 0.0, "muon_momentum": 0.0, "beta1": 0.8, "weight_decay
 
 # For `nanogpt train FILE`: up to so many bytes of text, with this vocabulary, a model of this shape for so many steps.
 _BY_SIZE = [
+    (2e4, "byte", {"n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 64, "max_iters": 100}),
+    (2e5, "bpe:512", {"n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 64, "max_iters": 150}),
     (2e6, "bpe:1024", {"n_layer": 3, "n_head": 4, "n_embd": 128, "block_size": 128, "max_iters": 400}),
     (3e7, "bpe:4096", {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "max_iters": 2000}),
     (1e99, "bpe:16384", {"n_layer": 8, "n_head": 8, "n_embd": 512, "block_size": 512, "max_iters": 10_000}),

@@ -14,7 +14,7 @@ from nanogpt import checkpoint, train
 from nanogpt.checkpoint import Checkpoints, TrainState, checkpoints_of, find_checkpoint, load_checkpoint, load_latest
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.distributed import Distributed
-from nanogpt.errors import CheckpointError, DamagedError, UserError
+from nanogpt.errors import CheckpointError, ConfigError, DamagedError, UserError
 from nanogpt.model import GPT
 from nanogpt.optim import make_optimizer
 from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, write_meta
@@ -355,3 +355,11 @@ def test_a_new_run_moves_an_earlier_one_aside_and_leaves_what_is_not_a_runs(trai
     assert not list(trained.rglob("7"))
     rest = sorted(os.listdir(trained))
     assert rest == ["config.json", "lock", "model.safetensors", "notes.txt", "previous-1", "previous-2"]
+
+
+def test_another_programs_folder_is_not_taken(recipe: Recipe) -> None:
+    Path("model").mkdir()
+    Path("model/config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ConfigError, match="files of another program"):
+        train.train(recipe(out_dir="model"))
+    assert [path.name for path in Path("model").iterdir() if path.name != "lock"] == ["config.json"]

@@ -61,6 +61,7 @@ def test_command_line_means_what_it_says(words: str, name: str, value: object) -
     [("--stepps=3", "--stepps=3: there is no setting 'stepps'; the nearest is steps"),
      ("-steps=3", "the nearest is steps"), ("--stepps --fast", "the nearest is steps"),
      ("--steps=x", "--steps=x: expected a whole number"), ("--steps=1.5", "--steps=1.5: expected a whole number"),
+     ("one two", "two: out_dir is one already, and takes one value"),
      ("--steps", "--steps: a value is missing: --steps=…"),
      ("--rate=nan", "--rate=nan: expected a number"), ("--fast=maybe", "--fast=maybe: expected True or False"),
      ("--kind=gren", "--kind=gren: expected red, green"),

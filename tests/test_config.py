@@ -71,7 +71,8 @@ def documented_commands() -> list[list[str]]:
 
 
 def test_every_documented_command_is_understood(tmp_path: Path) -> None:
-    (tmp_path / "config").symlink_to(ROOT / "config")
+    for folder in ("config", "docs"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     for folder in ("FOLDER", "shakespeare-hf"):
         (tmp_path / folder).mkdir()
     commands = documented_commands()

@@ -313,14 +313,14 @@ def test_json_lines_without_text_are_counted_and_named(capsys: pytest.CaptureFix
     assert read("x.jsonl") == ["a text to keep", "a\ufffdb", "another"]
     assert sum(build("x.jsonl")["skipped"].values()) == 7
     out = capsys.readouterr().out
-    for line in [f"row: the field 'text' is {why}" for why in ("null", "a number", "missing", "no text")]:
-        assert f"skipped 1 {line}" in out
-    assert "skipped 1 document: it is empty" in out
-    assert "skipped 2 rows: no JSON object" in out
+    for line in [f"row whose field 'text' is {why}" for why in ("null", "a number", "missing", "no text")]:
+        assert f"skipped 1 x {line}" in out
+    assert "skipped 1 x empty document" in out
+    assert "skipped 2 x row without a JSON object" in out
     with pytest.raises(DataError, match=r"no text to read; skipped: .*'nothing' is missing.*--field"):
         build("x.jsonl", field="nothing")
     write_parquet("x.parquet", text=pyarrow.array(["a text", None, "another text", ""]).dictionary_encode())
-    assert build("x.parquet")["skipped"] == {"row: the field 'text' is null": 1, "document: it is empty": 1}
+    assert build("x.parquet")["skipped"] == {"row whose field 'text' is null": 1, "empty document": 1}
 
 
 @pytest.mark.parametrize("field", ["text", "body", "ids", "info"])
@@ -340,7 +340,7 @@ def test_a_folder_is_read_without_what_is_hidden_or_no_text() -> None:
         Path("in", name).write_bytes(content)
     Path("in/loop").symlink_to("../in")
     about = build("in")
-    assert about["skipped"] == {"file: it is not UTF-8 text": 3, "document: it is empty": 1}
+    assert about["skipped"] == {"file without UTF-8 text": 3, "empty document": 1}
     assert all_text().replace("\0", "") == "text a " * 9 + "text b " * 9 + "".join(TEXTS)
     assert [Path(name).name for name in find_sources(["in/*.txt", "in/sub"])] == ["b.txt", "c.jsonl", "empty.txt"]
 
@@ -352,8 +352,8 @@ GZIP = gzip.compress(b"some text" * 1000, mtime=0)
     ("name", "content", "message"),
     [("nothing.txt", None, r"--input=nothing.txt: there is no such file"), ("*.x", None, "there is no such file"),
      ("~/nothing", None, "there is no such file"), ("empty", None, "no folder with files of text"),
-     ("x.txt", b" \n", r"there is no text to read; skipped: \{'document: it is empty': 1\}"),
-     ("x.txt", b"a", "tokens are too few"), ("x.txt", b"abc\xff\xfe", r"x\.txt is not UTF-8 text: .* byte 0xff"),
+     ("x.txt", b" \n", "there is no text to read; skipped: 1 x empty document"),
+     ("x.txt", b"a", "too few tokens"), ("x.txt", b"abc\xff\xfe", r"x\.txt is not UTF-8 text: .* byte 0xff"),
      ("x.txt", b"abc\0", r"x\.txt is not UTF-8 text: it holds a zero byte"),
      ("x.txt.gz", GZIP[:-20], r"x\.txt\.gz cannot be read"), ("x.txt.gz", b"text", r"x\.txt\.gz cannot be read"),
      ("x.txt.zst", b"text", r"x\.txt\.zst cannot be read"), ("x.parquet", b"text", r"x\.parquet cannot be read")],
@@ -393,7 +393,7 @@ def test_a_single_text_is_split_near_its_end(name: str, capsys: pytest.CaptureFi
     assert dataset.tokenizer.decode(dataset.train[:].tolist()) == text[:cut]
     assert dataset.tokenizer.decode(dataset.val[:].tolist()) == text[cut:]
     assert sum(about["documents"].values()) == 1
-    assert re.search(r"train has [\d,]+ tokens in 0 documents\n.*in 1 documents\n", capsys.readouterr().out)
+    assert re.search(r"train has [\d,]+ tokens in a part of a document\n.*in 1 document\n", capsys.readouterr().out)
 
 
 def test_a_limit_counts_documents_of_all_files() -> None:
