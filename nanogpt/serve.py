@@ -142,9 +142,11 @@ class Scheduler:
                 job.sampled += 1
                 self.counters["sampled_tokens"] += 1
                 self.update(row, text)
-            except Exception as error:
+            except Exception as error:  # It ends this row, and no other.
                 self.failures_in_a_row += isinstance(error, FloatingPointError)
-                self.drop(row, error)
+                if not row.end:
+                    self.engine.finish(row, "error")
+                self.fail([self.running.pop(row)], error)
 
     def admit(self) -> int:
         """Prefill the next prompt for all jobs that share it and find a row; return its length.
@@ -154,6 +156,15 @@ class Scheduler:
         prompt = self.waiting[0].request.prompt
         jobs = list(itertools.takewhile(lambda job: job.request.prompt is prompt, self.waiting[: self.engine.room]))
         del self.waiting[: len(jobs)]
+        first, echoed = jobs[0], list[Token]()
+        try:  # Scoring takes a pass over the prompt: one for all of these jobs.
+            if first.echo and first.request.logprobs is not None:
+                starts = itertools.accumulate(map(len, first.stream.prompt_texts), initial=0)
+                scores = [None, *self.engine.score(prompt, first.request.logprobs)]
+                echoed = list(zip(starts, prompt, scores, strict=False))
+        except Exception as error:
+            self.fail(jobs, error)
+            return 0
         try:
             rows = self.engine.add([job.request for job in jobs])
         except Exception as error:
@@ -164,15 +175,9 @@ class Scheduler:
         self.counters["prompt_tokens"] += len(prompt)
         for row, job in zip(rows, jobs, strict=True):
             job.deadline = time.monotonic() + self.config.timeout
+            job.tokens = list(echoed)
             self.running[row] = job
-            try:
-                if job.echo and job.request.logprobs is not None:
-                    starts = itertools.accumulate(map(len, job.stream.prompt_texts), initial=0)
-                    scores = [None, *self.engine.score(prompt, job.request.logprobs)]
-                    job.tokens = list(zip(starts, prompt, scores, strict=False))
-                self.update(row, "")
-            except Exception as error:
-                self.drop(row, error)
+            self.update(row, "")
         return len(prompt)
 
     def update(self, row: Row, text: str) -> None:
@@ -184,12 +189,6 @@ class Scheduler:
         if row.end:
             del self.running[row]
             self.failures_in_a_row = 0
-
-    def drop(self, row: Row, error: Exception) -> None:
-        """End a row that has failed, and no other."""
-        if not row.end:
-            self.engine.finish(row, "error")
-        self.fail([self.running.pop(row)], error)
 
     def fail(self, jobs: Sequence[Job], error: Exception) -> None:
         """End jobs with an error. Its traceback goes to the log; clients get a general message."""
@@ -269,6 +268,8 @@ def make_jobs(body: CompletionRequest, scheduler: Scheduler) -> list[Job]:
     kept = longest if body.truncate_prompt_tokens < 0 else body.truncate_prompt_tokens
     sampling = Sampling(body.temperature, max(body.top_k, 0), body.top_p, body.min_p)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop
+    if body.logprobs is not None:
+        names_of(tokenizer)  # A large vocabulary takes a while, in which this thread keeps no client waiting.
     jobs, changed = list[Job](), asyncio.Event()
     for prompt in prompts:
         try:

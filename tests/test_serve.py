@@ -482,6 +482,16 @@ def test_a_fault_in_one_completion_ends_no_other(
     server.wait_for(running=0, waiting=0)
 
 
+def test_an_echoed_prompt_is_scored_once_for_all_its_completions(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored, works = list[int](), engine.Engine.score
+    monkeypatch.setattr(engine.Engine, "score", lambda *args: scored.append(len(args[1])) or works(*args))
+    _, answer = server.complete(prompt="a quick", n=3, echo=True, logprobs=1, max_tokens=2, temperature=0)
+    assert len(scored) == 1
+    assert [choice["logprobs"] for choice in answer["choices"]] == [answer["choices"][0]["logprobs"]] * 3
+
+
 def test_what_serving_needs_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delitem(sys.modules, "nanogpt.serve")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
