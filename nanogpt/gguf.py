@@ -19,7 +19,15 @@ from nanogpt.config import GPTConfig
 from nanogpt.errors import CheckpointError, ConfigError, DataError
 from nanogpt.huggingface import Part, build_model, model_type, tensors_of
 from nanogpt.model import GPT, rotary_frequencies
-from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, from_definition, keep_generation_config
+from nanogpt.tokenizer import (
+    LLAMA3_PATTERN,
+    QWEN2_PATTERN,
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    from_definition,
+    keep_generation_config,
+)
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +48,11 @@ CONFIG = {  # keys of what is in a generation config
 }  # fmt: skip
 
 # How byte-level tokenizers cut text, by llama.cpp's names: normalizer, steps, whether whole words go before merges.
-_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-_MARKS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 _WORDS = {**_BYTES, "use_regex": True}
-_LLAMA3 = [{**_SPLIT, "pattern": {"Regex": _LETTERS + r"|\p{N}{1,3}" + _MARKS}}, _BYTES]
-_QWEN2 = [{**_SPLIT, "pattern": {"Regex": _LETTERS + r"|\p{N}" + _MARKS}}, _BYTES]
+_LLAMA3 = [{**_SPLIT, "pattern": {"Regex": LLAMA3_PATTERN}}, _BYTES]
+_QWEN2 = [{**_SPLIT, "pattern": {"Regex": QWEN2_PATTERN}}, _BYTES]
 CUTS: dict[str, tuple[dict[str, str] | None, list[dict[str, Any]], bool]] = {
     "gpt-2": (None, [_WORDS], False),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (None, _LLAMA3, True)),

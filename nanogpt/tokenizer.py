@@ -33,9 +33,11 @@ END_OF_TEXT = "<|endoftext|>"
 # Of a model's folder: the vocabulary in its new or old form, what ends a text, how a conversation is laid out.
 TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
                    "tokenizer_config.json", "generation_config.json", "chat_template.jinja"]  # fmt: skip
-QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# How Llama 3 and Qwen 2 split text: they differ in how many digits stay together.
+LETTERS_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+MARKS_PATTERN = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_PATTERN = LETTERS_PATTERN + r"|\p{N}{1,3}" + MARKS_PATTERN
+QWEN2_PATTERN = LETTERS_PATTERN + r"|\p{N}" + MARKS_PATTERN
 MERGES_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 GPT2_IDENTITY = "d9e61ed7050bce01a078bcd7b85ab214d12c6c1fa7862753d16394d030d514eb"
@@ -471,8 +473,9 @@ def from_definition(definition: str, eos_token: str) -> Tokenizer:
     candidates = [END_OF_TEXT, "<|end_of_text|>", eos_token, "</s>", "<eos>"]
     ids = map(tokenizer.engine.token_to_id, candidates)
     tokenizer.end_of_text = next((i for i in ids if i is not None), None)
+    # Comparing takes a while for a large vocabulary, so its size and kind are asked first.
     for ours in (ByteTokenizer(), GPT2Tokenizer(), CharTokenizer(sorted(tokenizer.engine.get_vocab()))):
-        if ours.has_ids_of(tokenizer):
+        if ours.vocab_size == tokenizer.vocab_size and ours.kind != "vocabulary" and ours.has_ids_of(tokenizer):
             return ours
     return tokenizer
 
