@@ -73,8 +73,6 @@ def parse(cls: type[Config], arguments: Sequence[str], usage: str, positional: s
     problems = list(dict.fromkeys([*problems, *result.problems()]))
     if problems:
         raise ConfigError("\n  - ".join(["these settings cannot work:", *problems]) if problems[1:] else problems[0])
-    if isinstance(result, config.TrainConfig) and result.decay_lr and result.warmup_iters > result.max_iters:
-        log.warning(f"the run ends in its warm-up, after max_iters={result.max_iters} of {result.warmup_iters} steps")
     return result
 
 

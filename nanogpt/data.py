@@ -60,17 +60,18 @@ class Dataset:
         """Return the ids of `train` or `val`."""
         return self.train if name == "train" else self.val
 
-    def check_tokenizer(self, tokenizer: Tokenizer, owner: str) -> None:
+    def match_tokenizer(self, tokenizer: Tokenizer, owner: str) -> None:
         """Raise `DataError` unless this data set's ids are those of `tokenizer`, which `owner` uses.
 
-        Ids that only this data set's tokenizer has are errors from now on: the model of `owner` does not know them.
+        What concerns the model of `owner` is taken over: its prompts' start token, and how many ids it knows.
         """
         if not self.tokenizer.has_ids_of(tokenizer):
             raise DataError(
                 f"data set {self.folder.name} holds ids of the {self.tokenizer}, but {owner} uses the {tokenizer}; "
                 "prepare the data set again with --tokenizer=PATH of the model or of its data set"
             )
-        for part in (self, *self.parts):  # another model's tokenizer may have entries that the model does not know
+        for part in (self, *self.parts):
+            part.tokenizer.adds_bos = tokenizer.adds_bos
             part.tokenizer.vocab_size = min(part.tokenizer.vocab_size, tokenizer.vocab_size)
 
     def check_length(self, block_size: int) -> None:
@@ -130,7 +131,7 @@ def open_mixture(data_dir: str, weights: dict[str, float]) -> Dataset:
     """Open the data sets that `weights` names; several make a mixture. Raises `DataError`."""
     parts = [open_dataset(Path(data_dir, name)) for name in weights]
     for part in parts[1:]:
-        part.check_tokenizer(parts[0].tokenizer, parts[0].folder.name)
+        part.match_tokenizer(parts[0].tokenizer, parts[0].folder.name)
     if len(parts) == 1:
         return parts[0]
     no_ids, total = np.empty(0, np.uint16), sum(weights.values())

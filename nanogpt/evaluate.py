@@ -124,7 +124,7 @@ def split_measures(config: EvalConfig, trained: TrainedModel, device: Device) ->
         raise ConfigError(f"on which data set? {trained.name} {of}; for example --dataset=shakespeare")
     [name] = names
     dataset = open_dataset(Path(config.data_dir or trained.config.get("data_dir", "data")) / name)
-    dataset.check_tokenizer(trained.tokenizer, trained.name)
+    dataset.match_tokenizer(trained.tokenizer, trained.name)
     dataset.check_length(1)
     tokens = dataset.split(config.split)
     own = model.config.block_size if trained.config else min(model.config.block_size, LONGEST)

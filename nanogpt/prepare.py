@@ -45,8 +45,6 @@ Result = TypeVar("Result")
 Piece = tuple[str, bool] | str  # text, and whether a document ends with it; or why one is skipped
 Unit = list[tuple[str, str, bool]]  # split, text, and whether a document ends with it
 State = dict[str, Any]  # how far reading is, as JSON
-# A worker builds its tokenizer once.
-tokenizer_of_json = functools.lru_cache(maxsize=1)(lambda text: from_description(json.loads(text)))
 
 SPLITS = ("train", "val")
 UNIT = 1 << 22  # characters of a unit of work
@@ -66,6 +64,7 @@ DATASETS: dict[str, dict[str, Any]] = {
     "fineweb-edu": {"input": ["HuggingFaceFW/fineweb-edu:sample/10BT/"], "val_fraction": 0.001},
     "climbmix": {"input": ["karpathy/climbmix-400b-shuffle"], "val_fraction": 0.0005},
 }
+SHAKESPEARE = ("shakespeare", "shakespeare_char")
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -103,14 +102,12 @@ def prepare_missing(config: TrainConfig) -> None:
     """Prepare what a run trains on, if that is not there and needs no network. Raises `DataError` if it needs one."""
     from nanogpt.data import is_prepared  # with torch, which building does without
 
+    # What a resumed run trains on stays, also if its text has changed since.
+    has_run = Path(config.out_dir, "config.json").exists()
+    resumes = config.init_from == "resume" or (config.resume == "auto" and has_run)
     for name in mixture(config.dataset):
         folder = Path(config.data_dir, name)
-        changed = os.path.getmtime(config.text) if config.text and config.init_from != "resume" else 0.0
-        # notes.txt and notes.md have the same folder.
-        sources = [source["path"] for source in read_json(folder / "dataset.json").get("sources", [])]
-        # What a resumed run trains on stays, also if the text has changed since.
-        is_same = not config.text or sources == [config.text] or config.init_from == "resume"
-        if is_prepared(folder) and is_same and os.path.getmtime(folder / "train.bin") > changed:
+        if is_prepared(folder) and (resumes or not config.text or is_made_of(folder, config.text)):
             continue
         if not config.text and name != "pystdlib":
             own = "" if name in DATASETS else " --input=PATH"
@@ -121,6 +118,12 @@ def prepare_missing(config: TrainConfig) -> None:
         if config.text:
             chosen = replace(chosen, input=[config.text], tokenizer=recipe_for_text(config.text)[0])
         prepare(chosen)
+
+
+def is_made_of(folder: Path, text: str) -> bool:
+    """Return whether a data set was made of this text, as it is now: notes.txt and notes.md have the same folder."""
+    sources = [source["path"] for source in read_json(folder / "dataset.json").get("sources", [])]
+    return sources == [text] and os.path.getmtime(folder / "train.bin") > os.path.getmtime(text)
 
 
 def with_retries(what: str, get: Callable[[], Result], instead: str, pauses: Sequence[float] = (1, 3)) -> Result:
@@ -184,7 +187,7 @@ def known_sources(name: str, folder: Path) -> dict[str, int]:
         left_out = re.compile(re.escape(root) + r"(/.*)?/(site-packages|dist-packages|test|tests|idle_test)/")
         return {path: size for path, size in find_sources([f"{root}/**/*.py"]).items() if not left_out.match(path)}
     path = folder / "input.txt"  # where the original keeps it, and where people put a text of their own
-    if name.startswith("shakespeare") and not path.is_file():
+    if name in SHAKESPEARE and not path.is_file():
         download(path, "tinyshakespeare.txt", SHAKESPEARE_URL, SHAKESPEARE_SHA256)
     return find_sources([str(path)])
 
@@ -483,7 +486,7 @@ def encode(work: Path, config: PrepareConfig, plan: State, sources: dict[str, in
     from tqdm import tqdm
 
     # Shakespeare is one text without end, as in the original.
-    end_of_text = None if config.name in ("shakespeare", "shakespeare_char") else tokenizer.end_of_text
+    end_of_text = None if config.name in SHAKESPEARE else tokenizer.end_of_text
     setting = json.dumps(tokenizer.describe()), end_of_text
     names, counts, pending = list(sources), plan["counts"], deque[tuple[Future[dict[str, bytearray]], Unit, State]]()
     units = read_units(work, config, plan, names)
@@ -524,9 +527,15 @@ def start_worker() -> None:
     threading.Thread(target=leave_with_parent, args=[multiprocessing.parent_process()], daemon=True).start()
 
 
+@functools.lru_cache(maxsize=1)
+def tokenizer_of(description: str) -> Tokenizer:
+    """Return the tokenizer of a description in JSON, which a worker builds once."""
+    return from_description(json.loads(description))
+
+
 def encode_unit(unit: Unit, description: str, end_of_text: int | None) -> dict[str, bytearray]:
     """Return the ids of each split."""
-    tokenizer, ids = tokenizer_of_json(description), {split: bytearray() for split in SPLITS}
+    tokenizer, ids = tokenizer_of(description), {split: bytearray() for split in SPLITS}
     closing = b"" if end_of_text is None else end_of_text.to_bytes(tokenizer.dtype.itemsize, "little")
     for split, text, ends in unit:
         ids[split] += tokenizer.encode(text).astype(tokenizer.dtype, copy=False).tobytes() + closing * ends

@@ -229,8 +229,7 @@ def build_or_resume(
     if config.init_from == "resume" or may_resume:
         may_shard = dist.world_size > 1 and config.parallel != "ddp"
         resumed = load_latest(config.out_dir, config.data_dir, dist, sharded=may_shard)
-        dataset.check_tokenizer(resumed.tokenizer, str(resumed.path))
-        dataset.tokenizer.adds_bos = resumed.tokenizer.adds_bos
+        dataset.match_tokenizer(resumed.tokenizer, str(resumed.path))
         dataset.check_length(resumed.model_config.block_size)
         model = resumed.build_model(dropout=config.dropout)
         log.info(f"resuming {resumed.path} after {resumed.state.step} steps")
@@ -240,8 +239,7 @@ def build_or_resume(
             model = GPT(config.model_config(dataset.tokenizer.padded_vocab_size), config.zero_init)
         else:
             model, tokenizer = load_model(config.init_from, dropout=config.dropout, data_dir=config.data_dir)
-            dataset.check_tokenizer(tokenizer, config.init_from)
-            dataset.tokenizer.adds_bos = tokenizer.adds_bos
+            dataset.match_tokenizer(tokenizer, config.init_from)
             model.crop_block_size(config.block_size)
     model.transformer.gradient_checkpointing = config.gradient_checkpointing
 
@@ -270,6 +268,8 @@ def print_sizes(config: TrainConfig, model: GPT, optimizer: torch.optim.Optimize
         f"tokens per iteration will be: {tokens:,} ({config.gradient_accumulation_steps} micro-batches of "
         f"{config.batch_size} x {config.block_size}); in all {tokens * config.max_iters:,}{epochs}"
     )
+    if config.decay_lr and config.warmup_iters > config.max_iters:
+        log.warning(f"the run ends in its warm-up, after max_iters={config.max_iters} of {config.warmup_iters} steps")
     for group in optimizer.param_groups if optimizer else []:
         sizes = [parameter.numel() for parameter in group["params"]]
         log.info(f"{len(sizes)} tensors with {sum(sizes):,} parameters, weight decay {group['weight_decay']:g}")

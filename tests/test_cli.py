@@ -12,7 +12,7 @@ from typing import Literal
 import pytest
 
 from nanogpt import cli
-from nanogpt.config import Settings, TrainConfig
+from nanogpt.config import Settings
 from nanogpt.errors import ConfigError, DivergedError
 from nanogpt.settings import PrepareConfig, SampleConfig
 from tests.conftest import ROOT, Program
@@ -259,10 +259,3 @@ def test_a_script_with_the_old_configurator_still_works() -> None:
 
 def test_the_verbs_are_listed_with_their_purpose(program: Program) -> None:
     assert "  train     Train a GPT from scratch, resume a run" in program("nanogpt").stdout
-
-
-def test_a_run_that_ends_before_its_warm_up_is_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.parse(TrainConfig, ["--max_iters=100"], "")
-    assert capsys.readouterr().err.startswith("warning: the run ends in its warm-up")
-    cli.parse(TrainConfig, ["--max_iters=100", "--decay_lr=False"], "")
-    assert capsys.readouterr().err == ""

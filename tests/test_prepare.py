@@ -381,7 +381,7 @@ def test_documents_are_encoded_in_order_and_split_by_content(tokenizer: str, num
     assert (SET / "meta.pkl").exists() == (tokenizer == "char")
     if tokenizer.startswith("bpe"):  # The tokenizer of another data set can be taken.
         prepare(PrepareConfig(name="other", input=["x.jsonl"], tokenizer="data/set"))
-        open_dataset(SET).check_tokenizer(open_dataset(Path("data/other")).tokenizer, "the model")
+        open_dataset(SET).match_tokenizer(open_dataset(Path("data/other")).tokenizer, "the model")
 
 
 @pytest.mark.usefixtures("_small")

@@ -188,6 +188,15 @@ def test_wandb_without_the_package_is_a_warning(
     assert "warning: WandB could not start (import of wandb halted" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("decays", [True, False])
+def test_a_run_that_ends_before_its_warm_up_is_warned_about(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], decays: bool
+) -> None:
+    train.train(recipe(dry_run=True, warmup_iters=100, decay_lr=decays))
+    shown = capsys.readouterr().err
+    assert ("warning: the run ends in its warm-up" in shown) == decays
+
+
 def test_a_dry_run_says_what_follows_and_writes_nothing(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.train(TrainConfig(dry_run=True, device="cpu", data_dir="/nowhere")) == 0
     out = capsys.readouterr().out
@@ -259,6 +268,7 @@ def test_a_text_file_is_all_that_is_needed(program: Program, tmp_path: Path) -> 
     assert (loaded.model_config.architecture, loaded.model_config.block_size) == ("qwen3", 16)
     assert "preparing" not in program("train.py", *words, "--resume=auto").stdout
     os.utime("my.text.txt")  # it has changed
+    assert "preparing" not in program("train.py", *words, "--resume=auto").stdout  # The run's data stays.
     assert "preparing" in program("train.py", *words).stdout
 
 
