@@ -13,11 +13,11 @@ ARCHITECTURE = Path(__file__).with_name("architecture.md")
 # Groups from the lowest to the highest, and the modules within one likewise: each imports only what stands before it.
 GROUPS = {
     "settings": "errors files config settings",
-    "data": "tokenizer data prepare",
+    "data": "tokenizer chats data pydocs prepare",
     "model": "device model distributed optim",
-    "formats": "huggingface gguf",
+    "formats": "huggingface gguf lora",
     "run on disk": "checkpoint metrics",
-    "generation": "engine sample",
+    "generation": "engine sample chat",
     "looking": "plot inspect",
     "evaluation": "evaluate",
     "serving": "serve",

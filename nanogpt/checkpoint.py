@@ -40,6 +40,7 @@ from nanogpt.errors import CheckpointError, ConfigError, DamagedError, UserError
 from nanogpt.files import atomic_write, locked, read_json, sync_folder, write_json
 from nanogpt.gguf import load_gguf
 from nanogpt.huggingface import load_pretrained
+from nanogpt.lora import Adapter, add_adapters, digest, merge_adapters
 from nanogpt.model import GPT
 from nanogpt.settings import SourceConfig
 from nanogpt.tokenizer import Tokenizer, from_description
@@ -81,16 +82,37 @@ class Checkpoint:
     tokenizer: Tokenizer
     optimizer: dict[str, Any] | None  # None in best.pt
     scaler: dict[str, Any]
+    adapter: Adapter | None = None  # then `weights` are only what is trained beside its base
 
     @property
     def is_sharded(self) -> bool:
         """Whether the weights are still on disk: `restore` brings each process its shard of them."""
         return any(tensor.is_meta for tensor in self.weights.values())
 
-    def build_model(self, device: str = "cpu", dropout: float = 0.0) -> GPT:
-        """Return the model in evaluation mode, on `device`; on `meta` if `is_sharded`."""
-        model = GPT.from_weights(replace(self.model_config, dropout=dropout), self.weights)
+    def build_model(self, device: str = "cpu", dropout: float = 0.0, merge: bool = True) -> GPT:
+        """Return the model in evaluation mode, on `device`; on `meta` if `is_sharded`. `merge`: without adapters."""
+        if self.adapter:
+            model = self.build_adapted(self.adapter, dropout)
+            model = merge_adapters(model) if merge else model
+        else:
+            model = GPT.from_weights(replace(self.model_config, dropout=dropout), self.weights)
         return (model if self.is_sharded else model.to(device)).eval()
+
+    @torch.no_grad()
+    def build_adapted(self, adapter: Adapter, dropout: float) -> GPT:
+        """Return the base with its adapters. Raises `CheckpointError` if it is not the base of the training."""
+        model, _ = load_model(adapter.base, dropout=dropout)
+        if digest(model.state_dict()) != adapter.sha256:
+            raise CheckpointError(f"{self.path} holds adapters for {adapter.base}, whose weights have changed since")
+        model.crop_block_size(self.model_config.block_size)
+        if self.model_config.vocab_size > model.config.vocab_size:
+            model.grow_vocab(self.model_config.vocab_size)
+        add_adapters(model, adapter)
+        for name, weight in self.weights.items():
+            parameter = model.get_parameter(name).requires_grad_()
+            if not weight.is_meta:
+                parameter.copy_(weight)
+        return model
 
     def restore(self, model: GPT, optimizer: Optimizer, scaler: GradScaler) -> None:
         """Bring back optimizer state, loss scale, and weights that are still on disk. All processes must call.
@@ -162,13 +184,15 @@ class Checkpoints:
             "nanogpt": {"format": FORMAT, "model_config": fields, "tokenizer": tokenizer.describe(),
                         "scaler": scaler.state_dict(), **asdict(state)},
         }  # fmt: skip
+        if model.adapter:
+            content["nanogpt"]["adapter"] = asdict(model.adapter)
         weights, shards = {}, None
         if is_best or not self.is_sharded:
-            for name, weight in model.state_dict().items():
+            for name, weight in trained_weights(model).items():
                 full = full_tensor(weight)  # an all-gather, for which all processes are needed
                 if self.dist.is_main:
                     weights[name] = on_cpu(full)
-            if weights and model.config.tied_head:
+            if model.config.tied_head and "transformer.wte.weight" in weights:
                 weights["lm_head.weight"] = weights["transformer.wte.weight"]
         if self.is_sharded:
             folder = self.folder / "ckpt.dcp" / str(state.step)
@@ -222,6 +246,13 @@ class Checkpoints:
         self.wait()
         if self.failure and error is None:
             raise self.failure
+
+
+def trained_weights(model: GPT) -> dict[str, Tensor]:
+    """Return the weights that a checkpoint holds: all, or beside a frozen base those that are trained."""
+    if not model.adapter:
+        return model.state_dict()
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def on_cpu(value: Any) -> Any:
@@ -399,7 +430,8 @@ def load_checkpoint(path: Path, data_dir: str = "data", *, sharded: bool = False
         more = {name: ours[name] for name in ("tokens", "seconds", "evaluated", "skipped") if name in ours}
         state = TrainState(content["iter_num"], float(content["best_val_loss"]), **more)
         optimizer, scaler = content["optimizer"], ours.get("scaler", {})
-        return Checkpoint(path, weights, model_config, content["config"], state, tokenizer, optimizer, scaler)
+        adapter = Adapter(**ours["adapter"]) if "adapter" in ours else None
+        return Checkpoint(path, weights, model_config, content["config"], state, tokenizer, optimizer, scaler, adapter)
     except (UserError, OSError):
         raise
     except Exception as error:  # torch, pickle and Python raise many kinds
@@ -430,9 +462,9 @@ def verify_checksums(path: Path) -> None:
 
 def tensors_of(model: GPT, optimizer: Optimizer) -> dict[str, Any]:
     """Return all tensors of a run; on disk they are model.NAME and optimizer.NUMBER.NAME, a tied head comes once."""
-    weights = model.state_dict()
+    weights = trained_weights(model)
     if model.config.tied_head:
-        del weights["lm_head.weight"]
+        weights.pop("lm_head.weight", None)
     return {"model": weights, "optimizer": optimizer.state_dict()["state"]}
 
 
@@ -462,7 +494,7 @@ def read_folder(folder: Path, sharded: bool) -> dict[str, Any]:
             weights[name.removeprefix("model.")] = torch.empty(saved.size, dtype=dtype, device=device)
     if not sharded:
         load_shards(folder, {"model": weights}, no_dist=True)
-    if content["nanogpt"]["model_config"]["tied_head"]:
+    if content["nanogpt"]["model_config"]["tied_head"] and "transformer.wte.weight" in weights:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
     return {"model": weights, "optimizer": {"state": states}, **content}
 

@@ -36,6 +36,7 @@ VERBS: dict[str, tuple[Class, str, str]] = {
     "prepare": (settings.PrepareConfig, "nanogpt.prepare:prepare", "name"),
     "train": (config.TrainConfig, "nanogpt.train:train", "out_dir"),
     "sample": (settings.SampleConfig, "nanogpt.sample:sample", "out_dir"),
+    "chat": (settings.ChatConfig, "nanogpt.chat:chat", "out_dir"),
     "serve": (settings.ServeConfig, "nanogpt.serve:serve", "out_dir"),
     "eval": (settings.EvalConfig, "nanogpt.evaluate:evaluate", "out_dir"),
     "export": (settings.ExportConfig, "nanogpt.export:export", "out_dir"),

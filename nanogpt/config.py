@@ -246,6 +246,9 @@ class TrainConfig(Shape, Machine):
     model: str = ""  # sets the shape by name, before the other settings: gpt2, gpt2-medium, gpt2-large, gpt2-xl,
     # llama-3.2-1b, llama-3.2-3b, llama-2-7b, llama-3.1-8b, qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b
     bias: bool = False  # in Linears and LayerNorms; True: like GPT-2, False: a bit better and faster
+    lora_rank: int = 0  # train low-rank adapters of this rank beside the frozen weights (LoRA); 0: all weights
+    lora_alpha: float = 0.0  # their scale times the rank; 0: twice the rank
+    lora_targets: Literal["all", "attention", "mlp"] = "all"  # which matrices of the blocks get adapters
     zero_init: bool = False  # c_proj starts at zero, so that each block starts as the identity; helps Muon
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
     # --- machine ---
@@ -273,6 +276,8 @@ class TrainConfig(Shape, Machine):
         yield from self.model_config(vocab_size=1).problems()
         if self.text and not Path(self.text).is_file():
             yield f"text={self.text!r}: there is no such file"
+        if self.lora_rank and (self.init_from == "scratch" or self.optimizer == "muon"):
+            yield "lora_rank: adapters change a trained model (--init_from) in low rank, for which Muon is not made"
         if "," in self.dataset and self.sampling == "epoch":
             yield "sampling=epoch: in a mixture the weights say how often a text is seen; use --sampling=random"
         rate = self.with_muon_rates().learning_rate if self.n_embd > 0 else 0.0

@@ -6,13 +6,14 @@ A data set is a folder:
     train.bin, val.bin  the ids, raw little-endian uint16 or uint32
     dataset.json        number format, counts, sources and the tokenizer; folders of the original have none
     meta.pkl            the vocabulary of a character data set, as the original writes it
+    train.marks, …      of conversations, a byte per id: whether it counts in the loss, and where one begins
 """
 
 import functools
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
+from nanogpt.chats import fill, pack, with_template
 from nanogpt.config import TrainConfig, mixture
 from nanogpt.errors import DataError
 from nanogpt.files import parse_json
@@ -34,9 +36,10 @@ SPLITS = ("train", "val")
 TRAINING, EVALUATION, PERMUTATION, OFFSET, DROPOUT, MIXTURE = range(6)
 Ids = npt.NDArray[Any]  # uint16 or uint32
 Starts = npt.NDArray[np.int64]
+Batch = tuple[Tensor, ...]  # inputs x and targets y (-1: does not count); of conversations, also document ids: (B, T)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """A data set, opened: the memory-mapped ids of its two splits, and what they mean.
 
@@ -48,6 +51,7 @@ class Dataset:
     val: Ids
     tokenizer: Tokenizer
     description: dict[str, Any]  # dataset.json; empty where there is none
+    marks: dict[str, Ids] = field(default_factory=dict)  # of each split of conversations
     parts: tuple["Dataset", ...] = ()
     weights: tuple[float, ...] = ()
 
@@ -65,6 +69,8 @@ class Dataset:
 
         What concerns the model of `owner` is taken over: its prompts' start token, and how many ids it knows.
         """
+        if self.marks and self.tokenizer.has_ids_of(with_template(tokenizer)):
+            return  # It has the tokens of conversations, too.
         if not self.tokenizer.has_ids_of(tokenizer):
             raise DataError(
                 f"data set {self.folder.name} holds ids of the {self.tokenizer}, but {owner} uses the {tokenizer}; "
@@ -124,7 +130,8 @@ def open_dataset(folder: Path) -> Dataset:
                 "prepare the data set again"
             )
         splits[split] = np.asarray(np.memmap(file, dtype, "r"))  # slices of the class memmap itself are slow
-    return Dataset(folder, splits["train"], splits["val"], tokenizer, description)
+    marks = {split: np.fromfile(folder / f"{split}.marks", np.uint8) for split in SPLITS if description.get("chat")}
+    return Dataset(folder, splits["train"], splits["val"], tokenizer, description, marks)
 
 
 def open_mixture(data_dir: str, weights: dict[str, float]) -> Dataset:
@@ -132,11 +139,15 @@ def open_mixture(data_dir: str, weights: dict[str, float]) -> Dataset:
     parts = [open_dataset(Path(data_dir, name)) for name in weights]
     for part in parts[1:]:
         part.match_tokenizer(parts[0].tokenizer, parts[0].folder.name)
+        if bool(part.marks) != bool(parts[0].marks):
+            raise DataError("a mixture consists of texts or of conversations, not of both")
     if len(parts) == 1:
         return parts[0]
     no_ids, total = np.empty(0, np.uint16), sum(weights.values())
     shares = tuple(weight / total for weight in weights.values())
-    return Dataset(Path(data_dir, ",".join(weights)), no_ids, no_ids, parts[0].tokenizer, {}, tuple(parts), shares)
+    return Dataset(
+        Path(data_dir, ",".join(weights)), no_ids, no_ids, parts[0].tokenizer, {}, parts=tuple(parts), weights=shares
+    )
 
 
 def open_if_prepared(config: TrainConfig) -> Dataset | None:
@@ -158,42 +169,58 @@ def tokenizer_of_original(folder: Path) -> Tokenizer:
 
 def get_batch(
     dataset: Dataset, step: int, config: TrainConfig, rows: range, put: Callable[[Tensor], Tensor] = lambda ids: ids
-) -> tuple[Tensor, Tensor]:
-    """Return `rows` of the training batch of `step`: inputs x and targets y, each (rows, T), where `put` puts them.
+) -> Batch:
+    """Return `rows` of the training batch of `step`, where `put` puts them.
 
     Row n of the global batch depends on the data, the settings and (seed, step, n), not on the process that asks.
     """
+    part, block_size = slice(rows.start, rows.stop), config.block_size
+    draw: dict[str, Any] = {"seed": config.seed, "step": step, "rows": config.global_batch_size}
     if dataset.parts:
-        parts = [get_batch(part, step, config, rows) for part in dataset.parts]
-        x, y = mix(dataset, parts, config.seed, step, rows)
+        batch = mix(dataset, [get_batch(each, step, config, rows) for each in dataset.parts], config.seed, step, rows)
+    elif dataset.marks:
+        numbers, _ = in_epochs(len(packed(dataset, "train", block_size)), **draw)
+        batch = chat_batch(dataset, "train", numbers[part], block_size)
     else:
-        draw = epoch_window_starts if config.sampling == "epoch" else window_starts
-        starts = draw(len(dataset.train), config.block_size, seed=config.seed, step=step, rows=config.global_batch_size)
-        x, y = windows(dataset, "train", starts[rows.start : rows.stop], config.block_size)
-    return put(x), put(y)
+        starts_of = epoch_window_starts if config.sampling == "epoch" else window_starts
+        batch = windows(dataset, "train", starts_of(len(dataset.train), block_size, **draw)[part], block_size)
+    return tuple(put(tensor) for tensor in batch)
 
 
-def evaluation_batch(dataset: Dataset, split: str, k: int, block_size: int, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Return batch `k` of an evaluation, x and y (B, T): the same at every evaluation of every run."""
+def evaluation_batch(dataset: Dataset, split: str, k: int, block_size: int, batch_size: int) -> Batch:
+    """Return batch `k` of an evaluation: the same at every evaluation of every run."""
     if dataset.parts:
         parts = [evaluation_batch(part, split, k, block_size, batch_size) for part in dataset.parts]
         return mix(dataset, parts, 0, k, range(batch_size))
+    if dataset.marks:
+        n_rows = len(packed(dataset, split, block_size))
+        return chat_batch(dataset, split, generator(0, k, EVALUATION).integers(n_rows, size=batch_size), block_size)
     n_tokens = len(dataset.split(split))
     starts = window_starts(n_tokens, block_size, seed=0, step=k, rows=batch_size, stream=EVALUATION)
     return windows(dataset, split, starts, block_size)
 
 
-def mix(
-    dataset: Dataset, batches: list[tuple[Tensor, Tensor]], seed: int, step: int, rows: range
-) -> tuple[Tensor, Tensor]:
-    """Return a batch x, y (rows, T) of a mixture: each row from the batch (rows, T) of the part that it draws."""
+@functools.lru_cache
+def packed(dataset: Dataset, split: str, block_size: int) -> list[list[slice]]:
+    """Return which conversations of a split each row holds."""
+    return pack(dataset.marks[split], block_size)
+
+
+def chat_batch(dataset: Dataset, split: str, numbers: Starts, block_size: int) -> Batch:
+    """Return rows of conversations by their numbers."""
+    rows = packed(dataset, split, block_size)
+    filled = fill([rows[n] for n in numbers], dataset.split(split), dataset.marks[split], block_size)
+    return tuple(map(torch.from_numpy, filled))
+
+
+def mix(dataset: Dataset, batches: list[Batch], seed: int, step: int, rows: range) -> Batch:
+    """Return a batch of a mixture: each row from the batch of the part that it draws."""
     # The draws come in the order of rows, so that those up to rows.stop are enough.
     chosen = generator(seed, step, MIXTURE).choice(len(batches), size=rows.stop, p=dataset.weights)[rows.start :]
-    x, y = (torch.stack(tensors)[chosen, torch.arange(len(rows))] for tensors in zip(*batches, strict=True))
-    return x, y
+    return tuple(torch.stack(tensors)[chosen, torch.arange(len(rows))] for tensors in zip(*batches, strict=True))
 
 
-def windows(dataset: Dataset, split: str, starts: Starts, block_size: int) -> tuple[Tensor, Tensor]:
+def windows(dataset: Dataset, split: str, starts: Starts, block_size: int) -> Batch:
     """Return the windows that begin at `starts` (rows,) and the tokens to predict, both (rows, block_size) int64.
 
     Raises `DataError` for an id outside the vocabulary, which on a GPU would end in an unreadable assertion.
@@ -224,20 +251,25 @@ def epoch_window_starts(n_tokens: int, block_size: int, *, seed: int, step: int,
 
     The tiling begins at another offset in each epoch, so that what it leaves over at the ends differs.
     """
-    n_windows = (n_tokens - 1) // block_size
-    epochs, numbers = np.divmod(step * rows + np.arange(rows), n_windows)
-    starts = np.empty(rows, np.int64)
-    for epoch in np.unique(epochs).tolist():
-        in_epoch = epochs == epoch
-        offset = generator(seed, epoch, OFFSET).integers((n_tokens - 1) % block_size + 1)
-        starts[in_epoch] = offset + block_size * epoch_order(n_windows, seed, epoch)[numbers[in_epoch]]
-    return starts
+    numbers, epochs = in_epochs((n_tokens - 1) // block_size, seed=seed, step=step, rows=rows)
+    last = (n_tokens - 1) % block_size + 1
+    offsets = {epoch: generator(seed, epoch, OFFSET).integers(last) for epoch in set(epochs.tolist())}
+    return numbers * block_size + np.array([offsets[epoch] for epoch in epochs.tolist()])
+
+
+def in_epochs(count: int, *, seed: int, step: int, rows: int) -> tuple[Starts, Starts]:
+    """Return which of `count` items the rows of a batch are, if each is seen once per epoch, and in which epoch."""
+    epochs, places = np.divmod(step * rows + np.arange(rows), count)
+    numbers = np.empty(rows, np.int64)
+    for epoch in set(epochs.tolist()):
+        numbers[epochs == epoch] = epoch_order(count, seed, epoch)[places[epochs == epoch]]
+    return numbers, epochs
 
 
 @functools.lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
-def epoch_order(n_windows: int, seed: int, epoch: int) -> Starts:
-    """Return the order of an epoch's windows. OpenWebText has 8.8M of 1,024 tokens: 70 MB."""
-    return generator(seed, epoch, PERMUTATION).permutation(n_windows)
+def epoch_order(count: int, seed: int, epoch: int) -> Starts:
+    """Return the order of an epoch's items. OpenWebText has 8.8M windows of 1,024 tokens: 70 MB."""
+    return generator(seed, epoch, PERMUTATION).permutation(count)
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
@@ -254,14 +286,14 @@ def document_ids_of(ids: Tensor, end_of_text: int) -> Tensor:
 
 
 class Prefetcher:
-    """Calls `make(step)`, which returns x and y, in a thread for the next steps, so that a GPU need not wait for it."""
+    """Calls `make(step)`, which returns a batch, in a thread for the next steps, so that a GPU need not wait for it."""
 
-    def __init__(self, make: Callable[[int], tuple[Tensor, Tensor]], depth: int = 2) -> None:
+    def __init__(self, make: Callable[[int], Batch], depth: int = 2) -> None:
         self.make, self.depth = make, depth
         self.thread = ThreadPoolExecutor(1)
-        self.pending: dict[int, Future[tuple[Tensor, Tensor]]] = {}
+        self.pending: dict[int, Future[Batch]] = {}
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, step: int) -> Batch:
         """Return the batch of `step`, and begin with those of the next steps."""
         wanted = range(step, step + 1 + self.depth)
         self.pending = {n: self.pending.get(n) or self.thread.submit(self.make, n) for n in wanted}

@@ -270,6 +270,8 @@ class GPT(nn.Module):
     zero_init: start with blocks that add nothing. Raises `ConfigError` for an inconsistent `config`.
     """
 
+    adapter: Any = None  # of low rank, beside weights that are frozen: see lora.py
+
     def __init__(self, config: GPTConfig, zero_init: bool = False) -> None:
         super().__init__()
         if problems := list(config.problems()):
@@ -344,6 +346,16 @@ class GPT(nn.Module):
             self.transformer.wpe = Embedding(block_size, self.config.n_embd, _weight=kept)
         self.config.block_size = block_size
 
+    @torch.no_grad()
+    def grow_vocab(self, vocab_size: int) -> None:
+        """Append rows to embedding and head, up to `vocab_size`: new tokens begin as the mean of the others."""
+        for module in [self.transformer.wte] if self.config.tied_head else [self.transformer.wte, self.lm_head]:
+            weight = module.weight
+            new = weight.mean(dim=0, keepdim=True).expand(vocab_size - len(weight), -1)
+            module.weight = nn.Parameter(torch.cat([weight, new + 0.02 * torch.randn_like(new)]))
+        self.tie_weights()
+        self.transformer.wte.num_embeddings = self.lm_head.out_features = self.config.vocab_size = vocab_size
+
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Return the number of parameters; by default without the positions, as the original counts them."""
         positions = self.transformer.wpe.weight.numel() if non_embedding and self.config.is_gpt2 else 0
@@ -385,6 +397,16 @@ class GPT(nn.Module):
 
         groups = decay_groups(self.parameters(), weight_decay)
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+
+
+def linear_maps(config: GPTConfig) -> dict[str, list[int]]:
+    """Return the matrices of a block, in the order in which checkpoints number them, with the rows of their maps.
+
+    Queries, keys and values, and the gate and value of SwiGLU, are linear maps of their own that share a matrix.
+    """
+    heads = [n * config.head_size for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
+    hidden = [config.n_hidden] * (1 if config.is_gpt2 else 2)
+    return {"attn.c_attn": heads, "mlp.c_fc": hidden, "attn.c_proj": [config.n_embd], "mlp.c_proj": [config.n_embd]}
 
 
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -442,7 +464,7 @@ class ChunkedLoss(torch.autograd.Function):
             else:
                 grad_head += grad.T @ x_chunk
             del logprobs, grad  # or they stay while the next chunk is computed: 6 bytes per logit
-        n_targets = (targets >= 0).sum()
+        n_targets = (targets >= 0).sum().clamp(min=1)
         ctx.save_for_backward(grad_x, grad_head, n_targets)
         return loss / n_targets
 

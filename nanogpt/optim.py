@@ -13,7 +13,7 @@ from nanogpt.config import TrainConfig
 from nanogpt.device import without_compiler
 from nanogpt.distributed import full_tensor, shard_like
 from nanogpt.errors import ConfigError
-from nanogpt.model import GPT
+from nanogpt.model import GPT, linear_maps
 
 
 def make_optimizer(model: GPT, config: TrainConfig, dtype: torch.dtype) -> torch.optim.Optimizer:
@@ -69,7 +69,11 @@ class Muon(AdamW):  # type: ignore[misc]
     """
 
     def __init__(self, model: GPT, config: TrainConfig, dtype: torch.dtype) -> None:
-        matrices = hidden_matrices(model)
+        blocks = model.transformer.h
+        matrices = [
+            {"params": [block.get_parameter(f"{name}.weight") for block in blocks], "cuts": cuts}
+            for name, cuts in linear_maps(model.config).items()
+        ]
         hidden = {id(matrix) for group in matrices for matrix in group["params"]}
         groups = decay_groups([p for p in model.parameters() if id(p) not in hidden], config.weight_decay)
         scale = config.muon_lr / config.learning_rate
@@ -112,24 +116,6 @@ class Muon(AdamW):  # type: ignore[misc]
             for matrix, direction in zip(matrices[part], orthogonalize_together(stack, group["cuts"]), strict=True):
                 matrix.mul_(1 - rate * group["weight_decay"])
                 matrix.sub_(shard_like(matrix, direction.to(matrix.dtype)) * rate)
-
-
-def hidden_matrices(model: GPT) -> list[dict[str, Any]]:
-    """Return a group for each matrix of a block: `params`, one per block, and `cuts`, the rows of its linear maps."""
-    config = model.config
-    heads = [n * config.head_size for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
-    gate_and_value = [config.n_hidden] * (1 if config.is_gpt2 else 2)
-    # Checkpoints number the matrices in this order.
-    cuts = {
-        "attn.c_attn": heads,
-        "mlp.c_fc": gate_and_value,
-        "attn.c_proj": [config.n_embd],
-        "mlp.c_proj": [config.n_embd],
-    }
-    return [
-        {"params": [block.get_parameter(f"{name}.weight") for block in model.transformer.h], "cuts": rows}
-        for name, rows in cuts.items()
-    ]
 
 
 def orthogonalize_together(stack: Tensor, cuts: list[int]) -> Tensor:

@@ -34,9 +34,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+import numpy as np
+
+from nanogpt.chats import BEGINS, COUNTS, conversation_ids, with_template
 from nanogpt.config import TrainConfig, mixture
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.files import atomic_write, locked, parse_json, read_json, sync_folder, write_json
+from nanogpt.pydocs import pydoc_chats
 from nanogpt.settings import PrepareConfig, recipe_for_text, unescape
 from nanogpt.tokenizer import Tokenizer, from_description, make_tokenizer, mirrored, warn_once, well_formed, write_meta
 
@@ -57,6 +61,7 @@ ENOUGH = 10  # documents to expect in validation; where there are fewer, the end
 # What is known by name, with the settings that differ from the defaults. Shakespeare is one text, as in the original.
 DATASETS: dict[str, dict[str, Any]] = {
     "pystdlib": {"tokenizer": "byte"},
+    "pydoc": {"tokenizer": "byte", "chat": True},
     "shakespeare_char": {"tokenizer": "char", "val_fraction": 0.1},
     "shakespeare": {"val_fraction": 0.1},
     "openwebtext": {"input": ["Skylion007/openwebtext"], "val_fraction": 0.0005},
@@ -83,8 +88,8 @@ def prepare(config: PrepareConfig) -> None:
     if config.name not in DATASETS and not config.input:
         known = ", ".join(DATASETS)
         raise ConfigError(f"{config.name!r} is no known data set ({known}); for your own text, add --input=PATH")
-    defaults = {"input": [], "tokenizer": "gpt2", "val_fraction": 0.05, **DATASETS.get(config.name, {})}
-    unset = [key for key in defaults if getattr(config, key) in ([], "", "auto")]
+    defaults = {"input": [], "tokenizer": "gpt2", "val_fraction": 0.05, "chat": False, **DATASETS.get(config.name, {})}
+    unset = [key for key in defaults if getattr(config, key) in ([], "", "auto", False)]
     config = replace(config, **{key: defaults[key] for key in unset})
     sources = find_sources(config.input) or known_sources(config.name, folder)
     with locked(folder / ".lock", f"the data set {folder}"):
@@ -109,7 +114,7 @@ def prepare_missing(config: TrainConfig) -> None:
         folder = Path(config.data_dir, name)
         if is_prepared(folder) and (resumes or not config.text or is_made_of(folder, config.text)):
             continue
-        if not config.text and name != "pystdlib":
+        if not config.text and name not in ("pystdlib", "pydoc"):
             own = "" if name in DATASETS else " --input=PATH"
             command = f"python -m nanogpt prepare {name} --data_dir={config.data_dir}{own}"
             raise DataError(f"{folder} holds no train.bin and val.bin; prepare the data set with: {command}")
@@ -117,6 +122,8 @@ def prepare_missing(config: TrainConfig) -> None:
         chosen = PrepareConfig(name=name, data_dir=config.data_dir)
         if config.text:
             chosen = replace(chosen, input=[config.text], tokenizer=recipe_for_text(config.text)[0])
+        if name == "pydoc" and config.init_from not in ("scratch", "resume"):
+            chosen = replace(chosen, tokenizer=config.init_from)  # of the model that is to answer
         prepare(chosen)
 
 
@@ -186,6 +193,10 @@ def known_sources(name: str, folder: Path) -> dict[str, int]:
         root = sysconfig.get_path("stdlib")
         left_out = re.compile(re.escape(root) + r"(/.*)?/(site-packages|dist-packages|test|tests|idle_test)/")
         return {path: size for path, size in find_sources([f"{root}/**/*.py"]).items() if not left_out.match(path)}
+    if name == "pydoc":
+        with atomic_write(folder / "chats.jsonl") as file:
+            file.writelines(json.dumps({"messages": messages}).encode() + b"\n" for messages in pydoc_chats())
+        return find_sources([str(folder / "chats.jsonl")])
     path = folder / "input.txt"  # where the original keeps it, and where people put a text of their own
     if name in SHAKESPEARE and not path.is_file():
         download(path, "tinyshakespeare.txt", SHAKESPEARE_URL, SHAKESPEARE_SHA256)
@@ -255,7 +266,7 @@ def read_pieces(path: Path, config: PrepareConfig) -> Iterator[Piece]:
     with reader:
         if re.search(JSON_LINES, path.name) or (re.search(JSON, path.name) and (has_array or has_lines)):
             for row in array_rows(reader) if has_array else json_rows(reader):
-                yield from field_of(row, config.field)
+                yield from chat_of(row) if config.chat else field_of(row, config.field)
             return
         if has_lines:
             warn_once(f"{path} is read as plain text, but begins like JSON lines, whose files end in .jsonl")
@@ -364,11 +375,25 @@ def field_of(row: Any, field: str) -> Iterator[Piece]:
         yield f"row whose field {field!r} is {kinds.get(type(text), 'no text')}"
 
 
+def chat_of(row: Any) -> Iterator[Piece]:
+    """Yield the messages of a row as JSON, or why there are none: OpenAI's form, or a prompt and its completion."""
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if isinstance(row, dict) and "prompt" in row:
+        said = {"user": row["prompt"], "assistant": row.get("completion")}
+        messages = [{"role": role, "content": content} for role, content in said.items()]
+    is_chat = isinstance(messages, list) and all(
+        isinstance(each, dict) and isinstance(each.get("role"), str) and isinstance(each.get("content"), str)
+        for each in messages
+    )
+    is_answered = is_chat and any(each["role"] == "assistant" for each in messages or [])
+    yield (json.dumps(messages), True) if is_answered else "row: no conversation with an answer"
+
+
 def build(folder: Path, config: PrepareConfig, sources: dict[str, int]) -> dict[str, Any]:
     """Build the data set in `folder`, or resume it, and return its description. An earlier one stays until then."""
     work = folder / ".preparing"
     times = [os.stat(path).st_mtime_ns for path in sources if not path.startswith("hf://")]
-    settings = [4, config.tokenizer, config.field, config.separator, config.limit, config.val_fraction]
+    settings = [4, config.chat, config.tokenizer, config.field, config.separator, config.limit, config.val_fraction]
     request = hashlib.sha256(json.dumps([settings, sources, times]).encode()).hexdigest()
     plan = read_json(work / "plan.json")
     if plan.get("request") == request:
@@ -387,10 +412,16 @@ def build(folder: Path, config: PrepareConfig, sources: dict[str, int]) -> dict[
         raise DataError(f"too few tokens, {counts}: take more text, or another --val_fraction")
     (work / "plan.json").unlink()
     listed = [{"path": path, "bytes": size} for path, size in itertools.islice(sources.items(), 1000)]
-    about = {**plan["counts"], "skipped": plan["state"]["skipped"], "source_files": len(sources), "sources": listed}
+    about = {
+        **plan["counts"],
+        "chat": config.chat,
+        "skipped": plan["state"]["skipped"],
+        "source_files": len(sources),
+        "sources": listed,
+    }
     write_description(work, tokenizer, about)  # This also makes it durable that the journal is gone.
     # The description goes first: ids that are not its own have another number than it says.
-    for name in ("dataset.json", "meta.pkl", "train.bin", "val.bin"):
+    for name in ("dataset.json", "meta.pkl", "train.marks", "val.marks", "train.bin", "val.bin"):
         (folder / name).unlink(missing_ok=True)
         if (work / name).exists():
             os.replace(work / name, folder / name)
@@ -430,16 +461,27 @@ def make_plan(work: Path, config: PrepareConfig, sources: dict[str, int]) -> dic
     shuffled = random.Random(0).sample(list(sources), len(sources))
     pieces = (piece for path in shuffled for piece in documents(path, config, work))
     texts = (piece[0] for piece in pieces if isinstance(piece, tuple))
+    if config.chat:
+        texts = (message["content"] for text in texts for message in json.loads(text))
     setting = config.tokenizer
     if "/" in setting and not os.path.exists(setting):
         setting = str(hub_folder(setting, ["*.json", "merges.txt", "*.jinja"], option="tokenizer"))
-    tokenizer = make_tokenizer(setting, characters, texts)
+    is_model = setting.endswith((".pt", ".gguf")) or Path(setting, "config.json").exists()
+    tokenizer = tokenizer_of_model(setting) if is_model else make_tokenizer(setting, characters, texts)
+    tokenizer = with_template(tokenizer) if config.chat else tokenizer
     log.info(f"{tokenizer}")
     write_json(work / "tokenizer.json", tokenizer.describe())
-    cut = None if count >= enough else int(size * (1 - float(config.val_fraction)))
+    cut = None if count >= enough or config.chat else int(size * (1 - float(config.val_fraction)))
     state = {"sources": 0, "pieces": 0, "documents": 0, "characters": 0, "split": "", "skipped": {}}
     counts = {key: dict.fromkeys(SPLITS, 0) for key in ("tokens", "documents", "bytes")}
     return {"cut": cut, "state": state, "counts": counts}
+
+
+def tokenizer_of_model(name: str) -> Tokenizer:
+    """Return the tokenizer of a model that training can start from."""
+    from nanogpt.checkpoint import load_model  # with torch
+
+    return load_model(name)[1]
 
 
 def read_units(work: Path, config: PrepareConfig, plan: State, sources: list[str]) -> Iterator[tuple[Unit, State]]:
@@ -487,7 +529,7 @@ def encode(work: Path, config: PrepareConfig, plan: State, sources: dict[str, in
 
     # Shakespeare is one text without end, as in the original.
     end_of_text = None if config.name in SHAKESPEARE else tokenizer.end_of_text
-    setting = json.dumps(tokenizer.describe()), end_of_text
+    setting = json.dumps(tokenizer.describe()), end_of_text, config.chat
     names, counts, pending = list(sources), plan["counts"], deque[tuple[Future[dict[str, bytearray]], Unit, State]]()
     units = read_units(work, config, plan, names)
     with pool, tqdm(unit="B", unit_scale=True, disable=None, desc="encoding") as bar:
@@ -497,13 +539,15 @@ def encode(work: Path, config: PrepareConfig, plan: State, sources: dict[str, in
             if not pending:
                 return
             future, unit, state = pending.popleft()
-            for split, ids in future.result().items():
-                with open(work / f"{split}.bin", "ab") as file:
-                    file.truncate(counts["tokens"][split] * tokenizer.dtype.itemsize)
-                    file.write(ids)
+            for name, content in sorted(future.result().items(), reverse=True):  # marks before ids, which are counted
+                split, is_ids = name.partition(".")[0], name.endswith(".bin")
+                itemsize = tokenizer.dtype.itemsize if is_ids else 1
+                with open(work / name, "ab") as file:
+                    file.truncate(counts["tokens"][split] * itemsize)
+                    file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
-                counts["tokens"][split] += len(ids) // tokenizer.dtype.itemsize
+                counts["tokens"][split] += len(content) // itemsize * is_ids
             for split, text, ends in unit:
                 counts["documents"][split] += ends
                 counts["bytes"][split] += len(text.encode())
@@ -533,10 +577,18 @@ def tokenizer_of(description: str) -> Tokenizer:
     return from_description(json.loads(description))
 
 
-def encode_unit(unit: Unit, description: str, end_of_text: int | None) -> dict[str, bytearray]:
-    """Return the ids of each split."""
-    tokenizer, ids = tokenizer_of(description), {split: bytearray() for split in SPLITS}
-    closing = b"" if end_of_text is None else end_of_text.to_bytes(tokenizer.dtype.itemsize, "little")
+def encode_unit(unit: Unit, description: str, end_of_text: int | None, chat: bool) -> dict[str, bytearray]:
+    """Return what to append to each file: ids, and of conversations which of them count and where one begins."""
+    tokenizer = tokenizer_of(description)
+    dtype, files = tokenizer.dtype, {f"{split}.bin": bytearray() for split in SPLITS}
+    if chat:
+        files |= {f"{split}.marks": bytearray() for split in SPLITS}
+    closing = b"" if end_of_text is None else end_of_text.to_bytes(dtype.itemsize, "little")
     for split, text, ends in unit:
-        ids[split] += tokenizer.encode(text).astype(tokenizer.dtype, copy=False).tobytes() + closing * ends
-    return ids
+        if chat:
+            ids, counted = conversation_ids(tokenizer, json.loads(text))
+            files[f"{split}.bin"] += np.array(ids, dtype).tobytes()
+            files[f"{split}.marks"] += bytes([BEGINS | COUNTS * counted[0], *(COUNTS * each for each in counted[1:])])
+        else:
+            files[f"{split}.bin"] += tokenizer.encode(text).astype(dtype, copy=False).tobytes() + closing * ends
+    return files

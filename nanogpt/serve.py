@@ -18,9 +18,10 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import uvicorn
@@ -32,6 +33,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from nanogpt import __version__
+from nanogpt.chats import prompt_of
 from nanogpt.checkpoint import load_trained
 from nanogpt.device import choose_device
 from nanogpt.engine import Engine, Logprobs, Request, Row, Sampling, quantize
@@ -202,17 +204,16 @@ class Scheduler:
 
 
 Text = Annotated[str, Field(min_length=1)]
+Request_ = TypeVar("Request_", bound="Ask")
 # Unsupported parameters of OpenAI's API, each with the value that has no effect. A seed of -1 means: no seed.
 ABSENT = {"best_of": 1, "suffix": "", "frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1,
           "logit_bias": {}, "seed": -1}  # fmt: skip
 
 
-class CompletionRequest(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):
-    """What to complete, and how."""
+class Ask(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):
+    """How to complete something."""
 
     model: str = ""  # if given, the one that is served
-    prompt: str | list[NonNegativeInt] | list[str] | list[list[NonNegativeInt]] = ""
-    max_tokens: int = Field(16, ge=0)
     n: int = Field(1, ge=1)  # completions of each prompt
     temperature: float = Field(1.0, ge=0, le=2)
     top_k: int = Field(0, ge=-1)  # 0 or -1: from all tokens
@@ -220,11 +221,8 @@ class CompletionRequest(BaseModel, strict=True, extra="forbid", allow_inf_nan=Fa
     min_p: float = Field(0.0, ge=0, le=1)
     stop: Text | Annotated[list[Text], Field(max_length=16)] = Field([])
     seed: int = Field(default_factory=lambda: secrets.randbits(62), ge=-(2**63), lt=2**63)
-    logprobs: int | None = Field(None, ge=0, le=20)
-    echo: bool = False  # begin with the prompt
     stream: bool = False
     stream_options: dict[Literal["include_usage", "include_obfuscation"], bool | None] = {}
-    truncate_prompt_tokens: int = Field(0, ge=-1)  # keep its last so many; 0: all; -1: as many as fit
     user: str = ""  # ignored
 
     @model_validator(mode="before")
@@ -236,7 +234,58 @@ class CompletionRequest(BaseModel, strict=True, extra="forbid", allow_inf_nan=Fa
         return {name: value for name, value in body.items() if value is not None and value != ABSENT.get(name)}
 
 
-async def read_request(request: HTTPRequest, max_body: int) -> CompletionRequest:
+class CompletionRequest(Ask):
+    """What to complete, and how."""
+
+    prompt: str | list[NonNegativeInt] | list[str] | list[list[NonNegativeInt]] = ""
+    max_tokens: int = Field(16, ge=0)
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool = False  # begin with the prompt
+    truncate_prompt_tokens: int = Field(0, ge=-1)  # keep its last so many; 0: all; -1: as many as fit
+
+
+class TextPart(BaseModel):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """What somebody said; fields beside these are ignored."""
+
+    role: str
+    content: str | list[TextPart] | None = None
+
+
+class ChatRequest(Ask):
+    """A conversation to continue, and how."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_tokens: int = Field(0, ge=0)  # 0: as many as there is room for
+    max_completion_tokens: int = Field(0, ge=0)  # the same under its newer name
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
+
+    def as_completion(self, scheduler: Scheduler) -> CompletionRequest:
+        """Return the same as the completion of a prompt. Raises an HTTPException if the model can't chat so."""
+        texts = [(each.role, each.content or "") for each in self.messages]
+        messages = [
+            {"role": role, "content": text if isinstance(text, str) else "".join(part.text for part in text)}
+            for role, text in texts
+        ]
+        try:
+            prompt = prompt_of(scheduler.tokenizer, messages)
+        except UserError as error:
+            raise HTTPException(400, f"messages: {error}") from error
+        room = max(1, min(scheduler.config.max_new_tokens, scheduler.engine.block_size - len(prompt)))
+        shared = {name: getattr(self, name) for name in Ask.model_fields}
+        max_tokens = self.max_completion_tokens or self.max_tokens or room
+        logprobs = self.top_logprobs if self.logprobs else None
+        return CompletionRequest(**shared, prompt=prompt, max_tokens=max_tokens, logprobs=logprobs)
+
+
+async def read_request(request: HTTPRequest, max_body: int, kind: type[Request_]) -> Request_:
     """Return the body of a request. Raises an HTTPException if it is too large or not as expected."""
     # This also keeps out web pages of other origins: for JSON, a browser sends a preflight, which is never granted.
     if request.headers.get("content-type", "").partition(";")[0].lower() != "application/json":
@@ -247,7 +296,7 @@ async def read_request(request: HTTPRequest, max_body: int) -> CompletionRequest
         if len(body) > max_body:
             raise HTTPException(413, f"the body is larger than {max_body:,} bytes")
     try:
-        return CompletionRequest.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         found = [f"{'.'.join(map(str, each['loc'][:1])) or 'body'}: {each['msg']}" for each in error.errors()]
         raise HTTPException(400, "; ".join(dict.fromkeys(found))) from error
@@ -289,6 +338,24 @@ def make_jobs(body: CompletionRequest, scheduler: Scheduler) -> list[Job]:
     return jobs
 
 
+def chat_choice_of(job: Job, streamed: bool) -> dict[str, Any]:
+    """Return what is new of an answer in a conversation, in OpenAI's form."""
+    tokenizer = job.stream.tokenizer
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        name, content = names_of(tokenizer)[token], list(tokenizer.token_bytes[token])
+        return {"token": name, "logprob": round(max(logprob, -9999.0), 6), "bytes": content}
+
+    text, tokens, end = job.take()
+    said = {"content": text} if streamed else {"role": "assistant", "content": text}
+    choice: dict[str, Any] = {"index": job.index, "delta" if streamed else "message": said, "logprobs": None}
+    if job.request.logprobs is not None:
+        found = [(token, logprobs) for _, token, logprobs in tokens if logprobs]
+        content = [{**entry(token, own), "top_logprobs": [entry(*each) for each in top]} for token, (own, top) in found]
+        choice["logprobs"] = {"content": content, "refusal": None}
+    return {**choice, "finish_reason": end or None}
+
+
 def choice_of(job: Job) -> dict[str, Any]:
     """Return what is new of a job, with the logprobs of its tokens and of the top-k ones in their places."""
     text, tokens, end = job.take()
@@ -324,8 +391,11 @@ async def error_response(_: object, error: Exception) -> Response:
     return Response(error_text(error), status, headers, media_type="application/json")
 
 
-async def answer(request: HTTPRequest, body: CompletionRequest, jobs: Sequence[Job], scheduler: Scheduler) -> Response:
-    """Run jobs and return what comes of them, as a stream or whole. A client that leaves ends them."""
+async def answer(
+    request: HTTPRequest, body: CompletionRequest, scheduler: Scheduler, is_chat: bool = False
+) -> Response:
+    """Run the jobs of a request and return what comes of them, as a stream or whole. A client that leaves ends them."""
+    jobs = await asyncio.to_thread(make_jobs, body, scheduler)  # Long prompts take time, and others must not wait.
     scheduler.submit(jobs)
     changed = jobs[0].changed
 
@@ -335,23 +405,32 @@ async def answer(request: HTTPRequest, body: CompletionRequest, jobs: Sequence[J
         scheduler.fail(jobs, HTTPException(499, "the client has left"))
 
     request.state.watch = asyncio.create_task(cancel_when_gone())  # It also ends when the answer is complete.
-    head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()),
-            "model": scheduler.config.name}  # fmt: skip
+    kind = ("chat.completion.chunk" if body.stream else "chat.completion") if is_chat else "text_completion"
+    head = {"id": f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}", "object": kind,
+            "created": int(time.time()), "model": scheduler.config.name}  # fmt: skip
+    form = partial(chat_choice_of, streamed=body.stream) if is_chat else choice_of
 
     def usage() -> dict[str, int]:
         prompt, sampled = sum(len(job.request.prompt) for job in jobs) // body.n, sum(job.sampled for job in jobs)
         return {"prompt_tokens": prompt, "completion_tokens": sampled, "total_tokens": prompt + sampled}
 
+    def event(**content: Any) -> str:
+        return f"data: {json.dumps({**head, **content})}\n\n"
+
     async def events() -> AsyncIterator[str]:
         try:
+            for job in jobs if is_chat else []:
+                begin = {"role": "assistant", "content": ""}
+                yield event(choices=[{"index": job.index, "delta": begin, "logprobs": None, "finish_reason": None}])
             while running := [job for job in jobs if not job.is_told]:
                 await changed.wait()
                 changed.clear()
-                for choice in map(choice_of, running):
-                    if choice["text"] or choice["finish_reason"]:
-                        yield f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
+                for job in running:
+                    taken, choice = job.taken, form(job)
+                    if job.taken > taken or job.is_told:
+                        yield event(choices=[choice])
             if body.stream_options.get("include_usage"):
-                yield f"data: {json.dumps({**head, 'choices': [], 'usage': usage()})}\n\n"
+                yield event(choices=[], usage=usage())
         except Exception as error:
             yield f"data: {error_text(error)}\n\n"
         yield "data: [DONE]\n\n"
@@ -361,7 +440,7 @@ async def answer(request: HTTPRequest, body: CompletionRequest, jobs: Sequence[J
     while not all(job.end for job in jobs) and not any(job.error for job in jobs):
         await changed.wait()
         changed.clear()
-    return JSONResponse({**head, "choices": [choice_of(job) for job in jobs], "usage": usage()})
+    return JSONResponse({**head, "choices": [form(job) for job in jobs], "usage": usage()})
 
 
 def make_server(scheduler: Scheduler) -> uvicorn.Server:
@@ -378,10 +457,10 @@ def make_server(scheduler: Scheduler) -> uvicorn.Server:
         title="nanoGPT", version=__version__, docs_url=None, redoc_url=None, dependencies=[Depends(check_key)],
         exception_handlers={HTTPException: error_response, Exception: error_response},
     )  # fmt: skip
-    schema = CompletionRequest.model_json_schema()
     page = resources.files("nanogpt").joinpath("page.html").read_text(encoding="utf-8")
     model = {"id": config.name, "object": "model", "created": int(time.time()), "owned_by": "nanogpt",
-             "max_model_len": scheduler.engine.block_size, "max_tokens": config.max_new_tokens}  # fmt: skip
+             "max_model_len": scheduler.engine.block_size, "max_tokens": config.max_new_tokens,
+             "chats": bool(scheduler.tokenizer.chat_template)}  # fmt: skip
 
     @app.get("/", include_in_schema=False)
     async def playground() -> Response:
@@ -389,11 +468,17 @@ def make_server(scheduler: Scheduler) -> uvicorn.Server:
         policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
         return HTMLResponse(page, headers={"content-security-policy": f"{policy}; img-src data:"})
 
-    @app.post("/v1/completions", openapi_extra={"requestBody": {"content": {"application/json": {"schema": schema}}}})
+    def described(kind: type[BaseModel]) -> dict[str, Any]:
+        return {"requestBody": {"content": {"application/json": {"schema": kind.model_json_schema()}}}}
+
+    @app.post("/v1/completions", openapi_extra=described(CompletionRequest))
     async def completions(request: HTTPRequest) -> Response:
-        body = await read_request(request, config.max_body)
-        jobs = await asyncio.to_thread(make_jobs, body, scheduler)  # Long prompts take time, and others must not wait.
-        return await answer(request, body, jobs, scheduler)
+        return await answer(request, await read_request(request, config.max_body, CompletionRequest), scheduler)
+
+    @app.post("/v1/chat/completions", openapi_extra=described(ChatRequest))
+    async def chat(request: HTTPRequest) -> Response:
+        body = await read_request(request, config.max_body, ChatRequest)
+        return await answer(request, body.as_completion(scheduler), scheduler, is_chat=True)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

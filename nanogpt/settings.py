@@ -70,6 +70,18 @@ class SampleConfig(SourceConfig, Machine):
     int8: bool = False  # quantize weights to 8 bits with a scale per row
 
 
+class ChatConfig(SourceConfig, Machine):
+    """Talk to a chat model in the terminal."""
+
+    system: str = ""  # what the model is told before the conversation; empty: what its template says
+    max_new_tokens: int = 1000  # of an answer
+    temperature: float = 0.7  # 1: the model's own distribution, lower: fewer surprises, 0: greedy
+    top_k: int = 0  # draw from the k most probable tokens; 0: from all
+    top_p: float = 0.9  # draw from the most probable tokens that together reach this probability; 1: from all
+    min_p: float = 0.0  # drop tokens less probable than this share of the highest probability
+    int8: bool = False  # quantize weights to 8 bits with a scale per row
+
+
 class ServeConfig(SourceConfig, Machine):
     """Serve a trained model: OpenAI's API, and a page to play with."""
 
@@ -123,19 +135,22 @@ class ExportConfig(SourceConfig):
 class PrepareConfig(Settings):
     """Turn text into a data set: train.bin, val.bin and dataset.json in data_dir/NAME.
 
-    NAME is a known data set (pystdlib, the Python library of this machine, needs no network; shakespeare_char;
-    shakespeare; tinystories; openwebtext; fineweb-edu; climbmix), or any name together with --input.
+    NAME is a known data set (pystdlib, the Python library of this machine, and pydoc, conversations about it, need no
+    network; shakespeare_char; shakespeare; tinystories; openwebtext; fineweb-edu; climbmix), or any name together with
+    --input.
     """
 
     name: str = ""  # of the data set; also the first word after `prepare`
     input: list[str] = field(default_factory=list)  # files, folders, 'patterns*', or ORGANISATION/NAME of a data set on
     # the Hugging Face hub; any text, .jsonl or .parquet, also .gz and .zst
     field: str = "text"  # jsonl field or parquet column that holds the text
+    chat: bool = False  # conversations: jsonl rows with OpenAI's `messages`, or with a `prompt` and its `completion`
     separator: str = ""  # what separates documents in a text file, such as '\n\n'; empty: a file is one document
     limit: int = 0  # only the first so many documents; 0: all
     data_dir: str = "data"  # folder of the data sets
-    tokenizer: str = ""  # char, byte, gpt2, bpe:N (trained on this text), a tokenizer.json, a folder with one, or
-    # ORGANISATION/NAME on the Hugging Face hub; empty: the known data set's, gpt2 for your own text
+    tokenizer: str = ""  # char, byte, gpt2, bpe:N (trained on this text), a tokenizer.json, a folder with one, a model
+    # (a run, a .pt or a .gguf file), or ORGANISATION/NAME on the Hugging Face hub; empty: the known data set's, gpt2
+    # for your own text
     val_fraction: float | Literal["auto"] = "auto"  # share for validation; auto: the known data set's, 0.05 for yours
     describe: bool = False  # print what the data set NAME is, and make nothing
     num_proc: int = 0  # processes that tokenize; 0: one per core

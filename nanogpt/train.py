@@ -24,6 +24,7 @@ from nanogpt.config import GPTConfig, TrainConfig, mixture
 from nanogpt.device import Device, choose_device
 from nanogpt.distributed import Distributed, init_distributed
 from nanogpt.errors import ConfigError, DivergedError
+from nanogpt.lora import Adapter, add_adapters, digest
 from nanogpt.metrics import Metrics, show_log_lines, with_progress
 from nanogpt.model import GPT
 from nanogpt.optim import learning_rate_at, make_optimizer, step_if_finite
@@ -145,12 +146,12 @@ def train(config: TrainConfig) -> int:
                     torch.manual_seed(data.dropout_seed(config.seed, state.step, dist.rank))
 
                 # Forward and backward: this process's rows of the global batch, in micro-batches that fit into memory.
-                x, y = get_batch(state.step)
+                batch = get_batch(state.step)
                 loss = torch.zeros((), device=device.name)
-                micro_batches = zip(x.tensor_split(n_micro), y.tensor_split(n_micro), strict=True)
-                for n, (xb, yb) in enumerate(micro_batches, start=1):
+                micro_batches = zip(*(tensor.tensor_split(n_micro) for tensor in batch), strict=True)
+                for n, micro_batch in enumerate(micro_batches, start=1):
                     with distributed.gradient_sync(network, is_last=n == n_micro):
-                        micro_loss = compute_loss(run, network, xb, yb) * (len(xb) / len(x))
+                        micro_loss = compute_loss(run, network, *micro_batch) * (len(micro_batch[0]) / len(my_rows))
                         scaler.scale(micro_loss).backward()  # type: ignore[no-untyped-call]
                     loss += micro_loss.detach()
 
@@ -231,7 +232,7 @@ def build_or_resume(
         resumed = load_latest(config.out_dir, config.data_dir, dist, sharded=may_shard)
         dataset.match_tokenizer(resumed.tokenizer, str(resumed.path))
         dataset.check_length(resumed.model_config.block_size)
-        model = resumed.build_model(dropout=config.dropout)
+        model = resumed.build_model(dropout=config.dropout, merge=False)
         log.info(f"resuming {resumed.path} after {resumed.state.step} steps")
     else:
         dataset.check_length(config.block_size)
@@ -240,7 +241,14 @@ def build_or_resume(
         else:
             model, tokenizer = load_model(config.init_from, dropout=config.dropout, data_dir=config.data_dir)
             dataset.match_tokenizer(tokenizer, config.init_from)
+            sha256 = digest(model.state_dict()) if config.lora_rank else ""
             model.crop_block_size(config.block_size)
+            if dataset.tokenizer.vocab_size > model.config.vocab_size:  # it has the tokens of conversations, too
+                model.grow_vocab(dataset.tokenizer.padded_vocab_size)
+            if config.lora_rank:
+                alpha = config.lora_alpha or 2.0 * config.lora_rank
+                adapter = Adapter(config.lora_rank, alpha, config.lora_targets, config.init_from, sha256)
+                add_adapters(model, adapter, dataset.tokenizer.vocab_size > tokenizer.vocab_size)
     model.transformer.gradient_checkpointing = config.gradient_checkpointing
 
     # A loaded model keeps its shape, whatever the settings say.
@@ -287,13 +295,13 @@ def dry_run(config: TrainConfig) -> int:
     return 0
 
 
-def warm_up_ddp(run: Run, network: Any, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+def warm_up_ddp(run: Run, network: Any, optimizer: torch.optim.Optimizer, *batch: Tensor) -> None:
     """Run one backward pass and drop its gradients.
 
     After its first one, DDP rebuilds its buckets, which changes the order of summation: without this, a resumed run
     would differ in the last bit.
     """
-    compute_loss(run, network, x[: run.config.batch_size], y[: run.config.batch_size]).backward()  # type: ignore[no-untyped-call]
+    compute_loss(run, network, *(rows[: run.config.batch_size] for rows in batch)).backward()  # type: ignore[no-untyped-call]
     optimizer.zero_grad(set_to_none=True)
 
 
@@ -327,11 +335,10 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 # Loss, evaluation, log lines
 
 
-def compute_loss(run: Run, network: Any, x: Tensor, y: Tensor) -> Tensor:
-    """Return the mean loss of rows x, y (B, T)."""
+def compute_loss(run: Run, network: Any, x: Tensor, y: Tensor, document_ids: Tensor | None = None) -> Tensor:
+    """Return the mean loss of rows x, y (B, T); document_ids: of conversations, else they follow from x."""
     end_of_text = run.dataset.tokenizer.end_of_text
-    document_ids = None
-    if run.config.mask_documents and end_of_text is not None:
+    if document_ids is None and run.config.mask_documents and end_of_text is not None:
         document_ids = data.document_ids_of(x, end_of_text)
     with run.device.autocast():
         _, loss = network(x, y, document_ids=document_ids, return_logits=False)
@@ -355,8 +362,8 @@ def estimate_loss(run: Run, stop_requested: Callable[[], bool] = lambda: False) 
             model.train()
             return None
         k = n * dist.world_size + dist.rank
-        x, y = data.evaluation_batch(run.dataset, split, k, config.block_size, config.batch_size)
-        loss = compute_loss(run, model, run.device.put(x), run.device.put(y))
+        batch = data.evaluation_batch(run.dataset, split, k, config.block_size, config.batch_size)
+        loss = compute_loss(run, model, *map(run.device.put, batch))
         if k < config.eval_iters:  # batches beyond are computed only since FSDP needs every process in each of them
             losses[split] += loss
     model.train()

@@ -1,0 +1,166 @@
+"""Conversations: as text, by a model's own Jinja template or as ChatML; as ids; and whole in the rows of a batch.
+
+A conversation is a list of messages, {"role": "user", "content": "…"}, as in OpenAI's API. Templates come with models
+from elsewhere, so they run in Jinja's sandbox.
+"""
+
+import datetime
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nanogpt.errors import DataError
+from nanogpt.tokenizer import BPETokenizer, Tokenizer, well_formed
+
+Message = Mapping[str, Any]
+Array = npt.NDArray[Any]
+COUNTS, BEGINS = 1, 2  # marks of a token: the model learns to write it; a conversation begins with it
+# For models that are trained here. Source: OpenAI's chatml.md, with the blank lines of Qwen and SmolLM.
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def with_template(tokenizer: Tokenizer) -> Tokenizer:
+    """Return `tokenizer` if it has a chat template, else one that has the same ids, two more for ChatML, and that.
+
+    Raises `DataError` for a vocabulary that cannot be extended.
+    """
+    if tokenizer.chat_template:
+        return tokenizer
+    from tokenizers import Tokenizer as Engine
+
+    engine = Engine.from_str(tokenizer.definition)
+    engine.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    extended = BPETokenizer(engine.to_str(), tokenizer.end_of_text)
+    end = engine.token_to_id("<|im_end|>")
+    extended.generation_config = {**tokenizer.generation_config, "eos_token_id": [end, *sorted(tokenizer.end_tokens)]}
+    extended.chat_template = CHATML
+    return extended
+
+
+def render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    """Return a conversation as text; `add_generation_prompt`: up to where the model's answer begins.
+
+    Raises `DataError` if the model has no template, or if the template does not take these messages.
+    """
+    if not tokenizer.chat_template:
+        raise DataError("this model has no chat template: it continues texts, and holds no conversations")
+    from jinja2 import TemplateError
+
+    config = tokenizer.full_generation_config
+    special = {}
+    for name in ("bos_token", "eos_token", "pad_token"):
+        ids = config.get(f"{name}_id")
+        ids = ids if isinstance(ids, list) else [ids]
+        special[name] = "" if ids[0] is None else tokenizer.decode(ids[:1])
+    context = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+    try:
+        return compile_template(tokenizer.chat_template).render(**context, **special)  # type: ignore[no-any-return]
+    except (TemplateError, TypeError, AttributeError) as error:  # a role or a type that the template does not expect
+        raise DataError(f"the model's chat template does not take these messages: {error}") from error
+
+
+def prompt_of(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Return the ids of a conversation, up to where the model's answer begins. Raises `DataError`."""
+    return tokenizer.encode_prompt(render(tokenizer, messages, add_generation_prompt=True))
+
+
+@functools.lru_cache
+def compile_template(template: str) -> Any:
+    """Return a chat template, ready to be rendered, with what transformers offers to templates."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """Takes {% generation %} … {% endgeneration %}, which mark the model's words, for what is between them."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            """Return the body."""
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # Jinja's own escapes HTML
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda layout: datetime.datetime.now().strftime(layout)
+    return environment.from_string(template)
+
+
+def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    """Return the ids of a conversation, and which of them count in the loss: the assistant's words and their ends.
+
+    Where an answer begins follows from rendering the messages before it, so that any template will do; it ends with
+    the first of the model's end tokens. Raises `DataError`.
+    """
+    text = well_formed(render(tokenizer, messages))
+    ends = [tokenizer.decode([i]) for i in tokenizer.end_tokens]
+    spans = []
+    for n, message in enumerate(messages):
+        if message.get("role") != "assistant":
+            continue
+        start = common_prefix(text, well_formed(render(tokenizer, messages[:n], add_generation_prompt=True)))
+        stops = [place + len(end) for end in ends if (place := text.find(end, start)) >= 0]
+        spans.append((start, min(stops, default=len(text))))
+    tokenizer.engine.encode_special_tokens = False  # the library's words for: their names stand for them
+    encoded = tokenizer.engine.encode(text, add_special_tokens=False)
+    counted = [any(start <= begin < stop for start, stop in spans) for begin, _ in encoded.offsets]
+    return list(encoded.ids), counted
+
+
+def common_prefix(a: str, b: str) -> int:
+    """Return how many characters both begin with."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def pack(marks: Array, block_size: int) -> list[list[slice]]:
+    """Return which conversations each row of block_size + 1 tokens holds, in a fixed random order.
+
+    One that is longer loses its end; one that then counts nothing is left out. Raises `DataError` if there is no other.
+    """
+    starts = np.flatnonzero(marks & BEGINS)
+    lengths = np.minimum(np.diff(starts, append=len(marks)), block_size + 1)
+    rows, used = [list[slice]()], 0
+    for n in np.random.default_rng(0).permutation(len(starts)).tolist():
+        part = slice(starts[n], starts[n] + lengths[n])
+        if not (marks[part] & COUNTS).any():
+            continue
+        if used + lengths[n] > block_size + 1:
+            rows.append([])
+            used = 0
+        rows[-1].append(part)
+        used += lengths[n]
+    if not rows[0]:
+        raise DataError(f"no conversation has an answer within the first block_size={block_size} tokens")
+    return rows
+
+
+def fill(rows: Sequence[Sequence[slice]], ids: Array, marks: Array, block_size: int) -> tuple[Array, Array, Array]:
+    """Return inputs, targets (-1: does not count) and document ids of rows, (len(rows), block_size) each."""
+    size = (len(rows), block_size + 1)
+    inputs, targets, documents = np.zeros(size, np.int64), np.full(size, -1), np.full(size, -1)
+    for n, parts in enumerate(rows):
+        place = 0
+        for number, part in enumerate(parts):
+            found = ids[part].astype(np.int64)
+            there = slice(place, place := place + len(found))
+            inputs[n, there], documents[n, there] = found, number
+            targets[n, there] = np.where(marks[part] & COUNTS, found, -1)
+    return inputs[:, :-1], targets[:, 1:], documents[:, :-1]

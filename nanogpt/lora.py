@@ -1,0 +1,125 @@
+"""Low-rank adapters: finetuning a model by a small change to each of its matrices (LoRA, Hu et al. 2021).
+
+The weights W of the base are frozen and need neither gradients nor moments. An adapter adds B A x to W x, where A has
+`rank` rows and B as many columns. Queries, keys and values share a matrix here, and so do the two halves of SwiGLU;
+each of these linear maps gets an A and a B of its own, as in models where they lie apart.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanogpt.files import write_json
+from nanogpt.huggingface import layout
+from nanogpt.model import GPT, linear_maps
+
+MATRICES = {"attention": ("attn.",), "mlp": ("mlp.",), "all": ("attn.", "mlp.")}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a checkpoint says of its adapters."""
+
+    rank: int
+    alpha: float
+    targets: str  # attention, mlp or all
+    base: str  # as --init_from names it
+    sha256: str  # of the base's weights
+
+
+class LoRALinear(nn.Module):
+    """A Linear with an adapter for each of the linear maps in it; `cuts`: the rows of each."""
+
+    def __init__(self, base: nn.Linear, cuts: list[int], rank: int, scale: float) -> None:
+        super().__init__()
+        self.weight, self.bias, self.cuts, self.scale = base.weight, base.bias, cuts, scale
+        self.lora_a = nn.Parameter(self.weight.new_empty(len(cuts) * rank, self.weight.shape[1]))
+        self.lora_b = nn.Parameter(self.weight.new_zeros(self.weight.shape[0], rank))  # starts as the base
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as in the paper's code and in PEFT
+
+    def maps(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield A (rank, inputs) and B (outputs, rank) of each linear map."""
+        return zip(self.lora_a.chunk(len(self.cuts)), self.lora_b.split(self.cuts), strict=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return W x + scale B A x."""
+        change = torch.cat([F.linear(F.linear(x, a), b) for a, b in self.maps()], dim=-1)
+        return F.linear(x, self.weight, self.bias) + self.scale * change
+
+
+def add_adapters(model: GPT, adapter: Adapter, has_new_tokens: bool = False) -> None:
+    """Freeze `model`, and give the matrices of its blocks that `adapter` names new adapters.
+
+    has_new_tokens: embedding and head have rows to be learned, so they are trained, too.
+    """
+    model.requires_grad_(False)
+    model.transformer.wte.weight.requires_grad_(has_new_tokens)
+    model.lm_head.weight.requires_grad_(has_new_tokens)
+    model.adapter = adapter
+    for block in model.transformer.h:
+        for name, cuts in linear_maps(model.config).items():
+            if name.startswith(MATRICES[adapter.targets]):
+                parent, _, last = name.rpartition(".")
+                adapted = LoRALinear(block.get_submodule(name), cuts, adapter.rank, adapter.alpha / adapter.rank)
+                setattr(block.get_submodule(parent), last, adapted)
+
+
+@torch.no_grad()
+def merge_adapters(model: GPT) -> GPT:
+    """Add the adapters to the weights, and return the model, which has plain Linears again."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoRALinear):
+                change = torch.cat([b @ a for a, b in child.maps()])
+                merged = nn.Linear(*child.weight.shape[::-1], bias=child.bias is not None, device="meta")
+                merged.weight, merged.bias = nn.Parameter(child.weight + child.scale * change), child.bias
+                setattr(parent, name, merged)
+    model.adapter = None
+    return model.requires_grad_()
+
+
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of weights, by which an adapter knows its base."""
+    total = hashlib.sha256()
+    for name in sorted(weights):
+        total.update(name.encode())
+        total.update(memoryview(weights[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+    return total.hexdigest()
+
+
+def save_peft(folder: Path, model: GPT, base: str) -> None:
+    """Write the adapters of `model` as the library peft loads them, onto the model `base` in transformers.
+
+    What lies in one matrix there too, as GPT-2's queries, keys and values, gets one adapter of higher rank.
+    """
+    from safetensors.torch import save_file
+
+    tensors, ranks, alphas = dict[str, Tensor](), dict[str, int](), dict[str, float]()
+    for ours, layer in model.named_modules():
+        if not isinstance(layer, LoRALinear):
+            continue
+        theirs = [part.theirs.removesuffix(".weight") for part in layout(model.config) if part.ours == f"{ours}.weight"]
+        maps = list(layer.maps())
+        if len(theirs) < len(maps):
+            maps = [(layer.lora_a, torch.block_diag(*(b for _, b in maps)))]  # type: ignore[no-untyped-call]
+        for name, (a, b) in zip(theirs, maps, strict=True):
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a.detach().contiguous()
+            tensors[f"base_model.model.{name}.lora_B.weight"] = b.detach().contiguous()
+            ranks[name], alphas[name] = len(a), layer.scale * len(a)
+    rank = min(ranks.values())
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
+        "lora_alpha": min(alphas.values()), "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+        "target_modules": sorted({name.rpartition(".")[2] if not model.config.is_gpt2 else name for name in ranks}),
+        "fan_in_fan_out": model.config.is_gpt2,  # its matrices are (inputs, outputs)
+        "rank_pattern": {name: n for name, n in ranks.items() if n != rank},
+        "alpha_pattern": {name: alphas[name] for name, n in ranks.items() if n != rank},
+    }  # fmt: skip
+    write_json(folder / "adapter_config.json", config)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
