@@ -41,11 +41,12 @@ def make_step(
     n_micro = math.ceil(len(rows) / config.batch_size)
 
     def step(n: int) -> Tensor:
-        x, y = (device.put(ids) for ids in get_batch(dataset, n, config, rows))
+        batch = get_batch(dataset, n, config, rows, device.put)
         loss = torch.zeros((), device=device.name)
-        for k, (xb, yb) in enumerate(zip(x.tensor_split(n_micro), y.tensor_split(n_micro), strict=True), start=1):
+        micro_batches = zip(*(tensor.tensor_split(n_micro) for tensor in batch), strict=True)
+        for k, micro_batch in enumerate(micro_batches, start=1):
             with gradient_sync(network, is_last=k == n_micro):
-                micro_loss = compute_loss(run, network, xb, yb) * (len(xb) / len(x))
+                micro_loss = compute_loss(run, network, *micro_batch) * (len(micro_batch[0]) / len(rows))
                 micro_loss.backward()  # type: ignore[no-untyped-call]
             loss += micro_loss.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)

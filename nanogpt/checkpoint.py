@@ -40,7 +40,7 @@ from nanogpt.errors import CheckpointError, ConfigError, DamagedError, UserError
 from nanogpt.files import atomic_write, locked, read_json, sync_folder, write_json
 from nanogpt.gguf import load_gguf
 from nanogpt.huggingface import load_pretrained
-from nanogpt.lora import Adapter, add_adapters, digest, merge_adapters
+from nanogpt.lora import Adapter, add_adapters, digest, grow_vocab, merge_adapters
 from nanogpt.model import GPT
 from nanogpt.settings import SourceConfig
 from nanogpt.tokenizer import Tokenizer, from_description
@@ -102,11 +102,11 @@ class Checkpoint:
     def build_adapted(self, adapter: Adapter, dropout: float) -> GPT:
         """Return the base with its adapters. Raises `CheckpointError` if it is not the base of the training."""
         model, _ = load_model(adapter.base, dropout=dropout)
-        if digest(model.state_dict()) != adapter.sha256:
-            raise CheckpointError(f"{self.path} holds adapters for {adapter.base}, whose weights have changed since")
         model.crop_block_size(self.model_config.block_size)
+        if digest(model) != adapter.sha256:
+            raise CheckpointError(f"{self.path} holds adapters for {adapter.base}, whose weights have changed since")
         if self.model_config.vocab_size > model.config.vocab_size:
-            model.grow_vocab(self.model_config.vocab_size)
+            grow_vocab(model, self.model_config.vocab_size)
         add_adapters(model, adapter)
         for name, weight in self.weights.items():
             parameter = model.get_parameter(name).requires_grad_()
@@ -537,13 +537,17 @@ class TrainedModel:
     state: TrainState = field(default_factory=TrainState)
 
 
-def load_trained(config: SourceConfig, device: Device) -> TrainedModel:
-    """Return the model that `init_from`, `out_dir` and `checkpoint` name, compiled if `device` says so."""
+def load_trained(config: SourceConfig, device: Device, merge: bool = True) -> TrainedModel:
+    """Return the model that `init_from`, `out_dir` and `checkpoint` name, compiled if `device` says so.
+
+    merge: add a run's adapters to the weights.
+    """
     data_dir = getattr(config, "data_dir", "") or "data"
     if config.init_from == "resume":
         loaded = load_checkpoint(find_checkpoint(config.out_dir, config.checkpoint), data_dir)
         name = f"{loaded.path}, {loaded.state.step} steps"
-        trained = TrainedModel(loaded.build_model(device.name), loaded.tokenizer, name, loaded.config, loaded.state)
+        model = loaded.build_model(device.name, merge=merge)
+        trained = TrainedModel(model, loaded.tokenizer, name, loaded.config, loaded.state)
     else:
         found = load_model(config.init_from, device.name, data_dir=data_dir, which=config.checkpoint)
         trained = TrainedModel(*found, config.init_from)

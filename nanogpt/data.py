@@ -60,6 +60,11 @@ class Dataset:
         """Tokens to train on."""
         return len(self.train) + sum(part.n_train for part in self.parts)
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether it consists of conversations."""
+        return bool(self.marks) or any(part.is_chat for part in self.parts)
+
     def split(self, name: str) -> Ids:
         """Return the ids of `train` or `val`."""
         return self.train if name == "train" else self.val
@@ -69,7 +74,7 @@ class Dataset:
 
         What concerns the model of `owner` is taken over: its prompts' start token, and how many ids it knows.
         """
-        if self.marks and self.tokenizer.has_ids_of(with_template(tokenizer)):
+        if self.is_chat and self.tokenizer.has_ids_of(with_template(tokenizer)):
             return  # It has the tokens of conversations, too.
         if not self.tokenizer.has_ids_of(tokenizer):
             raise DataError(
@@ -139,7 +144,7 @@ def open_mixture(data_dir: str, weights: dict[str, float]) -> Dataset:
     parts = [open_dataset(Path(data_dir, name)) for name in weights]
     for part in parts[1:]:
         part.match_tokenizer(parts[0].tokenizer, parts[0].folder.name)
-        if bool(part.marks) != bool(parts[0].marks):
+        if part.is_chat != parts[0].is_chat:
             raise DataError("a mixture consists of texts or of conversations, not of both")
     if len(parts) == 1:
         return parts[0]

@@ -9,7 +9,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,16 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from nanogpt.chats import BEGINS, COUNTS
 from nanogpt.checkpoint import TrainedModel, load_trained
-from nanogpt.config import mixture
+from nanogpt.config import TrainConfig, mixture
 from nanogpt.data import Ids, document_ids_of, open_dataset
 from nanogpt.device import Device, choose_device
 from nanogpt.errors import ConfigError, DataError
+from nanogpt.lora import adapt
 from nanogpt.metrics import with_progress
 from nanogpt.model import GPT
-from nanogpt.prepare import download
+from nanogpt.prepare import download, prepare_missing
 from nanogpt.settings import EvalConfig
 from nanogpt.tokenizer import Tokenizer
 
@@ -49,7 +51,7 @@ Example = tuple[str, list[str], int]  # a context, the completions to choose fro
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Measure a model; print a table, then one line of JSON, which is returned too."""
     tasks = [name for word in config.tasks for name in word.split(",") if name] or ["loss"]
-    others = [name for name in tasks if name not in ("loss", *BENCHMARKS)]
+    others = [name for name in tasks if name not in ("loss", "pydoc", *BENCHMARKS)]
     device = choose_device(config)
     examples = {name: read_examples(name, config) for name in BENCHMARKS if name in tasks}
     manager: Any = None
@@ -58,17 +60,19 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
         manager = TaskManager(include_path=config.include_path or None)
         if unknown := [name for name in others if not manager.match_tasks([name])]:
-            ours = f"loss, {', '.join(BENCHMARKS)}"
+            ours = f"loss, pydoc, {', '.join(BENCHMARKS)}"
             raise ConfigError(f"no such task: {', '.join(unknown)}; nanogpt's own tasks are {ours}")
     trained = load_trained(config, device)
     log.info(trained.name)
     scorer = Scorer(trained.model, trained.tokenizer, device, config.batch_size)
     result: dict[str, Any] = {"model": trained.name}
-    if "loss" in tasks:
-        result |= (found := split_measures(config, trained, device))
+    names = {"loss": "nats per token", "perplexity": "perplexity", "bits_per_byte": "bits per byte",
+             "exact_match": "exact match", "logprob": "logprob per answer"}  # fmt: skip
+    for task in [name for name in tasks if name in ("loss", "pydoc")]:
+        found = split_measures(replace(config, dataset=task) if task == "pydoc" else config, trained, device)
         of = f"{found['tokens']:,} targets of {found['dataset']}/{found['split']}, {found['block_size']} at a time"
-        names = {"loss": "nats per token", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
-        show("loss", {words: found[name] for name, words in names.items()}, of)
+        show(task, {words: found[name] for name, words in names.items() if name in found}, of)
+        result |= {task: found} if task == "pydoc" else found
     for task, rows in examples.items():
         found = {"lambada": lambada, "hellaswag": hellaswag}[task](scorer, rows)
         shares = {name: value for name, value in found.items() if "accuracy" in name}
@@ -117,14 +121,23 @@ def whole_split_loss(
 
 
 def split_measures(config: EvalConfig, trained: TrainedModel, device: Device) -> dict[str, Any]:
-    """Return loss, perplexity and bits per byte over a whole split of a data set."""
+    """Return loss, perplexity and bits per byte over a whole split of a data set, or how well it knows the answers."""
     model, names = trained.model, list(mixture(config.dataset or str(trained.config.get("dataset", ""))))
     if len(names) != 1 or not names[0]:
         of = f"was trained on {', '.join(names)}" if names[1:] else "does not say"
         raise ConfigError(f"on which data set? {trained.name} {of}; for example --dataset=shakespeare")
     [name] = names
-    dataset = open_dataset(Path(config.data_dir or trained.config.get("data_dir", "data")) / name)
+    data_dir = config.data_dir or trained.config.get("data_dir", "data")
+    if name == "pydoc":  # which needs no network
+        source = config.out_dir if config.init_from == "resume" else config.init_from
+        prepare_missing(TrainConfig(dataset=name, data_dir=data_dir, init_from=source))
+    dataset = open_dataset(Path(data_dir, name))
     dataset.match_tokenizer(trained.tokenizer, trained.name)
+    if dataset.is_chat:
+        adapt(model, TrainConfig(), trained.tokenizer, dataset.tokenizer)
+        scorer = Scorer(model, dataset.tokenizer, device, config.batch_size)
+        return {"dataset": name, "split": config.split, "block_size": model.config.block_size,
+                **answers(scorer, dataset.split(config.split), dataset.marks[config.split], config.limit)}  # fmt: skip
     dataset.check_length(1)
     tokens = dataset.split(config.split)
     own = model.config.block_size if trained.config else min(model.config.block_size, LONGEST)
@@ -189,6 +202,24 @@ class Scorer:
             for n, logprob, match in zip(batch, logprobs, matches, strict=True):
                 results[n] = logprob.sum().item(), bool(match.all())
         return results
+
+
+def answers(scorer: Scorer, ids: Ids, marks: Ids, limit: int) -> dict[str, float]:
+    """Score the answers in conversations, each after all that was said before it.
+
+    Exact match: greedy decoding writes the whole answer, and its end. The logprob is that of a whole answer, in nats.
+    """
+    begins = np.flatnonzero(marks & BEGINS)
+    edges = np.flatnonzero(np.diff(marks & COUNTS > 0, prepend=False, append=False))
+    rows = []
+    for start, stop in edges.reshape(-1, 2)[: limit or None].tolist():
+        begin = begins[begins.searchsorted(start, side="right") - 1]
+        rows.append((ids[begin:stop].tolist(), stop - start))
+    scores, tokens = scorer.scores_of_ids(rows), sum(count for _, count in rows)
+    logprob = sum(score for score, _ in scores)
+    exact = sum(is_greedy for _, is_greedy in scores) / len(rows)
+    return {"answers": len(rows), "tokens": tokens, "loss": -logprob / tokens, "exact_match": exact,
+            "logprob": logprob / len(rows)}  # fmt: skip
 
 
 def lambada(scorer: Scorer, examples: Sequence[Example]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from nanogpt.errors import ConfigError, UserError
 from nanogpt.files import atomic_write, sync_folder
 from nanogpt.gguf import MARK, modelfile, save_gguf
 from nanogpt.huggingface import save_pretrained
+from nanogpt.lora import save_peft
 from nanogpt.settings import ExportConfig
 from nanogpt.tokenizer import CharTokenizer, GPT2Tokenizer
 
@@ -30,7 +31,7 @@ def export(config: ExportConfig) -> None:
     """Write `output`, whole or not at all; upload it. Raises `UserError` if it is there, or can't hold the model."""
     output = Path(config.output).resolve()
     check_output(output, config)
-    trained = load_trained(config, Device("cpu", "cpu", torch.float32, compile=False))
+    trained = load_trained(config, Device("cpu", "cpu", torch.float32, compile=False), merge=config.to != "peft")
     model, tokenizer, written = trained.model, trained.tokenizer, [output]
     # An export may be published: leave out paths and names of this machine.
     settings = {key: value for key, value in trained.config.items() if key not in PRIVATE}
@@ -40,6 +41,10 @@ def export(config: ExportConfig) -> None:
         with atomic_folder(output) as folder:
             (folder / "README.md").write_text(model_card(trained, settings, output.name), encoding="utf-8")
             save_pretrained(folder, model, tokenizer, getattr(torch, config.dtype))
+    elif config.to == "peft":
+        with atomic_folder(output) as folder:
+            (folder / "README.md").write_text(model_card(trained, settings, output.name), encoding="utf-8")
+            save_peft(folder, model)
     elif config.to == "gguf":
         written.append(output.with_suffix(".Modelfile"))
         with atomic_write(output) as file:

@@ -7,7 +7,7 @@ each of these linear maps gets an A and a B of its own, as in models where they 
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanogpt.config import TrainConfig
+from nanogpt.errors import ConfigError
 from nanogpt.files import write_json
 from nanogpt.huggingface import layout
 from nanogpt.model import GPT, linear_maps
+from nanogpt.tokenizer import Tokenizer
 
 MATRICES = {"attention": ("attn.",), "mlp": ("mlp.",), "all": ("attn.", "mlp.")}
 
@@ -53,6 +56,31 @@ class LoRALinear(nn.Module):
         return F.linear(x, self.weight, self.bias) + self.scale * change
 
 
+def adapt(model: GPT, config: TrainConfig, before: Tokenizer, after: Tokenizer) -> None:
+    """Make `model` ready for finetuning: with rows for tokens that only the tokenizer `after` has, with new adapters.
+
+    New tokens begin as the mean of the others.
+    """
+    sha256 = digest(model) if config.lora_rank else ""
+    if after.vocab_size > model.config.vocab_size:
+        grow_vocab(model, after.padded_vocab_size)
+    if config.lora_rank:
+        alpha = config.lora_alpha or 2.0 * config.lora_rank
+        adapter = Adapter(config.lora_rank, alpha, config.lora_targets, config.init_from, sha256)
+        add_adapters(model, adapter, after.vocab_size > before.vocab_size)
+
+
+@torch.no_grad()
+def grow_vocab(model: GPT, vocab_size: int) -> None:
+    """Append rows to embedding and head, up to `vocab_size`."""
+    embedding, head = model.transformer.wte, model.lm_head
+    for module in [embedding] if model.config.tied_head else [embedding, head]:
+        new = module.weight.mean(dim=0, keepdim=True).expand(vocab_size - len(module.weight), -1)
+        module.weight = nn.Parameter(torch.cat([module.weight, new + 0.02 * torch.randn_like(new)]))
+    model.tie_weights()
+    embedding.num_embeddings = head.out_features = model.config.vocab_size = vocab_size
+
+
 def add_adapters(model: GPT, adapter: Adapter, has_new_tokens: bool = False) -> None:
     """Freeze `model`, and give the matrices of its blocks that `adapter` names new adapters.
 
@@ -84,22 +112,25 @@ def merge_adapters(model: GPT) -> GPT:
     return model.requires_grad_()
 
 
-def digest(weights: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of weights, by which an adapter knows its base."""
+def digest(model: GPT) -> str:
+    """Return the SHA-256 of a model's weights, by which an adapter knows its base."""
     total = hashlib.sha256()
-    for name in sorted(weights):
+    for name, weight in sorted(model.named_parameters()):
         total.update(name.encode())
-        total.update(memoryview(weights[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+        total.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return total.hexdigest()
 
 
-def save_peft(folder: Path, model: GPT, base: str) -> None:
-    """Write the adapters of `model` as the library peft loads them, onto the model `base` in transformers.
+def save_peft(folder: Path, model: GPT) -> None:
+    """Write the adapters of `model` as the library peft loads them, onto their base in transformers.
 
-    What lies in one matrix there too, as GPT-2's queries, keys and values, gets one adapter of higher rank.
+    What lies in one matrix there too, as GPT-2's queries, keys and values, gets one adapter of higher rank. Raises
+    `ConfigError` if there are none, or if the embedding was trained as well.
     """
     from safetensors.torch import save_file
 
+    if not model.adapter or model.lm_head.weight.requires_grad:
+        raise ConfigError("--to=peft is for adapters alone (--lora_rank, of a model that can chat): use --to=hf")
     tensors, ranks, alphas = dict[str, Tensor](), dict[str, int](), dict[str, float]()
     for ours, layer in model.named_modules():
         if not isinstance(layer, LoRALinear):
@@ -114,7 +145,7 @@ def save_peft(folder: Path, model: GPT, base: str) -> None:
             ranks[name], alphas[name] = len(a), layer.scale * len(a)
     rank = min(ranks.values())
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.adapter.base, "r": rank,
         "lora_alpha": min(alphas.values()), "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
         "target_modules": sorted({name.rpartition(".")[2] if not model.config.is_gpt2 else name for name in ranks}),
         "fan_in_fan_out": model.config.is_gpt2,  # its matrices are (inputs, outputs)

@@ -45,6 +45,22 @@ def show_log_lines(verbosity: str = "normal") -> None:
     logger.propagate = False
 
 
+def log_sizes(config: TrainConfig, model: Any, optimizer: Any, train_tokens: int) -> None:
+    """Print the size of model, batch and run, and what is decayed; train_tokens: 0 if there is no data set yet."""
+    tokens = config.global_batch_size * config.block_size
+    log.info(f"model: {model.get_num_params() / 1e6:.2f}M parameters, vocabulary {model.config.vocab_size}")
+    epochs = f", {tokens * config.max_iters / train_tokens:.3g} epochs of {train_tokens:,}" if train_tokens else ""
+    log.info(
+        f"tokens per iteration will be: {tokens:,} ({config.gradient_accumulation_steps} micro-batches of "
+        f"{config.batch_size} x {config.block_size}); in all {tokens * config.max_iters:,}{epochs}"
+    )
+    if config.decay_lr and config.warmup_iters > config.max_iters:
+        log.warning(f"the run ends in its warm-up, after max_iters={config.max_iters} of {config.warmup_iters} steps")
+    for group in optimizer.param_groups if optimizer else []:
+        sizes = [parameter.numel() for parameter in group["params"]]
+        log.info(f"{len(sizes)} tensors with {sum(sizes):,} parameters, weight decay {group['weight_decay']:g}")
+
+
 class Metrics:
     """The records of a run: the console, one JSON object a line in metrics.jsonl, and the trackers of `config`.
 

@@ -346,16 +346,6 @@ class GPT(nn.Module):
             self.transformer.wpe = Embedding(block_size, self.config.n_embd, _weight=kept)
         self.config.block_size = block_size
 
-    @torch.no_grad()
-    def grow_vocab(self, vocab_size: int) -> None:
-        """Append rows to embedding and head, up to `vocab_size`: new tokens begin as the mean of the others."""
-        for module in [self.transformer.wte] if self.config.tied_head else [self.transformer.wte, self.lm_head]:
-            weight = module.weight
-            new = weight.mean(dim=0, keepdim=True).expand(vocab_size - len(weight), -1)
-            module.weight = nn.Parameter(torch.cat([weight, new + 0.02 * torch.randn_like(new)]))
-        self.tie_weights()
-        self.transformer.wte.num_embeddings = self.lm_head.out_features = self.config.vocab_size = vocab_size
-
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Return the number of parameters; by default without the positions, as the original counts them."""
         positions = self.transformer.wpe.weight.numel() if non_embedding and self.config.is_gpt2 else 0

@@ -102,8 +102,8 @@ class ServeConfig(SourceConfig, Machine):
 class EvalConfig(SourceConfig, Machine):
     """Measure a trained model: its exact loss over a whole split, and public benchmarks."""
 
-    tasks: list[str] = field(default_factory=list)  # loss, lambada, hellaswag; any other name is a task of lm-eval
-    # (pip install lm-eval): --tasks=arc_easy,piqa; none: loss
+    tasks: list[str] = field(default_factory=list)  # loss, pydoc (held-out answers about Python's library), lambada,
+    # hellaswag; any other name is a task of lm-eval (pip install lm-eval): --tasks=arc_easy,piqa; none: loss
     lambada: str = ""  # a file like lambada_test.jsonl; empty: OpenAI's, downloaded once
     hellaswag: str = ""  # a file like hellaswag_val.jsonl; empty: the published one, downloaded once
     limit: int = 0  # only the first so many examples of a benchmark; 0: all
@@ -118,7 +118,8 @@ class EvalConfig(SourceConfig, Machine):
 class ExportConfig(SourceConfig):
     """Write a trained model for other programs: transformers and vLLM, llama.cpp, the original nanoGPT."""
 
-    to: Literal["hf", "gguf", "flat"] = "hf"  # folder for transformers, file for llama.cpp, the original's ckpt.pt
+    to: Literal["hf", "gguf", "flat", "peft"] = "hf"  # folder for transformers, file for llama.cpp, the original's
+    # ckpt.pt, folder for peft with the adapters alone
     output: str = ""  # folder or file to write
     dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = "float32"  # of matrices; q8_0: 8 bits, only for gguf
     force: bool = False  # replace an earlier export

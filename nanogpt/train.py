@@ -24,8 +24,8 @@ from nanogpt.config import GPTConfig, TrainConfig, mixture
 from nanogpt.device import Device, choose_device
 from nanogpt.distributed import Distributed, init_distributed
 from nanogpt.errors import ConfigError, DivergedError
-from nanogpt.lora import Adapter, add_adapters, digest
-from nanogpt.metrics import Metrics, show_log_lines, with_progress
+from nanogpt.lora import adapt
+from nanogpt.metrics import Metrics, log_sizes, show_log_lines, with_progress
 from nanogpt.model import GPT
 from nanogpt.optim import learning_rate_at, make_optimizer, step_if_finite
 from nanogpt.plot import draw_if_possible
@@ -77,7 +77,7 @@ def train(config: TrainConfig) -> int:
         if resumed and (resumed.is_sharded or not config.eval_only):
             resumed.restore(model, optimizer, scaler)
         state = resumed.state if resumed else TrainState()
-        print_sizes(config, model, optimizer, dataset.n_train)
+        log_sizes(config, model, optimizer, dataset.n_train)
         if config.eval_only:
             losses = estimate_loss(run)
             if dist.is_main and losses:
@@ -146,12 +146,15 @@ def train(config: TrainConfig) -> int:
                     torch.manual_seed(data.dropout_seed(config.seed, state.step, dist.rank))
 
                 # Forward and backward: this process's rows of the global batch, in micro-batches that fit into memory.
+                # Each weighs as much as it has targets: in a text all tokens are targets, in conversations the answers.
                 batch = get_batch(state.step)
+                n_targets = dist.all_reduce_mean((batch[1] >= 0).sum().float()) if dataset.is_chat else batch[1].numel()
                 loss = torch.zeros((), device=device.name)
                 micro_batches = zip(*(tensor.tensor_split(n_micro) for tensor in batch), strict=True)
-                for n, micro_batch in enumerate(micro_batches, start=1):
+                for n, (x, y, *document_ids) in enumerate(micro_batches, start=1):
+                    share = ((y >= 0).sum() if dataset.is_chat else y.numel()) / n_targets
                     with distributed.gradient_sync(network, is_last=n == n_micro):
-                        micro_loss = compute_loss(run, network, *micro_batch) * (len(micro_batch[0]) / len(my_rows))
+                        micro_loss = compute_loss(run, network, x, y, *document_ids) * share
                         scaler.scale(micro_loss).backward()  # type: ignore[no-untyped-call]
                     loss += micro_loss.detach()
 
@@ -241,14 +244,8 @@ def build_or_resume(
         else:
             model, tokenizer = load_model(config.init_from, dropout=config.dropout, data_dir=config.data_dir)
             dataset.match_tokenizer(tokenizer, config.init_from)
-            sha256 = digest(model.state_dict()) if config.lora_rank else ""
             model.crop_block_size(config.block_size)
-            if dataset.tokenizer.vocab_size > model.config.vocab_size:  # it has the tokens of conversations, too
-                model.grow_vocab(dataset.tokenizer.padded_vocab_size)
-            if config.lora_rank:
-                alpha = config.lora_alpha or 2.0 * config.lora_rank
-                adapter = Adapter(config.lora_rank, alpha, config.lora_targets, config.init_from, sha256)
-                add_adapters(model, adapter, dataset.tokenizer.vocab_size > tokenizer.vocab_size)
+            adapt(model, config, tokenizer, dataset.tokenizer)
     model.transformer.gradient_checkpointing = config.gradient_checkpointing
 
     # A loaded model keeps its shape, whatever the settings say.
@@ -267,22 +264,6 @@ def build_or_resume(
     return config, model, resumed
 
 
-def print_sizes(config: TrainConfig, model: GPT, optimizer: torch.optim.Optimizer | None, train_tokens: int) -> None:
-    """Print the size of model, batch and run, and what is decayed; train_tokens: 0 if there is no data set yet."""
-    tokens = config.global_batch_size * config.block_size
-    log.info(f"model: {model.get_num_params() / 1e6:.2f}M parameters, vocabulary {model.config.vocab_size}")
-    epochs = f", {tokens * config.max_iters / train_tokens:.3g} epochs of {train_tokens:,}" if train_tokens else ""
-    log.info(
-        f"tokens per iteration will be: {tokens:,} ({config.gradient_accumulation_steps} micro-batches of "
-        f"{config.batch_size} x {config.block_size}); in all {tokens * config.max_iters:,}{epochs}"
-    )
-    if config.decay_lr and config.warmup_iters > config.max_iters:
-        log.warning(f"the run ends in its warm-up, after max_iters={config.max_iters} of {config.warmup_iters} steps")
-    for group in optimizer.param_groups if optimizer else []:
-        sizes = [parameter.numel() for parameter in group["params"]]
-        log.info(f"{len(sizes)} tensors with {sum(sizes):,} parameters, weight decay {group['weight_decay']:g}")
-
-
 def dry_run(config: TrainConfig) -> int:
     """Print the resolved config, and of a new model the sizes that follow from it; allocate and write nothing."""
     for name, value in dataclasses.asdict(config.with_muon_rates()).items():
@@ -291,7 +272,7 @@ def dry_run(config: TrainConfig) -> int:
         dataset = data.open_if_prepared(config)
         shape = config.model_config(dataset.tokenizer.padded_vocab_size if dataset else GPTConfig.vocab_size)
         with torch.device("meta"):
-            print_sizes(config, GPT(shape), None, dataset.n_train if dataset else 0)
+            log_sizes(config, GPT(shape), None, dataset.n_train if dataset else 0)
     return 0
 
 
