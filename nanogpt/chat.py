@@ -9,7 +9,7 @@ from typing import Any
 from nanogpt.chats import prompt_of
 from nanogpt.checkpoint import load_trained
 from nanogpt.device import choose_device
-from nanogpt.engine import Engine, Request, Sampling, quantize
+from nanogpt.engine import NOT_FINITE, Engine, Request, Sampling, quantize
 from nanogpt.errors import DataError
 from nanogpt.sample import TextStream, follow
 from nanogpt.settings import ChatConfig
@@ -54,10 +54,16 @@ def chat(config: ChatConfig) -> None:
         elif text:
             messages.append({"role": "user", "content": text})
             said = ""
-            with suppress(KeyboardInterrupt):
+            try:
                 for piece in answer(engine, tokenizer, [*system, *messages], config):
                     said += piece
                     print(piece, end="", flush=True)
+            except KeyboardInterrupt:
+                pass
+            except DataError as error:  # What was said before stays.
+                print(f"error: {error}")
+                messages.pop()
+                continue
             print()
             messages.append({"role": "assistant", "content": said})
 
@@ -79,9 +85,9 @@ def answer(
     try:
         while not row.end:
             engine.step()
-            if row.end == "error":
-                raise DataError("the model's output is not a number; its weights may be damaged")
             yield follow(engine, row, stream)
+        if row.end == "error":
+            raise DataError(NOT_FINITE)
     finally:
         if not row.end:
             engine.finish(row)

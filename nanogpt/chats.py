@@ -7,6 +7,7 @@ from elsewhere, so they run in Jinja's sandbox.
 import datetime
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,20 +75,8 @@ def prompt_of(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
 @functools.lru_cache
 def compile_template(template: str) -> Any:
     """Return a chat template, ready to be rendered, with what transformers offers to templates."""
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
+    from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """Takes {% generation %} … {% endgeneration %}, which mark the model's words, for what is between them."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Parser) -> list[nodes.Node]:
-            """Return the body."""
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
@@ -96,12 +85,14 @@ def compile_template(template: str) -> Any:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # Jinja's own escapes HTML
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda layout: datetime.datetime.now().strftime(layout)
-    return environment.from_string(template)
+    # transformers' blocks {% generation %} … {% endgeneration %} mark the model's words; here rendering finds those.
+    template = re.sub(r"({%[-+]?\s*)generation(\s*[-+]?%})", r"\1if true\2", template)
+    return environment.from_string(re.sub(r"({%[-+]?\s*)endgeneration(\s*[-+]?%})", r"\1endif\2", template))
 
 
 def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:

@@ -300,17 +300,17 @@ def checkpoints_of(out_dir: str | Path) -> list[Path]:
     files = [path for path in file_names(Path(out_dir), 100) if path.exists()]
     folders = [file.parent for file in Path(out_dir).glob("ckpt.dcp/[0-9]*/run.json")]  # it is written last
     # Names tell the age of files, steps that of folders, and of both in a run that was sharded for a time.
-    return sorted(files + folders, key=lambda path: progress_of(path)[0], reverse=True) if folders else files
+    return sorted(files + folders, key=step_of, reverse=True) if folders else files
 
 
-def progress_of(path: Path) -> tuple[float, float]:
-    """Return a checkpoint's step and best validation loss; infinite ones if it cannot be read."""
+def step_of(path: Path) -> float:
+    """Return the step of a checkpoint; infinity if it cannot be read."""
     try:
         is_folder = path.is_dir()
         content = read_json(path / "run.json") if is_folder else torch.load(path, "cpu", weights_only=True, mmap=True)
-        return int(content["iter_num"]), float(content["best_val_loss"])
+        return int(content["iter_num"])
     except Exception:  # torch and pickle raise many kinds
-        return math.inf, math.inf
+        return math.inf
 
 
 def find_checkpoint(out_dir: str | Path, which: str) -> Path:
@@ -330,14 +330,6 @@ def find_checkpoint(out_dir: str | Path, which: str) -> Path:
             else f"there is no folder {out_dir}"
         )
         raise CheckpointError(f"{there}; train a model first, or name its folder with --out_dir=…")
-    if which == "auto" and len(found) > 1 and found[0] == best:
-        # Another program, such as the original, may have continued the run: it leaves its best model in ckpt.pt.
-        (best_step, best_loss), (step, loss) = progress_of(best), progress_of(found[1])
-        if step > best_step and loss < best_loss:
-            log.info(f"{found[1]} is newer and better than best.pt: taking it")
-            return found[1]
-        if step > best_step:
-            log.info(f"taking best.pt, of step {best_step}; --checkpoint=last takes {found[1]}, of step {step}")
     return found[0]
 
 

@@ -259,7 +259,7 @@ def epoch_window_starts(n_tokens: int, block_size: int, *, seed: int, step: int,
     numbers, epochs = in_epochs((n_tokens - 1) // block_size, seed=seed, step=step, rows=rows)
     last = (n_tokens - 1) % block_size + 1
     offsets = {epoch: generator(seed, epoch, OFFSET).integers(last) for epoch in set(epochs.tolist())}
-    return numbers * block_size + np.array([offsets[epoch] for epoch in epochs.tolist()])
+    return numbers * block_size + np.array([offsets[epoch] for epoch in epochs.tolist()], np.int64)
 
 
 def in_epochs(count: int, *, seed: int, step: int, rows: int) -> tuple[Starts, Starts]:

@@ -96,12 +96,6 @@ def choose_device(config: Machine, local_rank: int | None = None) -> Device:
         torch.set_float32_matmul_precision("high")  # TF32 where a matmul stays in float32
     elif kind == "cpu":
         keep_freed_memory()
-        load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
-        if load > cores and torch.get_num_threads() > 1 and not local_rank:
-            log.warning(
-                f"other programs keep this machine busy (load {load:.1f} on {cores} cores), and torch's threads wait "
-                "for one another; OMP_NUM_THREADS=1 may be several times faster"
-            )
     # 16 bits where the hardware gains by it: elsewhere bfloat16 is emulated, or as fast as float32.
     fast = torch.float16 if kind == "cuda" and torch.cuda.get_device_capability(name) < (8, 0) else torch.bfloat16
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

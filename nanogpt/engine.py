@@ -17,6 +17,7 @@ from nanogpt.config import GPTConfig
 from nanogpt.model import GPT
 
 _CHUNK = 512  # tokens of a scored text whose logits exist at the same time: those of 8,000 would take gigabytes
+NOT_FINITE = "the model's output is not a number; its weights may be damaged"
 Window = Literal["half", "slide"]  # a full context loses its older half, or one token (a prefill for every token)
 Logprobs = tuple[float, list[tuple[int, float]]]  # a token's logprob; the top-k ids in its place with theirs
 
@@ -31,25 +32,18 @@ class Sampling:
     min_p: float = 0.0  # tokens with at least this share of the highest probability (Nguyen et al. 2024)
 
 
-def draw(logits: Tensor, settings: Sequence[Sampling], points: Sequence[float]) -> list[int | Exception]:
+def draw(logits: Tensor, settings: Sequence[Sampling], points: Sequence[float]) -> list[int]:
     """Return one id per row of logits (B, V): the one at a random point in [0, 1) of its distribution.
 
-    A row that fails gets its exception, and ends no other.
+    For a row whose logits are not finite it is -1.
     """
-    try:
-        kinds = ["greedy" if s.temperature == 0 else "ranked" if s.top_k or s.top_p < 1 else "plain" for s in settings]
-        drawn = torch.empty(len(kinds), dtype=torch.long)
-        for kind in set(kinds):  # in groups, because the algorithm of a row must not depend on its neighbours
-            rows = [n for n, other in enumerate(kinds) if other == kind]
-            part = logits if len(rows) == len(kinds) else logits[rows]
-            drawn[rows] = _draw(kind, part, [settings[n] for n in rows], [points[n] for n in rows]).cpu()
-    except Exception as error:
-        if len(settings) == 1:
-            return [error]
-        return [draw(logits[[n]], [settings[n]], [points[n]])[0] for n in range(len(settings))]
-    bad = FloatingPointError("the model's output is not a number; its weights may be damaged")
-    finite = logits.amax(dim=-1).isfinite().tolist()
-    return [token if is_finite else bad for token, is_finite in zip(drawn.tolist(), finite, strict=True)]
+    kinds = ["greedy" if s.temperature == 0 else "ranked" if s.top_k or s.top_p < 1 else "plain" for s in settings]
+    drawn = torch.empty(len(kinds), dtype=torch.long)
+    for kind in set(kinds):  # in groups, because the algorithm of a row must not depend on its neighbours
+        rows = [n for n, other in enumerate(kinds) if other == kind]
+        part = logits if len(rows) == len(kinds) else logits[rows]
+        drawn[rows] = _draw(kind, part, [settings[n] for n in rows], [points[n] for n in rows]).cpu()
+    return drawn.where(logits.amax(dim=-1).isfinite().cpu(), -1).tolist()
 
 
 def _draw(kind: str, logits: Tensor, settings: Sequence[Sampling], points: Sequence[float]) -> Tensor:
@@ -139,8 +133,7 @@ class Row:
     stream: random.Random
     begin: int = 0  # the token with which the window that the model sees begins
     seen: int = 0  # tokens of the window that are in the cache
-    end: str = ""  # "length", "stop", "cancelled" or "error"; empty: under way
-    error: Exception | None = None
+    end: str = ""  # "length", "stop", "cancelled" or "error" (see NOT_FINITE); empty: under way
     logprobs: list[Logprobs] = field(default_factory=list)  # of each new token, if the request asks for them
 
     @property
@@ -202,19 +195,16 @@ class Engine:
         for row in rows:
             row.seen += 1
         for row, token, of_row in zip(rows, drawn, logits, strict=True):
-            try:
-                if isinstance(token, Exception):
-                    raise token
-                row.tokens.append(token)
-                if row.request.logprobs is not None:
-                    row.logprobs.append(_logprobs(of_row, token, row.request.logprobs))
-                if token in row.request.stop:
-                    self.finish(row, "stop")
-                elif len(row.tokens) - len(row.request.prompt) >= row.request.max_new_tokens:
-                    self.finish(row, "length")
-            except Exception as error:  # It ends no other row.
-                row.error = error
+            if token < 0:
                 self.finish(row, "error")
+                continue
+            row.tokens.append(token)
+            if row.request.logprobs is not None:
+                row.logprobs.append(_logprobs(of_row, token, row.request.logprobs))
+            if token in row.request.stop:
+                self.finish(row, "stop")
+            elif len(row.tokens) - len(row.request.prompt) >= row.request.max_new_tokens:
+                self.finish(row, "length")
         return rows
 
     def complete(self, requests: Sequence[Request]) -> list[Row]:
@@ -274,8 +264,8 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, temperature: float, t
     (B, T), seed, sampling = idx.shape, int(torch.randint(2**62, ())), Sampling(temperature, top_k or 0)
     engine = Engine(model, B, length=T + max_new_tokens, window="slide")
     rows = engine.complete([Request(row, max_new_tokens, sampling, seed + n) for n, row in enumerate(idx.tolist())])
-    if error := next((row.error for row in rows if row.error), None):
-        raise error
+    if any(row.end == "error" for row in rows):
+        raise FloatingPointError(NOT_FINITE)
     return torch.tensor([row.tokens for row in rows], device=idx.device)
 
 

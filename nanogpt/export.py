@@ -12,50 +12,44 @@ from safetensors import SafetensorError
 
 from nanogpt import __version__
 from nanogpt.checkpoint import TrainedModel, load_trained, original_arguments, write_file
-from nanogpt.config import is_hub_name
 from nanogpt.device import Device
 from nanogpt.errors import ConfigError, UserError
 from nanogpt.files import atomic_write, sync_folder
-from nanogpt.gguf import MARK, modelfile, save_gguf
+from nanogpt.gguf import MARK, save_gguf
 from nanogpt.huggingface import save_pretrained
 from nanogpt.lora import save_peft
 from nanogpt.settings import ExportConfig
 from nanogpt.tokenizer import CharTokenizer, GPT2Tokenizer
 
 TAG = "tags: [nanogpt]"  # in the README.md of an exported folder
-FILES = "README.md config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json".split()
-PRIVATE = ("out_dir", "data_dir", "text", "wandb_project", "wandb_run_name")  # settings that tell of a machine
+FOLDERS = ("hf", "peft")  # forms of an export that are folders
+FILES = """README.md config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json
+    adapter_config.json adapter_model.safetensors""".split()
+# Settings that tell of a machine.
+PRIVATE = ("out_dir", "data_dir", "init_from", "text", "wandb_project", "wandb_run_name")
 
 
 def export(config: ExportConfig) -> None:
-    """Write `output`, whole or not at all; upload it. Raises `UserError` if it is there, or can't hold the model."""
+    """Write `output`, whole or not at all. Raises `UserError` if it is there, or can't hold the model."""
     output = Path(config.output).resolve()
     check_output(output, config)
     trained = load_trained(config, Device("cpu", "cpu", torch.float32, compile=False), merge=config.to != "peft")
-    model, tokenizer, written = trained.model, trained.tokenizer, [output]
+    model, tokenizer = trained.model, trained.tokenizer
     # An export may be published: leave out paths and names of this machine.
     settings = {key: value for key, value in trained.config.items() if key not in PRIVATE}
-    if "init_from" in settings and not is_hub_name(settings["init_from"]):
-        settings["init_from"] = Path(settings["init_from"]).name
-    if config.to == "hf":
+    if config.to in FOLDERS:
         with atomic_folder(output) as folder:
             (folder / "README.md").write_text(model_card(trained, settings, output.name), encoding="utf-8")
-            save_pretrained(folder, model, tokenizer, getattr(torch, config.dtype))
-    elif config.to == "peft":
-        with atomic_folder(output) as folder:
-            (folder / "README.md").write_text(model_card(trained, settings, output.name), encoding="utf-8")
-            save_peft(folder, model)
+            if config.to == "peft":
+                save_peft(folder, model)
+            else:
+                save_pretrained(folder, model, tokenizer, getattr(torch, config.dtype))
     elif config.to == "gguf":
-        written.append(output.with_suffix(".Modelfile"))
         with atomic_write(output) as file:
             save_gguf(Path(file.name), output.stem, model, tokenizer, config.dtype)
-        with atomic_write(written[1]) as file:
-            file.write(modelfile(output, model.config, tokenizer).encode())
     else:
         save_original(output, trained, settings)
-    print(f"wrote {' and '.join(map(str, written))} from {trained.name}")
-    if config.push:
-        push(config.push, written)
+    print(f"wrote {output} from {trained.name}")
 
 
 def check_output(output: Path, config: ExportConfig) -> None:
@@ -63,53 +57,22 @@ def check_output(output: Path, config: ExportConfig) -> None:
     is_folder = output.is_dir()
     names = {path.name for path in output.iterdir()} if is_folder else {output.name} if output.exists() else set()
     if not names:
-        if config.to == "gguf" and (file := output.with_suffix(".Modelfile")).exists():
-            raise ConfigError(f"{file} would be replaced, and belongs to no earlier export; choose another output")
         return
     marked, mark = (output / "README.md", TAG) if is_folder else (output, MARK)
     is_export = marked.exists() and mark.encode() in open(marked, "rb").read(4096)
-    if not is_export or is_folder != (config.to == "hf") or (is_folder and not names <= set(FILES)):
+    if not is_export or is_folder != (config.to in FOLDERS) or (is_folder and not names <= set(FILES)):
         raise ConfigError(f"output={output} is there, and no earlier export of --to={config.to}; choose another name")
     if not config.force:
         raise ConfigError(f"output={output} is there already; --force replaces it")
 
 
-def push(repository: str, written: list[Path]) -> None:
-    """Upload a folder, or files, to the Hugging Face hub, into a repository that is made if need be."""
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        api.create_repo(repository, exist_ok=True)
-        for path in written:
-            if path.is_dir():
-                api.upload_folder(repo_id=repository, folder_path=path)
-            else:
-                api.upload_file(repo_id=repository, path_or_fileobj=path, path_in_repo=path.name)
-    except Exception as error:  # the library and its network layer have many kinds
-        instead = f"`hf auth login`, then `hf upload {repository} {written[0]}`"
-        raise UserError(f"{written[0]} is written, but not uploaded to {repository} ({error}); {instead}") from error
-    print(f"uploaded to https://huggingface.co/{repository}")
-
-
 def model_card(trained: TrainedModel, settings: dict[str, Any], name: str) -> str:
-    """Return the README.md of an exported model: its shape, how far it was trained, and with which settings."""
-    facts = {"parameters": f"{trained.model.get_num_params(non_embedding=False):,}", "tokenizer": trained.tokenizer}
-    facts |= {**(vars(trained.state) if settings else {}), **settings, **vars(trained.model.config)}
-    table = "".join(f"| {fact} | {value} |\n" for fact, value in facts.items())
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-{TAG}
----
-
-# {name}
-
-Trained with nanoGPT {__version__}, from {Path(trained.name).name}.
-
-| | |
-|---|---|
-{table}"""
+    """Return the README.md of an exported model: how far it was trained, and with which settings."""
+    facts = {"parameters": trained.model.get_num_params(non_embedding=False), "tokenizer": trained.tokenizer}
+    facts |= {**vars(trained.state), **settings} if settings else {}
+    table = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items())
+    head = f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{TAG}\n---\n\n# {name}\n"
+    return f"{head}\nMade with nanoGPT {__version__}.\n\n| | |\n|---|---|\n{table}\n"
 
 
 def save_original(path: Path, trained: TrainedModel, settings: dict[str, Any]) -> None:

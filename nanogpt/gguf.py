@@ -281,17 +281,3 @@ def cut_of(definition: dict[str, Any]) -> str | None:
     steps = [{**step, "trim_offsets": True} if "trim_offsets" in step else step for step in steps]
     how = (definition["normalizer"], steps, bool(model.get("ignore_merges")))
     return next((name for name, known in CUTS.items() if known == how and model["type"] == "BPE"), None)
-
-
-def modelfile(path: Path, shape: GPTConfig, tokenizer: Tokenizer) -> str:
-    """Return what Ollama has to know of the GGUF file at `path`: `ollama create NAME -f MODELFILE`."""
-    config = tokenizer.generation_config
-    lines = [f"FROM ./{path.name}", f"PARAMETER num_ctx {min(shape.block_size, 4096)}"]
-    lines += [f"PARAMETER {name} {config[name]}" for name in ("temperature", "top_k", "top_p") if name in config]
-    lines += [f"PARAMETER stop {json.dumps(tokenizer.decode([i]))}" for i in sorted(tokenizer.end_tokens)]
-    # Ollama has Go's templates, not Jinja's, and recognises the usual ones; a model without any continues a text.
-    template = "" if tokenizer.chat_template else "{{ .Prompt }}"
-    if "<|im_start|>" in tokenizer.chat_template:
-        turn = "<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n"
-        template = f"{{{{ range .Messages }}}}{turn}{{{{ end }}}}<|im_start|>assistant\n"
-    return "\n".join([*lines, f'TEMPLATE """{template}"""' if template else "", ""])

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ class LoRALinear(nn.Module):
 
     def maps(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield A (rank, inputs) and B (outputs, rank) of each linear map."""
-        return zip(self.lora_a.chunk(len(self.cuts)), self.lora_b.split(self.cuts), strict=True)
+        return zip(self.lora_a.chunk(len(self.cuts)), self.lora_b.split(self.cuts), strict=True)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W x + scale B A x."""
@@ -74,7 +75,8 @@ def adapt(model: GPT, config: TrainConfig, before: Tokenizer, after: Tokenizer) 
 def grow_vocab(model: GPT, vocab_size: int) -> None:
     """Append rows to embedding and head, up to `vocab_size`."""
     embedding, head = model.transformer.wte, model.lm_head
-    for module in [embedding] if model.config.tied_head else [embedding, head]:
+    modules: list[Any] = [embedding] if model.config.tied_head else [embedding, head]
+    for module in modules:
         new = module.weight.mean(dim=0, keepdim=True).expand(vocab_size - len(module.weight), -1)
         module.weight = nn.Parameter(torch.cat([module.weight, new + 0.02 * torch.randn_like(new)]))
     model.tie_weights()
@@ -94,7 +96,8 @@ def add_adapters(model: GPT, adapter: Adapter, has_new_tokens: bool = False) -> 
         for name, cuts in linear_maps(model.config).items():
             if name.startswith(MATRICES[adapter.targets]):
                 parent, _, last = name.rpartition(".")
-                adapted = LoRALinear(block.get_submodule(name), cuts, adapter.rank, adapter.alpha / adapter.rank)
+                linear: Any = block.get_submodule(name)
+                adapted = LoRALinear(linear, cuts, adapter.rank, adapter.alpha / adapter.rank)
                 setattr(block.get_submodule(parent), last, adapted)
 
 
@@ -105,7 +108,8 @@ def merge_adapters(model: GPT) -> GPT:
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRALinear):
                 change = torch.cat([b @ a for a, b in child.maps()])
-                merged = nn.Linear(*child.weight.shape[::-1], bias=child.bias is not None, device="meta")
+                outputs, inputs = child.weight.shape
+                merged = nn.Linear(inputs, outputs, child.bias is not None, device="meta")
                 merged.weight, merged.bias = nn.Parameter(child.weight + child.scale * change), child.bias
                 setattr(parent, name, merged)
     model.adapter = None
@@ -117,7 +121,7 @@ def digest(model: GPT) -> str:
     total = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         total.update(name.encode())
-        total.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        total.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

@@ -70,7 +70,7 @@ class Muon(AdamW):  # type: ignore[misc]
 
     def __init__(self, model: GPT, config: TrainConfig, dtype: torch.dtype) -> None:
         blocks = model.transformer.h
-        matrices = [
+        matrices: list[dict[str, Any]] = [
             {"params": [block.get_parameter(f"{name}.weight") for block in blocks], "cuts": cuts}
             for name, cuts in linear_maps(model.config).items()
         ]

@@ -282,15 +282,6 @@ def open_text(path: Path) -> tuple[TextIO, str]:
         import pyarrow
 
         file = io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
-        try:
-            file.peek()
-        except OSError as error:
-            if "too much memory" not in str(error):
-                raise
-            import zstandard  # With `zstd --long=31`, 2 GB of text must be at hand, for which pyarrow has no setting.
-
-            unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-            file = io.BufferedReader(unpacker.stream_reader(path.open("rb"), read_across_frames=True))
     begin = file.peek(1 << 13)
     is_utf16 = begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as PowerShell writes text
     encoding = "utf-16" if is_utf16 else "utf-8-sig"

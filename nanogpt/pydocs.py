@@ -32,8 +32,9 @@ def pydoc_chats() -> Iterator[list[dict[str, str]]]:
         tree = ast.parse(path.read_bytes())
         for node in tree.body:
             yield from chats_about(node, module, f"the module {module}")
-            for member in node.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_") else []:
-                yield from chats_about(member, f"{module}.{node.name}", f"the class {module}.{node.name}")
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                for member in node.body:
+                    yield from chats_about(member, f"{module}.{node.name}", f"the class {module}.{node.name}")
 
 
 def chats_about(node: ast.stmt, prefix: str, owner: str) -> Iterator[list[dict[str, str]]]:

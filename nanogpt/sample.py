@@ -11,7 +11,7 @@ import torch
 
 from nanogpt.checkpoint import load_trained
 from nanogpt.device import choose_device
-from nanogpt.engine import Engine, Request, Row, Sampling, quantize
+from nanogpt.engine import NOT_FINITE, Engine, Request, Row, Sampling, quantize
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.model import GPT
 from nanogpt.settings import SampleConfig, unescape
@@ -41,7 +41,7 @@ def sample(config: SampleConfig) -> None:
     engine = Engine(model, count, length=len(prompt) + config.max_new_tokens, vocab_size=tokenizer.vocab_size,
                     dtype=device.dtype, window=config.window)  # fmt: skip
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
-    ends = tokenizer.end_tokens if config.stop_at_eos and not config.ignore_end else frozenset()
+    ends = tokenizer.end_tokens if config.stop_at_eos else frozenset()
     logprobs = config.logprobs if config.logprobs >= 0 else None
     rows = engine.add(
         [Request(prompt, config.max_new_tokens, sampling, config.seed + n, ends, logprobs) for n in range(count)]
@@ -52,8 +52,8 @@ def sample(config: SampleConfig) -> None:
     print(texts[rows[0]], end="", flush=True)
     while engine.rows:
         for row in engine.step():
-            if row.error:
-                raise DataError(f"{trained.name}: {row.error}")
+            if row.end == "error":
+                raise DataError(f"{trained.name}: {NOT_FINITE}")
             piece = follow(engine, row, streams[row])
             texts[row] += piece
             if row is rows[0]:

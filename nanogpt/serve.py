@@ -36,7 +36,7 @@ from nanogpt import __version__
 from nanogpt.chats import prompt_of
 from nanogpt.checkpoint import load_trained
 from nanogpt.device import choose_device
-from nanogpt.engine import Engine, Logprobs, Request, Row, Sampling, quantize
+from nanogpt.engine import NOT_FINITE, Engine, Logprobs, Request, Row, Sampling, quantize
 from nanogpt.errors import UserError
 from nanogpt.sample import TextStream, follow, names_of, prompt_ids
 from nanogpt.settings import ServeConfig
@@ -92,7 +92,6 @@ class Scheduler:
         self.running: dict[Row, Job] = {}
         self.news: set[asyncio.Event] = set()
         self.counters = dict.fromkeys(["prompt_tokens", "sampled_tokens", "refused_requests", "failures"], 0)
-        self.failures_in_a_row = 0  # of the model; not what only one completion has met
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue the jobs of a request, all or none."""
@@ -126,29 +125,21 @@ class Scheduler:
             prefilled = 0  # Prefill at most one context between two steps: the running completions wait meanwhile.
             while self.waiting and self.engine.room and prefilled < self.engine.block_size:
                 prefilled += self.admit()
-            rows = self.engine.step()
-        except Exception as error:
-            self.failures_in_a_row += 1
-            self.fail(list(self.running.values()), error)
-            self.running.clear()
-            self.engine.rows.clear()
-            return
-        for row in rows:
-            job, start = self.running[row], self.running[row].stream.length
-            try:
-                if row.error:
-                    raise row.error
+            for row in self.engine.step():
+                if row.end == "error":  # It ends this job, and no other.
+                    self.fail([self.running.pop(row)], FloatingPointError(NOT_FINITE))
+                    continue
+                job, start = self.running[row], self.running[row].stream.length
                 text = follow(self.engine, row, job.stream)  # This also ends the row where a stop string is complete.
                 if row.logprobs:
                     job.tokens.append((start, row.tokens[-1], row.logprobs[-1]))
                 job.sampled += 1
                 self.counters["sampled_tokens"] += 1
                 self.update(row, text)
-            except Exception as error:  # It ends this row, and no other.
-                self.failures_in_a_row += isinstance(error, FloatingPointError)
-                if not row.end:
-                    self.engine.finish(row, "error")
-                self.fail([self.running.pop(row)], error)
+        except Exception as error:
+            self.fail(list(self.running.values()), error)
+            self.running.clear()
+            self.engine.rows.clear()
 
     def admit(self) -> int:
         """Prefill the next prompt for all jobs that share it and find a row; return its length.
@@ -159,18 +150,13 @@ class Scheduler:
         jobs = list(itertools.takewhile(lambda job: job.request.prompt is prompt, self.waiting[: self.engine.room]))
         del self.waiting[: len(jobs)]
         first, echoed = jobs[0], list[Token]()
-        try:  # Scoring takes a pass over the prompt: one for all of these jobs.
-            if first.echo and first.request.logprobs is not None:
+        try:
+            if first.echo and first.request.logprobs is not None:  # One pass over the prompt, for all of these jobs.
                 starts = itertools.accumulate(map(len, first.stream.prompt_texts), initial=0)
                 scores = [None, *self.engine.score(prompt, first.request.logprobs)]
                 echoed = list(zip(starts, prompt, scores, strict=False))
-        except Exception as error:
-            self.fail(jobs, error)
-            return 0
-        try:
             rows = self.engine.add([job.request for job in jobs])
         except Exception as error:
-            self.failures_in_a_row += 1
             self.fail(jobs, error)
             self.engine.rows = [row for row in self.engine.rows if row in self.running]
             return 0
@@ -190,7 +176,6 @@ class Scheduler:
         self.news.add(job.changed)
         if row.end:
             del self.running[row]
-            self.failures_in_a_row = 0
 
     def fail(self, jobs: Sequence[Job], error: Exception) -> None:
         """End jobs with an error. Its traceback goes to the log; clients get a general message."""
@@ -244,18 +229,11 @@ class CompletionRequest(Ask):
     truncate_prompt_tokens: int = Field(0, ge=-1)  # keep its last so many; 0: all; -1: as many as fit
 
 
-class TextPart(BaseModel):
-    """A part of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
 class ChatMessage(BaseModel):
-    """What somebody said; fields beside these are ignored."""
+    """What somebody said, as a text or in several parts of type text; fields beside these are ignored."""
 
     role: str
-    content: str | list[TextPart] | None = None
+    content: str | list[dict[Literal["type", "text"], str]] | None = None
 
 
 class ChatRequest(Ask):
@@ -269,11 +247,10 @@ class ChatRequest(Ask):
 
     def as_completion(self, scheduler: Scheduler) -> CompletionRequest:
         """Return the same as the completion of a prompt. Raises an HTTPException if the model can't chat so."""
-        texts = [(each.role, each.content or "") for each in self.messages]
-        messages = [
-            {"role": role, "content": text if isinstance(text, str) else "".join(part.text for part in text)}
-            for role, text in texts
-        ]
+        messages = []
+        for each in self.messages:
+            parts = [{"text": each.content}] if isinstance(each.content, str) else each.content or []
+            messages.append({"role": each.role, "content": "".join(part.get("text", "") for part in parts)})
         try:
             prompt = prompt_of(scheduler.tokenizer, messages)
         except UserError as error:
@@ -486,8 +463,6 @@ def make_server(scheduler: Scheduler) -> uvicorn.Server:
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        if scheduler.failures_in_a_row >= 3:
-            raise HTTPException(503, "the model fails; the server's log says how")
         return {"status": "ok"}
 
     @app.get("/metrics")

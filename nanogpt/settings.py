@@ -6,12 +6,11 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
 
-from nanogpt.config import CHECKS, PRESETS, Machine, Settings, TrainConfig, is_hub_name, is_there
+from nanogpt.config import CHECKS, PRESETS, Machine, Settings, TrainConfig, is_there
 
 CHECKS |= {
     **dict.fromkeys("top_p min_p mfu".split(), CHECKS["decay_share"]),
     **dict.fromkeys("num_samples steps gpus nodes rows queue timeout max_body".split(), CHECKS["batch_size"]),
-    "push": (is_hub_name, "USER/NAME, a repository on the Hugging Face hub"),
     "port": (lambda v: 0 <= v <= 65535, "0 to 65535"),
     "tokenizer": (
         lambda v: v in ("char", "byte", "gpt2") or (re.fullmatch(r"bpe:\d+", v) and int(v[4:]) > 256) or is_there(v),
@@ -64,7 +63,6 @@ class SampleConfig(SourceConfig, Machine):
     min_p: float = 0.0  # drop tokens less probable than this share of the highest probability
     stop: list[str] = field(default_factory=list)  # texts that end a sample and are left out, such as '\n\n'
     stop_at_eos: bool = True  # end a sample at the model's end token, such as <|endoftext|>
-    ignore_end: bool = False  # the same as stop_at_eos=False, by its name in version 1.0
     window: Literal["half", "slide"] = "half"  # a full context loses its older half; slide: one token (slow, exact)
     logprobs: int = -1  # list the logprob of each new token and of this many alternatives; -1: no
     int8: bool = False  # quantize weights to 8 bits with a scale per row
@@ -123,7 +121,6 @@ class ExportConfig(SourceConfig):
     output: str = ""  # folder or file to write
     dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = "float32"  # of matrices; q8_0: 8 bits, only for gguf
     force: bool = False  # replace an earlier export
-    push: str = ""  # USER/NAME: also upload it to the Hugging Face hub, which makes it public; see `hf auth login`
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

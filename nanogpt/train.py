@@ -155,7 +155,7 @@ def train(config: TrainConfig) -> int:
                     share = ((y >= 0).sum() if dataset.is_chat else y.numel()) / n_targets
                     with distributed.gradient_sync(network, is_last=n == n_micro):
                         micro_loss = compute_loss(run, network, x, y, *document_ids) * share
-                        scaler.scale(micro_loss).backward()  # type: ignore[no-untyped-call]
+                        scaler.scale(micro_loss).backward()
                     loss += micro_loss.detach()
 
                 # Clip and step; without grad_clip, only measure the norm. If loss or gradient of any process is not
