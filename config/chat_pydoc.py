@@ -3,7 +3,7 @@
 # $ python train.py config/chat_pydoc.py --init_from=out-pystdlib-fast
 # $ nanogpt chat out-chat-pydoc
 # Any other model that can be opened works in its place; of a large one, train low-rank adapters only:
-# $ python train.py config/chat_pydoc.py --init_from=FILE.gguf --lora_rank=16 --learning_rate=1e-3
+# $ python train.py config/chat_pydoc.py --init_from=Qwen/Qwen3-0.6B --lora_rank=16 --learning_rate=1e-3
 
 out_dir = "out-chat-pydoc"
 eval_interval = 50
@@ -22,7 +22,7 @@ batch_size = 16
 gradient_accumulation_steps = 1
 max_iters = 300
 
-learning_rate = 1e-3
+learning_rate = 3e-3  # for less than a million parameters; 1e-3 for adapters, 2e-5 for all weights of a large model
 warmup_iters = 20
 lr_decay_iters = max_iters
 min_lr = learning_rate / 10

@@ -8,7 +8,7 @@ import datetime
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -121,37 +121,44 @@ def common_prefix(a: str, b: str) -> int:
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def pack(marks: Array, block_size: int) -> list[list[slice]]:
-    """Return which conversations each row of block_size + 1 tokens holds, in a fixed random order.
+class Chats:
+    """The conversations of a split, whole and packed into rows: ids and marks (tokens,)."""
 
-    One that is longer loses its end; one that then counts nothing is left out. Raises `DataError` if there is no other.
-    """
-    starts = np.flatnonzero(marks & BEGINS)
-    lengths = np.minimum(np.diff(starts, append=len(marks)), block_size + 1)
-    rows, used = [list[slice]()], 0
-    for n in np.random.default_rng(0).permutation(len(starts)).tolist():
-        part = slice(starts[n], starts[n] + lengths[n])
-        if not (marks[part] & COUNTS).any():
-            continue
-        if used + lengths[n] > block_size + 1:
-            rows.append([])
-            used = 0
-        rows[-1].append(part)
-        used += lengths[n]
-    if not rows[0]:
-        raise DataError(f"no conversation has an answer within the first block_size={block_size} tokens")
-    return rows
+    def __init__(self, ids: Array, marks: Array) -> None:
+        self.ids, self.marks = ids, marks
+        self.rows = functools.lru_cache(self.pack)
 
+    def pack(self, block_size: int) -> list[list[slice]]:
+        """Return which conversations each row of block_size + 1 tokens holds, in a fixed random order.
 
-def fill(rows: Sequence[Sequence[slice]], ids: Array, marks: Array, block_size: int) -> tuple[Array, Array, Array]:
-    """Return inputs, targets (-1: does not count) and document ids of rows, (len(rows), block_size) each."""
-    size = (len(rows), block_size + 1)
-    inputs, targets, documents = np.zeros(size, np.int64), np.full(size, -1), np.full(size, -1)
-    for n, parts in enumerate(rows):
-        place = 0
-        for number, part in enumerate(parts):
-            found = ids[part].astype(np.int64)
-            there = slice(place, place := place + len(found))
-            inputs[n, there], documents[n, there] = found, number
-            targets[n, there] = np.where(marks[part] & COUNTS, found, -1)
-    return inputs[:, :-1], targets[:, 1:], documents[:, :-1]
+        One that is longer loses its end, and is left out if it then counts nothing. Raises `DataError` if none is left.
+        """
+        starts = np.flatnonzero(self.marks & BEGINS)
+        lengths = np.minimum(np.diff(starts, append=len(self.marks)), block_size + 1)
+        rows, used = [list[slice]()], 0
+        for n in np.random.default_rng(0).permutation(len(starts)).tolist():
+            part = slice(starts[n], starts[n] + lengths[n])
+            if not (self.marks[part] & COUNTS).any():
+                continue
+            if used + lengths[n] > block_size + 1:
+                rows.append([])
+                used = 0
+            rows[-1].append(part)
+            used += lengths[n]
+        if not rows[0]:
+            raise DataError(f"no conversation has an answer within the first block_size={block_size} tokens")
+        return rows
+
+    def batch(self, numbers: Iterable[int], block_size: int) -> list[Array]:
+        """Return inputs, targets (-1: does not count) and document ids of rows, (rows, block_size) each."""
+        rows = [self.rows(block_size)[n] for n in numbers]
+        size = (len(rows), block_size + 1)
+        inputs, targets, documents = np.zeros(size, np.int64), np.full(size, -1), np.full(size, -1)
+        for n, parts in enumerate(rows):
+            place = 0
+            for number, part in enumerate(parts):
+                found = self.ids[part].astype(np.int64)
+                there = slice(place, place := place + len(found))
+                inputs[n, there], documents[n, there] = found, number
+                targets[n, there] = np.where(self.marks[part] & COUNTS, found, -1)
+        return [inputs[:, :-1], targets[:, 1:], documents[:, :-1]]

@@ -23,7 +23,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
-from nanogpt.chats import fill, pack, with_template
+from nanogpt.chats import Chats, with_template
 from nanogpt.config import TrainConfig, mixture
 from nanogpt.errors import DataError
 from nanogpt.files import parse_json
@@ -51,7 +51,7 @@ class Dataset:
     val: Ids
     tokenizer: Tokenizer
     description: dict[str, Any]  # dataset.json; empty where there is none
-    marks: dict[str, Ids] = field(default_factory=dict)  # of each split of conversations
+    chats: dict[str, Chats] = field(default_factory=dict)  # by split, if it consists of conversations
     parts: tuple["Dataset", ...] = ()
     weights: tuple[float, ...] = ()
 
@@ -63,7 +63,7 @@ class Dataset:
     @property
     def is_chat(self) -> bool:
         """Whether it consists of conversations."""
-        return bool(self.marks) or any(part.is_chat for part in self.parts)
+        return bool(self.chats) or any(part.is_chat for part in self.parts)
 
     def split(self, name: str) -> Ids:
         """Return the ids of `train` or `val`."""
@@ -135,8 +135,10 @@ def open_dataset(folder: Path) -> Dataset:
                 "prepare the data set again"
             )
         splits[split] = np.asarray(np.memmap(file, dtype, "r"))  # slices of the class memmap itself are slow
-    marks = {split: np.fromfile(folder / f"{split}.marks", np.uint8) for split in SPLITS if description.get("chat")}
-    return Dataset(folder, splits["train"], splits["val"], tokenizer, description, marks)
+    chats = {}
+    for split in SPLITS if description.get("chat") else []:
+        chats[split] = Chats(splits[split], np.fromfile(folder / f"{split}.marks", np.uint8))
+    return Dataset(folder, splits["train"], splits["val"], tokenizer, description, chats)
 
 
 def open_mixture(data_dir: str, weights: dict[str, float]) -> Dataset:
@@ -183,9 +185,9 @@ def get_batch(
     draw: dict[str, Any] = {"seed": config.seed, "step": step, "rows": config.global_batch_size}
     if dataset.parts:
         batch = mix(dataset, [get_batch(each, step, config, rows) for each in dataset.parts], config.seed, step, rows)
-    elif dataset.marks:
-        numbers, _ = in_epochs(len(packed(dataset, "train", block_size)), **draw)
-        batch = chat_batch(dataset, "train", numbers[part], block_size)
+    elif dataset.chats:
+        numbers, _ = in_epochs(len(dataset.chats["train"].rows(block_size)), **draw)
+        batch = tuple(map(torch.from_numpy, dataset.chats["train"].batch(numbers[part], block_size)))
     else:
         starts_of = epoch_window_starts if config.sampling == "epoch" else window_starts
         batch = windows(dataset, "train", starts_of(len(dataset.train), block_size, **draw)[part], block_size)
@@ -197,25 +199,13 @@ def evaluation_batch(dataset: Dataset, split: str, k: int, block_size: int, batc
     if dataset.parts:
         parts = [evaluation_batch(part, split, k, block_size, batch_size) for part in dataset.parts]
         return mix(dataset, parts, 0, k, range(batch_size))
-    if dataset.marks:
-        n_rows = len(packed(dataset, split, block_size))
-        return chat_batch(dataset, split, generator(0, k, EVALUATION).integers(n_rows, size=batch_size), block_size)
+    if dataset.chats:
+        chats, draw = dataset.chats[split], generator(0, k, EVALUATION)
+        numbers = draw.integers(len(chats.rows(block_size)), size=batch_size)
+        return tuple(map(torch.from_numpy, chats.batch(numbers, block_size)))
     n_tokens = len(dataset.split(split))
     starts = window_starts(n_tokens, block_size, seed=0, step=k, rows=batch_size, stream=EVALUATION)
     return windows(dataset, split, starts, block_size)
-
-
-@functools.lru_cache
-def packed(dataset: Dataset, split: str, block_size: int) -> list[list[slice]]:
-    """Return which conversations of a split each row holds."""
-    return pack(dataset.marks[split], block_size)
-
-
-def chat_batch(dataset: Dataset, split: str, numbers: Starts, block_size: int) -> Batch:
-    """Return rows of conversations by their numbers."""
-    rows = packed(dataset, split, block_size)
-    filled = fill([rows[n] for n in numbers], dataset.split(split), dataset.marks[split], block_size)
-    return tuple(map(torch.from_numpy, filled))
 
 
 def mix(dataset: Dataset, batches: list[Batch], seed: int, step: int, rows: range) -> Batch:

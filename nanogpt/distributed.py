@@ -4,7 +4,6 @@ Where one process runs alone, every function here does nothing and costs nothing
 """
 
 import logging
-import math
 import os
 import time
 import uuid
@@ -46,11 +45,9 @@ class Distributed:
         """Return this process's rows of the global batch. Raises `ConfigError` if they can't be divided evenly."""
         count, rest = divmod(batch_size * accumulation, self.world_size)
         if rest:
-            step = self.world_size // math.gcd(self.world_size, batch_size)
-            nearest = max(accumulation // step, 1) * step
             raise ConfigError(
                 f"batch_size={batch_size} x gradient_accumulation_steps={accumulation} rows can't be divided evenly "
-                f"among {self.world_size} processes; --gradient_accumulation_steps={nearest} can"
+                f"among {self.world_size} processes; a multiple of {self.world_size} accumulation steps can"
             )
         return range(self.rank * count, (self.rank + 1) * count)
 
@@ -88,9 +85,8 @@ class Distributed:
         """Raise `ConfigError` in all processes if one was started with other settings than the main one."""
         main = self.broadcast_from_main(lambda: settings)
         differing = [f"{key} is {settings[key]!r}, not {main[key]!r}" for key in main if settings[key] != main[key]]
-        if self.any(bool(differing)):
-            problem = "; ".join(differing) or "another one has other settings"
-            raise ConfigError(f"the processes do not agree: {problem}; start all with the same command")
+        if self.any(bool(differing)):  # All end, so that none waits for another.
+            raise ConfigError(f"start all processes with the same command; what differs here: {differing}")
 
 
 def this_process() -> Distributed:

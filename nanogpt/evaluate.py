@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from nanogpt.chats import BEGINS, COUNTS
+from nanogpt.chats import BEGINS, COUNTS, Chats
 from nanogpt.checkpoint import TrainedModel, load_trained
 from nanogpt.config import TrainConfig, mixture
 from nanogpt.data import Ids, document_ids_of, open_dataset
@@ -137,7 +137,7 @@ def split_measures(config: EvalConfig, trained: TrainedModel, device: Device) ->
         adapt(model, TrainConfig(), trained.tokenizer, dataset.tokenizer)
         scorer = Scorer(model, dataset.tokenizer, device, config.batch_size)
         return {"dataset": name, "split": config.split, "block_size": model.config.block_size,
-                **answers(scorer, dataset.split(config.split), dataset.marks[config.split], config.limit)}  # fmt: skip
+                **answers(scorer, dataset.chats[config.split], config.limit)}  # fmt: skip
     dataset.check_length(1)
     tokens = dataset.split(config.split)
     own = model.config.block_size if trained.config else min(model.config.block_size, LONGEST)
@@ -204,17 +204,17 @@ class Scorer:
         return results
 
 
-def answers(scorer: Scorer, ids: Ids, marks: Ids, limit: int) -> dict[str, float]:
+def answers(scorer: Scorer, chats: Chats, limit: int) -> dict[str, float]:
     """Score the answers in conversations, each after all that was said before it.
 
     Exact match: greedy decoding writes the whole answer, and its end. The logprob is that of a whole answer, in nats.
     """
-    begins = np.flatnonzero(marks & BEGINS)
-    edges = np.flatnonzero(np.diff(marks & COUNTS > 0, prepend=False, append=False))
+    begins = np.flatnonzero(chats.marks & BEGINS)
+    edges = np.flatnonzero(np.diff(chats.marks & COUNTS > 0, prepend=False, append=False))
     rows = []
     for start, stop in edges.reshape(-1, 2)[: limit or None].tolist():
         begin = begins[begins.searchsorted(start, side="right") - 1]
-        rows.append((ids[begin:stop].tolist(), stop - start))
+        rows.append((chats.ids[begin:stop].tolist(), stop - start))
     scores, tokens = scorer.scores_of_ids(rows), sum(count for _, count in rows)
     logprob = sum(score for score, _ in scores)
     exact = sum(is_greedy for _, is_greedy in scores) / len(rows)

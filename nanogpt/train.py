@@ -35,7 +35,7 @@ from nanogpt.sample import short_sample
 log = logging.getLogger(__name__)
 
 STOPPED = 75  # exit code of a run that a signal has stopped and that can be resumed
-DIVERGENCE_ADVICE = "try a lower learning_rate (with muon, muon_lr), grad_clip=1 or dtype=float32"
+ADVICE = "try a lower learning_rate (with muon, muon_lr), grad_clip=1 or dtype=float32"
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,7 @@ def train(config: TrainConfig) -> int:
                     if config.plot and dist.is_main:
                         draw_if_possible(config.out_dir, at_most_every=120)  # seconds, since drawing takes one or two
                     if not math.isfinite(losses["val"]):
-                        raise DivergedError(
-                            f"the validation loss is {losses['val']} after {state.step} steps, and this model is not "
-                            f"saved; {DIVERGENCE_ADVICE}"
-                        )
+                        raise DivergedError(f"validation loss {losses['val']} at step {state.step}; {ADVICE}")
                     # Step 0 does not compete, unless it is all: best.pt is a model that this run has trained.
                     if state.step > 0 or is_done:
                         is_best = losses["val"] < state.best_val_loss
@@ -183,10 +180,7 @@ def train(config: TrainConfig) -> int:
                 # Reading the counter waits for the GPU, so that is done with log lines and every max_bad_steps steps.
                 count_is_due = log_is_due or state.step % config.max_bad_steps == 0
                 if count_is_due and (n_bad := int(skipped_in_a_row)) >= config.max_bad_steps:
-                    raise DivergedError(
-                        f"loss or gradient was not finite in {n_bad} steps in a row, up to step {state.step}; they "
-                        f"were skipped; {DIVERGENCE_ADVICE}"
-                    )
+                    raise DivergedError(f"{n_bad} steps in a row, up to {state.step}, were not finite; {ADVICE}")
 
             # Checkpoints are written in a thread. Save again if that failed, or if a signal came after an unsaved step.
             state.skipped = int(skipped)
@@ -251,8 +245,7 @@ def build_or_resume(
     # A loaded model keeps its shape, whatever the settings say.
     shape = {name: value for name, value in vars(model.config).items() if hasattr(config, name)}
     for name, value in shape.items():
-        asked, default = getattr(config, name), getattr(TrainConfig, name)
-        if asked != value and asked != default:
+        if (asked := getattr(config, name)) not in (value, getattr(TrainConfig, name)):
             log.warning(f"{name} = {asked!r} is ignored: the model that is loaded has {name} = {value!r}")
     config = dataclasses.replace(config, **shape).with_muon_rates()
     if resumed:
@@ -293,8 +286,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     Yields a function that returns whether that was asked. Clusters announce the end of a job with SIGUSR1.
     """
     received: list[int] = []
-    names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
-    before = {number: signal.getsignal(number) for name in names if (number := getattr(signal, name, None))}
+    before: dict[int, Any] = {}
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         received.append(number)
@@ -302,9 +294,11 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         with suppress(OSError):  # after SIGHUP, the terminal is gone
             os.write(2, b"\nstopping as soon as possible (Ctrl-C once more: at once)\n")  # print is not safe here
 
-    for number, handler in before.items():
-        if number == signal.SIGINT or handler != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, on_signal)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
+        if number := getattr(signal, name, None):  # Windows lacks some
+            before[number] = signal.getsignal(number)
+            if number == signal.SIGINT or before[number] != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, on_signal)
     try:
         yield lambda: bool(received)
     finally:

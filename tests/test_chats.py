@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanogpt.chats import BEGINS, COUNTS, Message, conversation_ids, fill, pack, prompt_of, render, with_template
+from nanogpt.chats import BEGINS, COUNTS, Chats, Message, conversation_ids, prompt_of, render, with_template
 from nanogpt.config import GPTConfig
 from nanogpt.errors import DataError
 from nanogpt.model import GPT
@@ -123,8 +123,9 @@ def marks_of(*lengths: int) -> np.ndarray:
 def test_rows_hold_whole_conversations() -> None:
     lengths = [5, 9, 4, 30, 6, 7, 3]
     marks, ids = marks_of(*lengths), np.arange(sum(lengths))
-    rows = pack(marks, 16)
-    x, y, documents = map(torch.from_numpy, fill(rows, ids, marks, 16))
+    chats = Chats(ids, marks)
+    rows = chats.rows(16)
+    x, y, documents = map(torch.from_numpy, chats.batch(range(len(rows)), 16))
     assert x.shape == y.shape == documents.shape == (len(rows), 16)
     assert (marks[x[:, 0]] & BEGINS).all()  # a row begins with a conversation
     for row, (inputs, targets, belongs) in enumerate(zip(x, y, documents, strict=True)):
@@ -144,9 +145,9 @@ def test_rows_hold_whole_conversations() -> None:
 
 
 def test_a_conversation_without_an_answer_in_reach_is_left_out() -> None:
-    assert len([part for row in pack(marks_of(40, 8, 12), 16) for part in row]) == 2
+    assert len([part for row in Chats(np.arange(60), marks_of(40, 8, 12)).rows(16) for part in row]) == 2
     with pytest.raises(DataError, match="block_size=16"):
-        pack(marks_of(40), 16)
+        Chats(np.arange(40), marks_of(40)).rows(16)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
@@ -157,7 +158,8 @@ def test_neighbours_in_a_row_do_not_see_each_other(architecture: Any) -> None:
     config = GPTConfig(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=32, architecture=architecture)
     torch.manual_seed(0)
     model = GPT(config).eval()
-    x, y, documents = map(torch.from_numpy, fill(pack(marks, 16), ids, marks, 16))
+    chats = Chats(ids, marks)
+    x, y, documents = map(torch.from_numpy, chats.batch(range(len(chats.rows(16))), 16))
     _, together = model(x, y, document_ids=documents, return_logits=False)
     alone, begins = [], np.cumsum([0, *lengths])
     for start, stop in itertools.pairwise(begins):

@@ -73,7 +73,7 @@ def documented_commands() -> list[list[str]]:
 def test_every_documented_command_is_understood(tmp_path: Path) -> None:
     for folder in ("config", "docs"):
         (tmp_path / folder).symlink_to(ROOT / folder)
-    for folder in ("FOLDER", "shakespeare-hf"):
+    for folder in ("FOLDER", "shakespeare-hf", "out-pystdlib-fast"):
         (tmp_path / folder).mkdir()
     commands = documented_commands()
     assert len(commands) > 50
@@ -86,7 +86,7 @@ def test_every_documented_command_is_understood(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [("train --n_embd=100", "n_embd=100 is not a multiple of n_head=12; n_embd=108 would be"),
+    [("train --n_embd=100", "n_embd=100 is not a multiple of n_head=12"),
      ("train --n_kv_head=4", "n_kv_head=4: GPT-2 has n_head=12; others need --architecture=llama"),
      ("train --n_kv_head=5 --architecture=llama", "n_head=12 is not a multiple of n_kv_head=5"),
      ("train --head_size=32", "head_size=32: GPT-2's heads have n_embd / n_head"),
@@ -165,7 +165,7 @@ def test_presets_have_the_parameters_of_their_models(name: str) -> None:
     ("settings", "message"),
     [({"activation": "relu"}, "activation='relu': expected gelu or gelu_tanh"),
      ({"architecture": "mamba"}, "architecture='mamba': expected gpt2 or llama or qwen3"),
-     ({"n_layer": 2.0}, r"n_layer is 2\.0, expected int"), ({"n_layer": -1}, "n_layer=-1: expected a value >= 1"),
+     ({"n_layer": -1}, "n_layer=-1: expected a value >= 1"),
      ({"n_kv_head": 3}, "n_head=4 is not a multiple of n_kv_head=3")],
 )  # fmt: skip
 def test_a_shape_that_cannot_be_built_is_refused(settings: dict[str, Any], message: str) -> None:

@@ -132,8 +132,6 @@ def convert(folder: Path, dtype: torch.dtype) -> None:
         (change_config(model_type="llama"), "transformers writes one with AutoTokenizer"),
         (change_config(activation_function="relu"), "activation_function is 'relu'"),
         (change_config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True, not False"),
-        (change_config(layer_norm_epsilon="1e-5"), "norm_eps is '1e-5', expected float"),
-        (change_config(n_layer=2.0), "n_layer is 2.0, expected int"),
         (change_config(n_inner=63), "6 tensors do not fit the shape, as transformer.h.0.mlp.c_fc.bias: expected [63]"),
         (change_config(n_head=3), "n_embd=16 is not a multiple of n_head=3"),
         (change_config(n_layer=3), "'h.2.ln_1.weight' is missing"),
