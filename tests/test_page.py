@@ -79,12 +79,11 @@ def test_text_comes_token_by_token_with_its_probabilities(page: Any, server: Ser
     _, answer = server.complete(prompt="hello", max_tokens=20, seed=1, temperature=0.8, top_k=200, logprobs=8)
     [choice] = answer["choices"]
     assert text(page) == "hello" + choice["text"]
-    assert page.inner_text("#plain") == text(page)
     tokens = page.locator(".token")
     assert tokens.count() == len(choice["logprobs"]["tokens"])
     first = choice["logprobs"]["top_logprobs"][0]
     tokens.first.hover()
-    assert page.locator("#detail li").count() == len(first)
+    assert page.locator("#detail button").count() == len(first)
     assert page.is_visible("#detail")
 
 
@@ -137,14 +136,14 @@ def test_with_the_keyboard_alone(page: Any) -> None:
     page.focus("#tokens")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
-    assert page.get_attribute("#tokens", "aria-activedescendant") == "token1"
-    assert "%" in page.get_attribute("#token1", "aria-label")
+    assert page.evaluate("document.activeElement.id") == "token1"
+    assert "%" in page.get_attribute("#token1", "aria-description")
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.closest('#detail') !== null")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Escape")
     assert not page.is_visible("#detail")
-    assert page.evaluate("document.activeElement.id") == "tokens"
+    assert page.evaluate("document.activeElement.id") == "token1"
     page.keyboard.press("Enter")
     page.keyboard.press("Enter")
     wait_for_status(page)
