@@ -10,17 +10,22 @@ from typing import Any
 
 import pytest
 
-from tests.test_serve import Server, make_llama, make_model, serving
+from nanogpt.chats import with_template
+from tests.test_serve import TOKENIZER, Server, make_llama, make_model, serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving(make_model()) as server:
+@pytest.fixture(scope="module", params=["no chat"])
+def server(request: Any) -> Iterator[Server]:
+    chats = request.param == "chat"
+    with serving(make_model(512 if chats else 32), with_template(TOKENIZER) if chats else TOKENIZER) as server:
         yield server
+
+
+in_chat = pytest.mark.parametrize("server", ["chat"], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +81,15 @@ def generate(page: Any, prompt: str = "hello", **settings: str) -> None:
 def test_text_comes_token_by_token_with_its_probabilities(page: Any, server: Server) -> None:
     generate(page)
     assert page.inner_text("#about").startswith("m, context of 32 tokens")
+    assert not page.is_visible("#modes, #log")  # The model has no chat template.
     _, answer = server.complete(prompt="hello", max_tokens=20, seed=1, temperature=0.8, top_k=200, logprobs=8)
     [choice] = answer["choices"]
     assert text(page) == "hello" + choice["text"]
-    assert page.inner_text("#plain") == text(page)
     tokens = page.locator(".token")
     assert tokens.count() == len(choice["logprobs"]["tokens"])
     first = choice["logprobs"]["top_logprobs"][0]
     tokens.first.hover()
-    assert page.locator("#detail li").count() == len(first)
+    assert page.locator("#detail button").count() == len(first)
     assert page.is_visible("#detail")
 
 
@@ -93,7 +98,7 @@ def test_branching_and_undo(page: Any) -> None:
     before = text(page)
     page.locator(".token").nth(3).click()
     other = page.locator("#detail button:enabled:not(.taken)").first
-    name = other.get_attribute("aria-label").split("continue with ")[1].split(", ")[0]
+    name = other.locator("code").text_content()
     other.click()
     wait_for_status(page)
     chosen = page.locator(".token.chosen").text_content()
@@ -137,14 +142,14 @@ def test_with_the_keyboard_alone(page: Any) -> None:
     page.focus("#tokens")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
-    assert page.get_attribute("#tokens", "aria-activedescendant") == "token1"
-    assert "%" in page.get_attribute("#token1", "aria-label")
+    assert page.evaluate("document.activeElement.id") == "token1"
+    assert "%" in page.get_attribute("#token1", "aria-description")
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.closest('#detail') !== null")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Escape")
     assert not page.is_visible("#detail")
-    assert page.evaluate("document.activeElement.id") == "tokens"
+    assert page.evaluate("document.activeElement.id") == "token1"
     page.keyboard.press("Enter")
     page.keyboard.press("Enter")
     wait_for_status(page)
@@ -171,6 +176,63 @@ def test_what_is_wrong_is_said_and_markup_in_a_text_is_text(page: Any) -> None:
     page.click("#generate")
     page.wait_for_selector("#status.bad")
     assert "max_tokens: at most 3,000" in page.inner_text("#status")
+
+
+def said(page: Any) -> list[str]:
+    return [str(box.text_content()) for box in page.locator("#log p").all()]
+
+
+def answered(page: Any) -> Any:
+    """The messages that Enter sends, once the answer to them is there."""
+    with page.expect_response("**/v1/chat/completions") as response:
+        page.keyboard.press("Enter")
+    response.value.finished()
+    wait_for_status(page)
+    return response.value.request.post_data_json["messages"]
+
+
+@in_chat
+def test_a_conversation(page: Any) -> None:
+    page.fill("#system", "Be brief.")
+    page.fill("#max_tokens", "40")
+    page.focus("#prompt")
+    page.keyboard.type("<b>one</b>")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("<img src=x>")
+    question = {"role": "user", "content": "<b>one</b>\n<img src=x>"}
+    assert answered(page) == [{"role": "system", "content": "Be brief."}, question]
+    assert page.locator("#log b, #log img").count() == 0
+    page.keyboard.type("two")
+    before = said(page)
+    asked = answered(page)
+    assert [each["content"] for each in asked] == ["Be brief.", question["content"], before[1], "two"]
+    before = said(page)
+    page.focus("#regenerate")
+    assert answered(page) == asked
+    assert said(page)[:3] == before[:3]
+    assert said(page)[3] != before[3]
+    page.locator(".user").first.fill("uno")
+    assert [each["content"] for each in answered(page)] == ["Be brief.", "uno"]
+    assert said(page)[0] == "uno"
+    assert len(said(page)) == 2
+    page.check("#tints")
+    assert "%" in page.locator(".assistant .token").first.get_attribute("title")
+    assert page.evaluate(CONTRAST) == []
+
+
+@in_chat
+def test_what_is_stopped_stays_and_what_fails_goes_back_to_its_field(page: Any, server: Server) -> None:
+    page.fill("#temperature", "0")  # and so without an end
+    for max_tokens, status in {"3000": "Writing", "5000": "max_tokens: at most 3,000"}.items():
+        page.fill("#max_tokens", max_tokens)
+        page.fill("#prompt", "long")
+        page.click("text=Send")
+        wait_for_status(page, status)
+        page.keyboard.press("Escape")
+        server.wait_for(running=0, waiting=0)
+    assert len(said(page)) == 2
+    assert said(page)[1]
+    assert page.input_value("#prompt") == "long"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -32,9 +32,10 @@ from tests.conftest import write_llama
 TOKENIZER = ByteTokenizer()
 
 
-def make_model() -> GPT:
+def make_model(block_size: int = 32) -> GPT:
     torch.manual_seed(1)
-    model = GPT(GPTConfig(block_size=32, vocab_size=320, n_layer=2, n_head=2, n_embd=16, architecture="qwen3")).eval()
+    shape = {"block_size": block_size, "vocab_size": 320, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    model = GPT(GPTConfig(**shape, architecture="qwen3")).eval()
     with torch.no_grad():
         model.lm_head.weight *= 8  # opinions
     return model
