@@ -109,35 +109,27 @@ def open_dataset(folder: Path) -> Dataset:
     """
     if not is_prepared(folder):
         raise DataError(f"{folder} holds no train.bin and val.bin: prepare it, or name another (--dataset, --data_dir)")
-    path = folder / "dataset.json"
     description: dict[str, Any] = {}
-    if path.exists():
-        try:
+    splits, chats = dict[str, Ids](), dict[str, Chats]()
+    try:
+        if (path := folder / "dataset.json").exists():
             description = parse_json(path.read_bytes())
             if description.get("version", 1) != 1:
                 raise DataError("it was written by a newer version of nanoGPT")
             tokenizer = from_description(description["tokenizer"])
             dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[description["dtype"]])
-            expected = {split: description["tokens"][split] for split in SPLITS}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, DataError) as error:
-            raise DataError(f"{path} cannot be read ({error}): prepare the data set again") from error
-    else:
-        tokenizer, dtype, expected = tokenizer_of_original(folder), np.dtype("<u2"), {}
-        log.info(f"{folder} has no dataset.json: reading uint16 ids of the {tokenizer}")
-    splits = {}
-    for split in SPLITS:
-        file = folder / f"{split}.bin"
-        size, n_ids = file.stat().st_size, expected.get(split)
-        is_whole = size % dtype.itemsize == 0 if n_ids is None else size == n_ids * dtype.itemsize
-        if not size or not is_whole:
-            raise DataError(
-                f"{file} has {size:,} bytes, not {n_ids or 'a positive number of'} ids of {dtype.itemsize} bytes each: "
-                "prepare the data set again"
-            )
-        splits[split] = np.asarray(np.memmap(file, dtype, "r"))  # slices of the class memmap itself are slow
-    chats = {}
-    for split in SPLITS if description.get("chat") else []:
-        chats[split] = Chats(splits[split], np.fromfile(folder / f"{split}.marks", np.uint8))
+        else:
+            tokenizer, dtype = tokenizer_of_original(folder), np.dtype("<u2")
+            log.info(f"{folder} has no dataset.json: reading uint16 ids of the {tokenizer}")
+        for split in SPLITS:
+            ids = np.asarray(np.memmap(folder / f"{split}.bin", dtype, "r"))  # slices of the class memmap are slow
+            if description and len(ids) != (expected := description["tokens"][split]):
+                raise DataError(f"{split}.bin holds {len(ids):,} ids, not {expected:,}")
+            splits[split] = ids
+            if description.get("chat"):
+                chats[split] = Chats(ids, np.fromfile(folder / f"{split}.marks", np.uint8))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, DataError) as error:
+        raise DataError(f"{folder} cannot be read ({error}): prepare the data set again") from error
     return Dataset(folder, splits["train"], splits["val"], tokenizer, description, chats)
 
 

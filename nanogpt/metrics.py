@@ -72,6 +72,9 @@ class Metrics:
         self, config: TrainConfig, resumed: "TrainState | None" = None, is_main: bool = True,
         tokens_per_epoch: int = 1, peak_speed: float = 0.0,
     ) -> None:  # fmt: skip
+        for name, value in vars(config).items():
+            if value != getattr(TrainConfig, name):
+                log.info(f"{name} = {value!r}")
         self.config, self.tokens_per_epoch, self.peak_speed = config, tokens_per_epoch, peak_speed
         # Steps and seconds at the last log line.
         self.step, self.seconds = (resumed.step, resumed.seconds) if resumed else (0, 0.0)

@@ -21,11 +21,12 @@ def make_optimizer(model: GPT, config: TrainConfig, dtype: torch.dtype) -> torch
     if config.optimizer == "muon":
         return Muon(model, config, dtype)
     unfit = ("Optimizer", "LBFGS", "SparseAdam", "Muon")  # need closures, sparse gradients, or matrices only
-    kinds = {name.lower(): kind for name, kind in vars(torch.optim).items() if isinstance(kind, type)}
-    kind = kinds.get(config.optimizer)
-    if kind is None or kind.__name__ in unfit:
-        names = ", ".join(sorted(name for name, kind in kinds.items() if kind.__name__ not in unfit))
-        raise ConfigError(f"optimizer={config.optimizer!r}: expected muon, or one of torch's: {names}")
+    found = {name: kind for name, kind in vars(torch.optim).items() if isinstance(kind, type) and name not in unfit}
+    kinds = {name.lower(): kind for name, kind in found.items()}
+    if (kind := kinds.get(config.optimizer)) is None:
+        raise ConfigError(
+            f"optimizer={config.optimizer!r}: expected muon, or one of torch's: {', '.join(sorted(kinds))}"
+        )
     # Each optimizer of torch gets those of our settings that it has.
     settings = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "momentum": config.beta1}
     if config.optimizer in ("adamw", "adam"):

@@ -304,7 +304,7 @@ def make_jobs(body: CompletionRequest, scheduler: Scheduler) -> list[Job]:
             raise HTTPException(400, f"prompt: {error}") from error
         ids = ids[-kept:]  # all of them, if kept is 0
         if not 0 < len(ids) <= longest:
-            raise HTTPException(400, f"prompt: {len(ids):,} tokens of at most {longest:,}; see truncate_prompt_tokens")
+            raise HTTPException(400, f"prompt: {len(ids):,} tokens of at most {longest:,}; shorten it")
         if max(ids) >= tokenizer.vocab_size:
             raise HTTPException(400, f"prompt: token id {max(ids)}, where the vocabulary has {tokenizer.vocab_size:,}")
         for n in range(body.n):

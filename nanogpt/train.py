@@ -61,9 +61,6 @@ def train(config: TrainConfig) -> int:
         return dry_run(config) if process.is_main else 0
     with init_distributed(config.backend, device, config.dist_timeout) as dist:
         dist.check_same(dataclasses.asdict(config))
-        for name, value in vars(config.with_muon_rates()).items():
-            if value != getattr(TrainConfig, name):
-                log.info(f"{name} = {value!r}")
 
         # What to train, on what, and how far an earlier run came.
         dataset = open_or_prepare(config, dist)

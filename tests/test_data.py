@@ -78,7 +78,7 @@ def test_a_data_set_of_version_1_0_opens(tmp_path: Path, tokenizer: dict[str, An
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
-    [("train.bin", b"", "has 0 bytes"), ("train.bin", b"1234", "has 4 bytes, not 6 ids of 2 bytes"),
+    [("train.bin", b"", "empty file"), ("train.bin", b"1234", "train.bin holds 2 ids, not 6"),
      ("dataset.json", b"{", "cannot be read"), ("dataset.json", b"[]", "cannot be read"),
      ("dataset.json", b'{"tokens": {}, "tokenizer": {"kind": "x"}}', "unknown tokenizer"),
      ("dataset.json", b'{"tokens": {}, "tokenizer": {"kind": "byte"}, "dtype": "O"}', "cannot be read"),

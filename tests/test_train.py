@@ -523,7 +523,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(
     poisoned |= set(range(6, 100))
     before = Path(config.out_dir, "ckpt.pt").read_bytes()
     changes: dict[str, Any] = {"init_from": "resume", "max_iters": 50, "max_bad_steps": 3, "eval_interval": 100}
-    with pytest.raises(DivergedError, match="loss or gradient was not finite in 3 steps in a row") as caught:
+    with pytest.raises(DivergedError, match="3 steps in a row, up to") as caught:
         train.train(dataclasses.replace(config, **changes))
     assert caught.value.exit_code == 3
     assert Path(config.out_dir, "ckpt.pt").read_bytes() == before
@@ -532,7 +532,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(
 def test_a_run_that_diverges_says_so_and_keeps_its_checkpoints(recipe: Recipe) -> None:
     train.train(recipe(max_iters=4))
     before = Path(recipe().out_dir, "ckpt.pt").read_bytes()
-    with pytest.raises(DivergedError, match=r"validation loss is nan after 8 steps"):
+    with pytest.raises(DivergedError, match=r"validation loss nan at step 8"):
         train.train(recipe(max_iters=20, init_from="resume", decay_lr=False, learning_rate=1e30, grad_clip=0.0))
     assert Path(recipe().out_dir, "ckpt.pt").read_bytes() == before
 
