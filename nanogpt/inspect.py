@@ -12,7 +12,6 @@ from torch.overrides import TorchFunctionMode
 
 from nanogpt.checkpoint import load_trained
 from nanogpt.device import Device
-from nanogpt.errors import ConfigError
 from nanogpt.files import atomic_write
 from nanogpt.model import GPT
 from nanogpt.plot import print_table
@@ -25,17 +24,14 @@ def inspect(config: InspectConfig) -> None:
     trained = load_trained(config, Device("cpu", "cpu", torch.float32, compile=False))
     model, tokenizer = trained.model, trained.tokenizer
     ids = prompt_ids(read_prompt(config.text), tokenizer)[: model.config.block_size]
-    if len(ids) < 2:
-        raise ConfigError(f"text has {len(ids)} tokens, and the first one has no loss: expected at least 2")
     print(f"{trained.name}, {model.get_num_params() / 1e6:.2f}M parameters")
     parameters = [(name, " x ".join(map(str, p.shape)), f"{p.norm():.3f}") for name, p in model.named_parameters()]
     print_table([("parameter", "shape", "norm"), *parameters])
 
     losses, attention = look(model, ids)
     tokens = [repr(names_of(tokenizer)[token]) for token in ids]
-    column = ["", *(f"{loss:.3f}" for loss in losses)]  # the first token has none
-    print_table([("token", "loss"), *zip(tokens, column, strict=True)])
-    print(f"{sum(losses) / len(losses):.4f} nats per token over {len(ids)} tokens")
+    print_table([("token", "loss"), *zip(tokens, ["", *map("{:.3f}".format, losses.tolist())], strict=True)])
+    print(f"{losses.mean():.4f} nats per token over {len(ids)} tokens")
     folder = Path(config.output or (config.out_dir if config.init_from == "resume" else "."))
     draw_attention(folder / "attention.png", tokens, attention)
     print(f"drew {folder / 'attention.png'}: {len(attention)} layers of {len(attention[0])} heads")
@@ -58,13 +54,12 @@ class _Attention(TorchFunctionMode):
 
 
 @torch.no_grad()
-def look(model: GPT, ids: Sequence[int]) -> tuple[list[float], list[Tensor]]:
-    """Return the loss of each token but the first, in nats, and each layer's attention (H, T, T)."""
+def look(model: GPT, ids: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """Return the loss of each token but the first, in nats, (T - 1,), and each layer's attention (H, T, T)."""
     row = torch.tensor([list(ids)])
     with _Attention() as attention:
         logits, _ = model(row, targets=row)  # (1, T, V)
-    losses = F.cross_entropy(logits[0, :-1].float(), row[0, 1:], reduction="none")
-    return losses.tolist(), attention.seen
+    return F.cross_entropy(logits[0, :-1], row[0, 1:], reduction="none"), attention.seen
 
 
 def draw_attention(path: Path, tokens: Sequence[str], attention: Sequence[Tensor]) -> None:

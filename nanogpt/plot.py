@@ -97,8 +97,7 @@ def plot(config: PlotConfig) -> None:
         seconds = [seconds for seconds, value in run.curve("val/loss", by="seconds") if value <= loss]
         table.append((run.name, f"{run.step:,}", f"{run.best:.4f}", duration(seconds[0]) if seconds else "never"))
     print_table(table)
-    names = sorted(set.intersection(*(set(run.config) for run in runs)) - {"out_dir"})
-    settings = [(name, *(str(run.config[name]) for run in runs)) for name in names]
+    settings = [(name, *(str(run.config.get(name)) for run in runs)) for name in runs[0].config if name != "out_dir"]
     print()
     print_table([("setting", *(run.name for run in runs)), *(row for row in settings if len(set(row[1:])) > 1)])
 
@@ -115,7 +114,7 @@ def use_one_unit(runs: Sequence[RunRecord]) -> str:
         tokens, n_bytes = about["tokens"], about["bytes"]
         rates = {f"{split}/loss": tokens[split] / n_bytes[split] / math.log(2) for split in ("train", "val")}
         for row in run.rows:
-            row |= {name: row[name] * rate for name, rate in rates.items() if row.get(name) is not None}
+            row.update({name: row[name] * rate for name, rate in rates.items() if row.get(name) is not None})
     return "bits per byte"
 
 
@@ -148,8 +147,6 @@ def draw(runs: Sequence[RunRecord], target: Path, unit: str = "nats per token") 
             axes.yaxis.set_major_formatter(EngFormatter(sep="") if "tokens" in names[0] else "{x:g}")
         elif late:  # All the room is for the losses after the first twentieth of the runs.
             axes.set_ylim(min(late) - 0.05, max(late) + 0.05)
-            begin = max(run.curve(name)[0][1] for run in runs for name in LOSSES if run.curve(name))
-            axes.set_title(f"begins at {begin:.2f}" * (begin > max(late)), fontsize=9, loc="left", color="dimgray")
     figure.axes[0].legend(fontsize=9)
     with atomic_write(target) as file:
         figure.savefig(file, dpi=110, format=target.suffix.lstrip("."))
