@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,23 +42,13 @@ def playground(page: Page, address: str) -> None:
     page.screenshot(path=DOCS / "playground.png")
 
 
-def tokens(page: Page, run: str, folder: str) -> None:
-    """The loss of each token of a text."""
-    text = "ROMEO:\nBut, soft! what light through yonder window breaks?\nIt is the east, and Juliet is the sun."
-    subprocess.run([*NANOGPT, "inspect", run, f"--output={folder}", f"--text={text}"], check=True)
-    page.set_viewport_size({"width": 1000, "height": 210})
-    page.goto(f"file://{folder}/tokens.html")
-    page.screenshot(path=DOCS / "tokens.png")
-
-
 def main(run: str) -> None:
     """Make them all."""
     subprocess.run([*NANOGPT, "plot", run, f"--output={DOCS / 'curves.png'}"], check=True)
-    with server(run) as address, sync_playwright() as driver, tempfile.TemporaryDirectory() as folder:
+    with server(run) as address, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         page = browser.new_page(viewport={"width": 1100, "height": 720}, color_scheme="light", device_scale_factor=1.5)
         playground(page, address)
-        tokens(page, run, folder)
         browser.close()
 
 

@@ -16,7 +16,6 @@ from nanogpt.config import TrainConfig
 from nanogpt.data import Dataset, get_batch
 from nanogpt.device import Device, choose_device
 from nanogpt.distributed import Distributed, full_tensor, gradient_sync, parallelize
-from nanogpt.errors import DataError
 from nanogpt.model import GPT
 from nanogpt.optim import make_optimizer, step_if_finite
 from nanogpt.settings import BenchConfig
@@ -61,10 +60,7 @@ def bench(config: BenchConfig) -> None:
     """Time the training step: ms per step, tokens/s, MFU, peak memory, then one line of JSON."""
     device = choose_device(config)
     if config.real_data:
-        try:
-            dataset = open_or_prepare(config, Distributed())
-        except DataError as error:
-            raise DataError(f"{error}; or time random tokens with --real_data=False") from error
+        dataset = open_or_prepare(config, Distributed())
         dataset.check_length(config.block_size)
     else:
         tokenizer, n_tokens = GPT2Tokenizer(), 4 * config.batch_size * (config.block_size + 1)
@@ -73,24 +69,22 @@ def bench(config: BenchConfig) -> None:
     step, model, _ = make_step(config, dataset, dataset.tokenizer.padded_vocab_size, device)
     times = []
     for n in range(config.warmup_steps + config.steps):
-        device.synchronize()
         began = time.perf_counter()
         loss = step(n)
         device.synchronize()
-        times.append(time.perf_counter() - began)
-        log.info(f"step {n}: loss {loss.item():.4f}, {times[-1] * 1000:.2f}ms")
+        times.append((time.perf_counter() - began) * 1000)
+        log.info(f"step {n}: loss {loss.item():.4f}, {times[-1]:.2f}ms")
     if config.profile:
         with torch.profiler.profile(with_flops=True) as profiler:
             for n in range(5):
                 step(n)
         column = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
         print(profiler.key_averages().table(sort_by=column, row_limit=20))
-        trace = Path("bench_log", "trace.json")
-        trace.parent.mkdir(exist_ok=True)
-        profiler.export_chrome_trace(str(trace))
-        print(f"wrote {trace}: open it in chrome://tracing or ui.perfetto.dev")
+        Path("bench_log").mkdir(exist_ok=True)
+        profiler.export_chrome_trace("bench_log/trace.json")
+        print("wrote bench_log/trace.json: open it in chrome://tracing or ui.perfetto.dev")
 
-    ms = [seconds * 1000 for seconds in times[config.warmup_steps :]]
+    ms = times[config.warmup_steps :]
     median = statistics.median(ms)
     speed = config.global_batch_size * config.block_size / median * 1000
     peak, memory = device.peak_flops(), device.peak_memory()

@@ -5,17 +5,17 @@ hellaswag), so figures compare with published ones.
 """
 
 import json
-import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from nanogpt.chats import BEGINS, COUNTS, Chats
@@ -23,7 +23,7 @@ from nanogpt.checkpoint import TrainedModel, load_trained
 from nanogpt.config import TrainConfig, mixture
 from nanogpt.data import Ids, document_ids_of, open_dataset
 from nanogpt.device import Device, choose_device
-from nanogpt.errors import ConfigError, DataError
+from nanogpt.errors import ConfigError
 from nanogpt.lora import adapt
 from nanogpt.metrics import with_progress
 from nanogpt.model import GPT
@@ -31,26 +31,20 @@ from nanogpt.prepare import download, prepare_missing
 from nanogpt.settings import EvalConfig
 from nanogpt.tokenizer import Tokenizer
 
-log = logging.getLogger(__name__)
-
 # Where the files are published, and their SHA-256.
 BENCHMARKS = {
-    "lambada": (
-        "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
-        "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
-    ),
-    "hellaswag": (
-        "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
-        "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
-    ),
-}
+    "lambada": ("https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
+                "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226"),
+    "hellaswag": ("https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
+                  "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"),
+}  # fmt: skip
 LONGEST = 2048  # windows of models that come from elsewhere, unless asked for longer: their contexts may be huge
 Example = tuple[str, list[str], int]  # a context, the completions to choose from, and which one is right
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Measure a model; print a table, then one line of JSON, which is returned too."""
-    tasks = [name for word in config.tasks for name in word.split(",") if name] or ["loss"]
+    tasks = ",".join(config.tasks or ["loss"]).split(",")
     others = [name for name in tasks if name not in ("loss", "pydoc", *BENCHMARKS)]
     device = choose_device(config)
     examples = {name: read_examples(name, config) for name in BENCHMARKS if name in tasks}
@@ -60,35 +54,33 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
         manager = TaskManager(include_path=config.include_path or None)
         if unknown := [name for name in others if not manager.match_tasks([name])]:
-            ours = f"loss, pydoc, {', '.join(BENCHMARKS)}"
-            raise ConfigError(f"no such task: {', '.join(unknown)}; nanogpt's own tasks are {ours}")
+            raise ConfigError(f"no such task: {', '.join(unknown)}; ours are loss, pydoc, {', '.join(BENCHMARKS)}")
     trained = load_trained(config, device)
-    log.info(trained.name)
+    print(trained.name)
     scorer = Scorer(trained.model, trained.tokenizer, device, config.batch_size)
     result: dict[str, Any] = {"model": trained.name}
-    names = {"loss": "nats per token", "perplexity": "perplexity", "bits_per_byte": "bits per byte",
-             "exact_match": "exact match", "logprob": "logprob per answer"}  # fmt: skip
-    for task in [name for name in tasks if name in ("loss", "pydoc")]:
-        found = split_measures(replace(config, dataset=task) if task == "pydoc" else config, trained, device)
-        of = f"{found['tokens']:,} targets of {found['dataset']}/{found['split']}, {found['block_size']} at a time"
-        show(task, {words: found[name] for name, words in names.items() if name in found}, of)
-        result |= {task: found} if task == "pydoc" else found
-    for task, rows in examples.items():
-        found = {"lambada": lambada, "hellaswag": hellaswag}[task](scorer, rows)
-        shares = {name: value for name, value in found.items() if "accuracy" in name}
-        errors = {f"{name}_stderr": math.sqrt(p * (1 - p) / len(rows)) for name, p in shares.items()}
-        show(task, found | errors, f"{len(rows):,} examples")
-        result[task] = {**found, "examples": len(rows)}
+    for task in tasks:
+        if task in ("loss", "pydoc"):
+            found = split_measures(replace(config, dataset=task) if task == "pydoc" else config, trained, device)
+            of = f"{found['tokens']:,} targets of {found['dataset']}/{found['split']}, {found['block_size']} at a time"
+            show(task, found, of)
+            result |= {task: found} if task == "pydoc" else found
+        elif rows := examples.get(task):
+            found = {"lambada": lambada, "hellaswag": hellaswag}[task](scorer, rows)
+            shares = {name: value for name, value in found.items() if "accuracy" in name}
+            errors = {f"{name}_stderr": math.sqrt(p * (1 - p) / len(rows)) for name, p in shares.items()}
+            show(task, found | errors, f"{len(rows):,} examples")
+            result[task] = {**found, "examples": len(rows)}
     if others:
         result |= run_harness(scorer, others, manager, config.limit)
     print(json.dumps(result))
     return result
 
 
-def show(task: str, measures: Mapping[str, float | None], of: str) -> None:
-    """Print the measures of a task, with the standard errors of those that have a NAME_stderr."""
+def show(task: str, measures: Mapping[str, Any], of: str) -> None:
+    """Print the measures of a task, which are floats, with the standard errors of those that have a NAME_stderr."""
     for name, value in measures.items():
-        if value is not None and not name.endswith("_stderr"):
+        if isinstance(value, float) and not name.endswith("_stderr"):
             spread = f"± {error:.4f}" if (error := measures.get(f"{name}_stderr")) else ""
             print(f"{task:10} {name.replace('_', ' '):21} {value:>12.4f} {spread:9} {of}", flush=True)
 
@@ -100,37 +92,30 @@ def whole_split_loss(
     """Return the mean cross-entropy in nats per token, and the number of tokens predicted.
 
     The split is cut into windows of `block_size` that do not overlap (the last may be shorter), so every token
-    but the first is predicted exactly once. Given `end_of_text`, from its own document only. The model's mode is
-    left as it was.
+    but the first is predicted exactly once. Given `end_of_text`, from its own document only.
     """
-    was_training = model.training
-    model.eval()
     n_targets, total = len(tokens) - 1, 0.0
     for start in with_progress(range(0, n_targets, batch_size * block_size)):
-        ids = tokens[start : start + batch_size * block_size + 1].astype(np.int64)
+        ids = torch.from_numpy(tokens[start : start + batch_size * block_size + 1].astype(np.int64))
         missing = -(len(ids) - 1) % block_size  # fill up the last window; -1 does not count
-        x = np.concatenate([ids[:-1], np.zeros(missing, np.int64)]).reshape(-1, block_size)
-        y = np.concatenate([ids[1:], np.full(missing, -1)]).reshape(-1, block_size)
-        inputs, targets = device.put(torch.from_numpy(x)), device.put(torch.from_numpy(y))
+        inputs = device.put(F.pad(ids[:-1], (0, missing)).view(-1, block_size))
+        targets = device.put(F.pad(ids[1:], (0, missing), value=-1).view(-1, block_size))
         document_ids = None if end_of_text is None else document_ids_of(inputs, end_of_text)
         with device.autocast():
             _, loss = model(inputs, targets, document_ids=document_ids, return_logits=False)
         total += loss.item() * (len(ids) - 1)
-    model.train(was_training)
     return total / n_targets, n_targets
 
 
 def split_measures(config: EvalConfig, trained: TrainedModel, device: Device) -> dict[str, Any]:
     """Return loss, perplexity and bits per byte over a whole split of a data set, or how well it knows the answers."""
-    model, names = trained.model, list(mixture(config.dataset or str(trained.config.get("dataset", ""))))
-    if len(names) != 1 or not names[0]:
-        of = f"was trained on {', '.join(names)}" if names[1:] else "does not say"
-        raise ConfigError(f"on which data set? {trained.name} {of}; for example --dataset=shakespeare")
-    [name] = names
+    model, trained_on = trained.model, str(trained.config.get("dataset", ""))
+    [name, *others] = mixture(config.dataset or trained_on)
+    if others or not name:
+        raise ConfigError(f"on which data set? {trained.name} says {trained_on!r}; for example --dataset=shakespeare")
     data_dir = config.data_dir or trained.config.get("data_dir", "data")
-    if name == "pydoc":  # which needs no network
-        source = config.out_dir if config.init_from == "resume" else config.init_from
-        prepare_missing(TrainConfig(dataset=name, data_dir=data_dir, init_from=source))
+    source = config.out_dir if config.init_from == "resume" else config.init_from
+    prepare_missing(TrainConfig(dataset=name, data_dir=data_dir, init_from=source))  # pydoc has the model's tokenizer
     dataset = open_dataset(Path(data_dir, name))
     dataset.match_tokenizer(trained.tokenizer, trained.name)
     if dataset.is_chat:
@@ -223,13 +208,11 @@ def answers(scorer: Scorer, chats: Chats, limit: int) -> dict[str, float]:
 
 
 def lambada(scorer: Scorer, examples: Sequence[Example]) -> dict[str, float]:
-    """Predict the last word of a passage (Paperno et al. 2016).
-
-    Accuracy: greedy decoding writes all its tokens. The perplexity is per word.
-    """
+    """Predict the last word of a passage, all its tokens, by greedy decoding (Paperno et al. 2016)."""
     results = scorer.scores([(context, word) for context, [word], _ in examples])
     accuracy = sum(is_greedy for _, is_greedy in results) / len(results)
-    return {"accuracy": accuracy, "perplexity": math.exp(-sum(logprob for logprob, _ in results) / len(results))}
+    logprob = sum(logprob for logprob, _ in results)
+    return {"accuracy": accuracy, "perplexity": math.exp(-logprob / len(results))}  # per word
 
 
 def hellaswag(scorer: Scorer, examples: Sequence[Example]) -> dict[str, float]:
@@ -259,38 +242,31 @@ def read_examples(name: str, config: EvalConfig) -> list[Example]:
     file, published = getattr(config, name), url.rpartition("/")[2]
     kept = Path(config.data_dir or "data", name, published)
     path = Path(file) if file else download(kept, published, url, sha256, option=name)
-    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()][: config.limit or None]
-    if not lines:
-        raise DataError(f"{path} has no examples")
-    try:
-        return [to_example(name, json.loads(line)) for line in lines]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{path} is no file like {published}: {error!r}") from error
+    lines = [line for line in path.read_bytes().splitlines() if line]
+    return [to_example(name, json.loads(line)) for line in lines[: config.limit or None]]
 
 
 def run_harness(scorer: Scorer, names: list[str], manager: Any, limit: int) -> dict[str, Any]:
     """Run tasks of lm-eval, print their measures with standard errors, and return them by task."""
     from lm_eval import simple_evaluate
     from lm_eval.api.model import LM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     tokenizer, block_size = scorer.tokenizer, scorer.model.config.block_size
 
     class Adapter(LM):  # type: ignore[misc]
-        """The model as lm-eval asks it."""
-
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             return scorer.scores([each.args for each in requests])
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             """Return the logprobs of whole texts, each token predicted once, in windows of the model's context."""
-            windows = []
+            totals = []
             for request in requests:
-                ids = [tokenizer.bos or 0, *scorer.encode(request.args[0])]  # Like lm-eval, with two start tokens.
-                last = len(ids) - 1
-                spans = [(start, min(start + block_size, last)) for start in range(0, last, block_size)]
-                windows.append([(ids[max(0, end - block_size) : end + 1], end - start) for start, end in spans])
-            results = iter(scorer.scores_of_ids([window for each in windows for window in each]))
-            return [sum(logprob for logprob, _ in islice(results, len(each))) for each in windows]
+                windows = get_rolling_token_windows(scorer.encode(request.args[0]), tokenizer.bos or 0, block_size, 1)
+                pairs = map(make_disjoint_window, windows)
+                scores = scorer.scores_of_ids([(before + targets, len(targets)) for before, targets in pairs])
+                totals.append(sum(logprob for logprob, _ in scores))
+            return totals
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
             """Return greedy completions, up to the model's end or the first of each request's stop strings."""

@@ -1,6 +1,5 @@
 """Look inside a trained model: its parameters, the loss of every token of a text, what its heads look at."""
 
-import html
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,42 +12,28 @@ from torch.overrides import TorchFunctionMode
 
 from nanogpt.checkpoint import load_trained
 from nanogpt.device import Device
-from nanogpt.errors import ConfigError
 from nanogpt.files import atomic_write
 from nanogpt.model import GPT
 from nanogpt.plot import print_table
-from nanogpt.sample import prompt_ids, read_prompt
+from nanogpt.sample import names_of, prompt_ids, read_prompt
 from nanogpt.settings import InspectConfig
-from nanogpt.tokenizer import Tokenizer
-
-_PAGE = """<!doctype html><meta charset="utf-8"><style>:root {{ color-scheme: light dark; }}
-body {{ font: 15px/1.9 monospace; max-width: 60rem; margin: 2rem auto; }}
-div {{ white-space: pre-wrap; overflow-wrap: anywhere; }}</style>
-<p>{about}. The stronger the colour, the higher the loss, up to 6 nats; point at a token for its number.</p>
-<div>{text}</div>
-"""
 
 
 def inspect(config: InspectConfig) -> None:
-    """Print the parameters of a model; of a text, write the loss of each token and draw where each head looks."""
+    """Print the parameters of a model; of a text, print the loss of each token and draw where each head looks."""
     trained = load_trained(config, Device("cpu", "cpu", torch.float32, compile=False))
     model, tokenizer = trained.model, trained.tokenizer
     ids = prompt_ids(read_prompt(config.text), tokenizer)[: model.config.block_size]
-    if len(ids) < 2:
-        raise ConfigError(f"text has {len(ids)} tokens, and the first one has no loss: expected at least 2")
     print(f"{trained.name}, {model.get_num_params() / 1e6:.2f}M parameters")
-    parameters = [
-        (name, " x ".join(map(str, p.shape)), str(p.dtype).removeprefix("torch."), f"{p.norm().item():.3f}")
-        for name, p in model.named_parameters()
-    ]
-    print_table([("parameter", "shape", "dtype", "norm"), *parameters])
-    folder = Path(config.output or (config.out_dir if config.init_from == "resume" else "."))
+    parameters = [(name, " x ".join(map(str, p.shape)), f"{p.norm():.3f}") for name, p in model.named_parameters()]
+    print_table([("parameter", "shape", "norm"), *parameters])
+
     losses, attention = look(model, ids)
-    about = f"{sum(losses) / len(losses):.4f} nats per token over {len(ids)} tokens"
-    with atomic_write(folder / "tokens.html") as file:
-        file.write(page_of_tokens(ids, losses, tokenizer, f"{trained.name}: {about}").encode())
-    print(f"wrote {folder / 'tokens.html'}: {about}")
-    draw_attention(folder / "attention.png", ids, attention, tokenizer)
+    tokens = [repr(names_of(tokenizer)[token]) for token in ids]
+    print_table([("token", "loss"), *zip(tokens, ["", *map("{:.3f}".format, losses.tolist())], strict=True)])
+    print(f"{losses.mean():.4f} nats per token over {len(ids)} tokens")
+    folder = Path(config.output or (config.out_dir if config.init_from == "resume" else "."))
+    draw_attention(folder / "attention.png", tokens, attention)
     print(f"drew {folder / 'attention.png'}: {len(attention)} layers of {len(attention[0])} heads")
 
 
@@ -69,32 +54,21 @@ class _Attention(TorchFunctionMode):
 
 
 @torch.no_grad()
-def look(model: GPT, ids: Sequence[int]) -> tuple[list[float], list[Tensor]]:
-    """Return the loss of each token but the first, in nats, and each layer's attention (H, T, T)."""
+def look(model: GPT, ids: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """Return the loss of each token but the first, in nats, (T - 1,), and each layer's attention (H, T, T)."""
     row = torch.tensor([list(ids)])
     with _Attention() as attention:
         logits, _ = model(row, targets=row)  # (1, T, V)
-    losses = F.cross_entropy(logits[0, :-1].float(), row[0, 1:], reduction="none")
-    return losses.tolist(), attention.seen
+    return F.cross_entropy(logits[0, :-1], row[0, 1:], reduction="none"), attention.seen
 
 
-def page_of_tokens(ids: Sequence[int], losses: Sequence[float], tokenizer: Tokenizer, about: str) -> str:
-    """Return a page of HTML that shows a text, each token tinted by its loss."""
-    first, *texts = list(tokenizer.decode_stream(ids))[: len(ids)]
-    spans = [html.escape(first)]
-    for text, loss in zip(texts, losses, strict=True):
-        style = f"background: rgb(240 138 36 / {min(100, 100 * loss / 6):.0f}%)"
-        spans.append(f'<span style="{style}" title="{loss:.3f} nats">{html.escape(text)}</span>')
-    return _PAGE.format(about=html.escape(about), text="".join(spans))
-
-
-def draw_attention(path: Path, ids: Sequence[int], attention: Sequence[Tensor], tokenizer: Tokenizer) -> None:
+def draw_attention(path: Path, tokens: Sequence[str], attention: Sequence[Tensor]) -> None:
     """Draw a panel for every head: each row is a token, and shows how much it looks at those before it."""
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
     L, H = len(attention), len(attention[0])
-    names = [repr(tokenizer.decode([token]))[1:-1] for token in ids] if len(ids) <= 40 else []
+    names = tokens if len(tokens) <= 40 else []
     side = max(2.2, 0.13 * len(names))  # inches; 0.13 for a label of 8 points
     figure = Figure(figsize=(min(side * H + 1, 60), min(side * L + 1, 60)), layout="constrained")
     panels = figure.subplots(L, H, squeeze=False, sharex=True, sharey=True)

@@ -25,7 +25,6 @@ from nanogpt.settings import PlanConfig
 # GB of memory, from the vendors' data sheets
 _MEMORY = {"B200": 180, "GH200": 96, "H200": 141, "H100": 80, "A100": 80, "L40S": 48, "L4": 24, "A40": 48, "A10G": 24,
            "RTX 5090": 32, "RTX 4090": 24, "RTX 3090": 24, "V100": 32, "T4": 16}  # fmt: skip
-_USABLE = 0.92  # of a GPU's memory: the rest is for CUDA itself, buffers of NCCL, fragments
 
 
 def memory(model: GPT, rows: int, *, dtype: torch.dtype, parallel: str = "none", processes: int = 1,
@@ -116,7 +115,7 @@ def plan(config: PlanConfig) -> None:
         a = torch.randn(2048, 2048, device=name).to(dtype)
         flops = device.peak_flops() or 2 * 2048**3 / Timer("a @ a", globals={"a": a}).timeit(5).mean
     size = config.gpu_memory * 1e9 or size
-    available = size * _USABLE
+    available = 0.92 * size  # the rest is for CUDA itself, buffers of NCCL, fragments
 
     # Memory and time.
     share = len(Distributed(world_size=config.gpus).my_rows(config.batch_size, config.gradient_accumulation_steps))

@@ -3,9 +3,6 @@
 import importlib.util
 import logging
 import math
-import os
-import re
-import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,17 +16,9 @@ from nanogpt.settings import PlotConfig, RunsConfig
 log = logging.getLogger(__name__)
 
 LOSSES = ("train/loss", "val/loss")
-_PANELS = [  # over what, which columns of metrics.jsonl, and what to write beside them
-    ("step", LOSSES, ""), ("tokens", LOSSES, ""), ("seconds", LOSSES, ""), ("step", ("lr",), "learning rate"),
-    ("step", ("grad_norm",), "norm of the gradient before clipping"),
-    ("step", ("tokens_per_second",), "tokens per second"),
-]  # fmt: skip
-
-
-# Settings that do not change what a model learns.
-_WITHOUT_EFFECT = """out_dir model text resume eval_only log_interval always_save_checkpoint checkpoint_interval
-    keep_checkpoints sample_interval plot dry_run wandb_log wandb_project wandb_run_name tensorboard_log backend
-    dist_timeout verbosity""".split()
+# What the panels show, by the names of metrics.jsonl: over what, and which values.
+_PANELS = [("step", LOSSES), ("tokens", LOSSES), ("seconds", LOSSES),
+           ("step", ("lr",)), ("step", ("grad_norm",)), ("step", ("tokens_per_second",))]  # fmt: skip
 
 
 class RunRecord:
@@ -57,9 +46,8 @@ class RunRecord:
     def state(self) -> str:
         """One of running, done, stopped (can be resumed), diverged, crashed."""
         lock = self.path / "lock"
-        owner = lock.read_text(encoding="utf-8") if lock.exists() else ""
-        found = re.fullmatch(r"process (\d+) on (.+)", owner)
-        if found and _is_alive(int(found[1]), found[2], self.age):
+        owner = lock.read_text(encoding="utf-8") if lock.exists() else ""  # a process, or "failed"
+        if owner.startswith("process") and self.age < 600:
             return "running"
         if not owner and self.step >= self.planned:
             return "done"
@@ -69,22 +57,11 @@ class RunRecord:
         return "crashed" if owner else "stopped"
 
 
-def _is_alive(process: int, host: str, age: float) -> bool:
-    """Return whether a process lives; on another host, and on Windows: whether it recorded something lately."""
-    if host != socket.gethostname() or os.name == "nt":  # on Windows, os.kill would end the process
-        return age < 600
-    try:
-        os.kill(process, 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)  # it is another user's
-    return True
-
-
 def list_runs(config: RunsConfig) -> None:
     """Print a table of the runs in and below `folder`, the latest first. Raises `CheckpointError` if there are none."""
     folder, runs = Path(config.folder), []
     for path in folder.rglob("metrics.jsonl"):
-        if config.previous or not re.search(r"previous-\d", str(path.relative_to(folder))):
+        if config.previous or not path.relative_to(folder).match("previous-[0-9]*/*"):
             with suppress(CheckpointError):  # nothing recorded yet
                 runs.append(RunRecord(path.parent))
     if not runs:
@@ -120,11 +97,9 @@ def plot(config: PlotConfig) -> None:
         seconds = [seconds for seconds, value in run.curve("val/loss", by="seconds") if value <= loss]
         table.append((run.name, f"{run.step:,}", f"{run.best:.4f}", duration(seconds[0]) if seconds else "never"))
     print_table(table)
-    shared = set.intersection(*(set(run.config) for run in runs)) - set(_WITHOUT_EFFECT)
-    values = {name: [str(run.config[name]) for run in runs] for name in sorted(shared)}
-    if changed := [(name, *each) for name, each in values.items() if len(set(each)) > 1]:
-        print()
-        print_table([("setting", *(run.name for run in runs)), *changed])
+    settings = [(name, *(str(run.config.get(name)) for run in runs)) for name in runs[0].config if name != "out_dir"]
+    print()
+    print_table([("setting", *(run.name for run in runs)), *(row for row in settings if len(set(row[1:])) > 1)])
 
 
 def use_one_unit(runs: Sequence[RunRecord]) -> str:
@@ -136,11 +111,10 @@ def use_one_unit(runs: Sequence[RunRecord]) -> str:
     if not all("bytes" in about for about in abouts):
         return "nats per token: different data, no comparison"
     for run, about in zip(runs, abouts, strict=True):
-        for split in ("train", "val"):
-            rate = about["tokens"][split] / about["bytes"][split] / math.log(2)
-            for row in run.rows:
-                if row.get(f"{split}/loss") is not None:
-                    row[f"{split}/loss"] *= rate
+        tokens, n_bytes = about["tokens"], about["bytes"]
+        rates = {f"{split}/loss": tokens[split] / n_bytes[split] / math.log(2) for split in ("train", "val")}
+        for row in run.rows:
+            row.update({name: row[name] * rate for name, rate in rates.items() if row.get(name) is not None})
     return "bits per byte"
 
 
@@ -153,7 +127,7 @@ def draw(runs: Sequence[RunRecord], target: Path, unit: str = "nats per token") 
     longest = max(run.rows[-1]["seconds"] for run in runs)
     clock, length = ("hours", 3600) if longest > 7200 else ("minutes", 60) if longest > 120 else ("seconds", 1)
     late = [y for run in runs for name in LOSSES for step, y in run.curve(name) if step >= run.step // 20]
-    for axes, (by, names, quantity) in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
+    for axes, (by, names) in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
         for n, run in enumerate(runs):
             for name in names:
                 points = run.curve(name, by)
@@ -164,7 +138,7 @@ def draw(runs: Sequence[RunRecord], target: Path, unit: str = "nats per token") 
                 else:
                     axes.plot(x, y, f"C{n}", label=f"{run.name}, a training batch", linewidth=0.8, alpha=0.5)
         axes.set_xlabel(f"{clock} of training" if by == "seconds" else by)
-        axes.set_ylabel(quantity or f"loss, {unit}")
+        axes.set_ylabel(f"loss, {unit}" if names == LOSSES else names[0].replace("_", " "))
         axes.grid(alpha=0.3)
         if by != "seconds":
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 50k, 1.5M
@@ -173,8 +147,6 @@ def draw(runs: Sequence[RunRecord], target: Path, unit: str = "nats per token") 
             axes.yaxis.set_major_formatter(EngFormatter(sep="") if "tokens" in names[0] else "{x:g}")
         elif late:  # All the room is for the losses after the first twentieth of the runs.
             axes.set_ylim(min(late) - 0.05, max(late) + 0.05)
-            begin = max(run.curve(name)[0][1] for run in runs for name in LOSSES if run.curve(name))
-            axes.set_title(f"begins at {begin:.2f}" * (begin > max(late)), fontsize=9, loc="left", color="dimgray")
     figure.axes[0].legend(fontsize=9)
     with atomic_write(target) as file:
         figure.savefig(file, dpi=110, format=target.suffix.lstrip("."))

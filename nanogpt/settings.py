@@ -183,7 +183,7 @@ class InspectConfig(SourceConfig):
     """Look inside a model: its parameters, and for a text the loss of each token and the attention of each head."""
 
     text: str = "The quick brown fox jumps over the lazy dog."  # FILE:text.txt reads it from a file
-    output: str = ""  # folder for tokens.html and attention.png; empty: the run folder
+    output: str = ""  # folder for attention.png; empty: the run folder
 
 
 def unescape(text: str) -> str:

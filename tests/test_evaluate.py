@@ -49,11 +49,9 @@ def test_every_target_counts_once(n_tokens: int, batch_size: int) -> None:
     for start in range(0, n_tokens - 1, 8):  # window by window, plainly
         window = tokens[start : start + 9]
         total += model(window[None, :-1], window[None, 1:])[1].item() * (len(window) - 1)
-    model.train()
     loss, count = whole_split_loss(model, tokens.numpy().astype("uint16"), 8, batch_size, CPU)
     assert count == n_tokens - 1
     assert loss == pytest.approx(total / count, abs=1e-5)
-    assert model.training
 
 
 def test_the_program_prints_a_line_of_json(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,19 +200,14 @@ def test_scores_equal_lm_evaluation_harness(
     assert ours["my_lambada"]["perplexity"] == pytest.approx(ours["lambada"]["perplexity"], rel=1e-4)
     assert ours["my_hellaswag"]["acc"] == ours["hellaswag"]["accuracy"]
     assert ours["my_hellaswag"]["acc_norm"] == ours["hellaswag"]["accuracy_normalised"]
-    with pytest.raises(ConfigError, match="no such task: foo; nanogpt's own tasks are loss, lambada, hellaswag"):
+    with pytest.raises(ConfigError, match="no such task: foo; ours are loss, pydoc, lambada, hellaswag"):
         evaluate(replace(config, tasks=["foo,my_lambada"]))
 
 
-def test_files_of_another_kind_are_refused() -> None:
-    config, file = EvalConfig(lambada="file.jsonl", hellaswag="file.jsonl"), Path("file.jsonl")
+def test_a_file_is_read_line_by_line() -> None:
+    config, file = EvalConfig(lambada="file.jsonl"), Path("file.jsonl")
     with pytest.raises(OSError, match="No such file"):
         read_examples("lambada", config)
-    for content in ('{"text": "a b"}\n\n{"text"', '{"text": 5}', "[]", '{"txt": ""}'):
-        file.write_text(content)
-        for name in ("lambada", "hellaswag"):
-            with pytest.raises(DataError, match=rf"file\.jsonl is no file like {name}"):
-                read_examples(name, config)
     file.write_text('{"text": "one\u2028line only"}\n\n', encoding="utf-8")
     assert read_examples("lambada", config) == [("one\u2028line", [" only"], 0)]
 
