@@ -23,7 +23,7 @@ from nanogpt.checkpoint import TrainedModel, load_trained
 from nanogpt.config import TrainConfig, mixture
 from nanogpt.data import Ids, document_ids_of, open_dataset
 from nanogpt.device import Device, choose_device
-from nanogpt.errors import ConfigError
+from nanogpt.errors import ConfigError, DataError
 from nanogpt.lora import adapt
 from nanogpt.metrics import with_progress
 from nanogpt.model import GPT
@@ -243,7 +243,10 @@ def read_examples(name: str, config: EvalConfig) -> list[Example]:
     kept = Path(config.data_dir or "data", name, published)
     path = Path(file) if file else download(kept, published, url, sha256, option=name)
     lines = [line for line in path.read_bytes().splitlines() if line]
-    return [to_example(name, json.loads(line)) for line in lines[: config.limit or None]]
+    try:
+        return [to_example(name, json.loads(line)) for line in lines[: config.limit or None]]
+    except (ValueError, TypeError, LookupError) as error:
+        raise DataError(f"{path} is no file like {published}: {error!r}") from error
 
 
 def run_harness(scorer: Scorer, names: list[str], manager: Any, limit: int) -> dict[str, Any]:
