@@ -80,11 +80,12 @@ def load_gguf(path: str | Path, device: str = "cpu", *, dropout: float = 0.0) ->
         tokenizer = read_tokenizer(keys)
         tokenizer.vocab_size = min(tokenizer.vocab_size, shape.vocab_size)  # it may know more than the model
 
-        def read(part: Part, stored: Any) -> Tensor:
+        def read(part: Part) -> Tensor:
+            stored = tensors.pop(names.get_name(part.theirs, SUFFIXES) or part.theirs)
             tensor = torch.tensor(gguf.quants.dequantize(stored.data, stored.tensor_type))
             return swap_channels(tensor, shape, part, (shape.head_size // 2, 2))
 
-        return build_model(shape, tensors, lambda name: names.get_name(name, SUFFIXES) or name, read, device), tokenizer
+        return build_model(shape, tensors, read, device), tokenizer
     except Exception as error:  # the library raises many kinds
         what = f"{error} is missing" if isinstance(error, KeyError) else error
         raise CheckpointError(f"{path} cannot be read: {what}") from error

@@ -20,7 +20,7 @@ from nanogpt.cli import parse
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.errors import ConfigError, UserError
 from nanogpt.export import export
-from nanogpt.huggingface import config_of, load_pretrained, tensors_of
+from nanogpt.huggingface import load_pretrained, tensors_of
 from nanogpt.model import GPT
 from nanogpt.settings import ExportConfig
 from tests.conftest import random_ids, write_dataset
@@ -258,9 +258,3 @@ def test_a_chat_models_end_tokens_and_template_travel(recipe: Recipe, data_dir: 
     generation = transformers.GenerationConfig.from_pretrained(tmp_path / "b")
     assert (generation.eos_token_id, generation.temperature, generation.bos_token_id) == ([9, 5], 0.7, 7)
     assert load_pretrained(str(tmp_path / "b"))[1].describe() == tokenizer.describe()
-
-
-def test_an_activation_that_others_do_not_know_is_refused_by_name() -> None:
-    shape = GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=16, activation="relu2")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="do not know the activation 'relu2'"):
-        config_of(shape)
