@@ -25,7 +25,6 @@ TAG = "tags: [nanogpt]"  # in the README.md of an exported folder
 FOLDERS = ("hf", "peft")  # forms of an export that are folders
 FILES = """README.md config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json
     adapter_config.json adapter_model.safetensors""".split()
-# Settings that tell of a machine.
 PRIVATE = ("out_dir", "data_dir", "init_from", "text", "wandb_project", "wandb_run_name")
 
 
@@ -34,19 +33,18 @@ def export(config: ExportConfig) -> None:
     output = Path(config.output).resolve()
     check_output(output, config)
     trained = load_trained(config, Device("cpu", "cpu", torch.float32, compile=False), merge=config.to != "peft")
-    model, tokenizer = trained.model, trained.tokenizer
     # An export may be published: leave out paths and names of this machine.
     settings = {key: value for key, value in trained.config.items() if key not in PRIVATE}
     if config.to in FOLDERS:
         with atomic_folder(output) as folder:
             (folder / "README.md").write_text(model_card(trained, settings, output.name), encoding="utf-8")
             if config.to == "peft":
-                save_peft(folder, model)
+                save_peft(folder, trained.model)
             else:
-                save_pretrained(folder, model, tokenizer, getattr(torch, config.dtype))
+                save_pretrained(folder, trained.model, trained.tokenizer, getattr(torch, config.dtype))
     elif config.to == "gguf":
         with atomic_write(output) as file:
-            save_gguf(Path(file.name), output.stem, model, tokenizer, config.dtype)
+            save_gguf(Path(file.name), output.stem, trained.model, trained.tokenizer, config.dtype)
     else:
         save_original(output, trained, settings)
     print(f"wrote {output} from {trained.name}")
@@ -54,13 +52,12 @@ def export(config: ExportConfig) -> None:
 
 def check_output(output: Path, config: ExportConfig) -> None:
     """Raise `ConfigError` if `output` has anything but an earlier export, or if that is not to be replaced."""
-    is_folder = output.is_dir()
-    names = {path.name for path in output.iterdir()} if is_folder else {output.name} if output.exists() else set()
-    if not names:
+    names = set(os.listdir(output)) if output.is_dir() else set()
+    if not names and not output.is_file():
         return
-    marked, mark = (output / "README.md", TAG) if is_folder else (output, MARK)
-    is_export = marked.exists() and mark.encode() in open(marked, "rb").read(4096)
-    if not is_export or is_folder != (config.to in FOLDERS) or (is_folder and not names <= set(FILES)):
+    marked, mark = (output / "README.md", TAG) if config.to in FOLDERS else (output, MARK)
+    is_export = marked.is_file() and mark.encode() in open(marked, "rb").read(4096)
+    if not is_export or not names <= set(FILES):
         raise ConfigError(f"output={output} is there, and no earlier export of --to={config.to}; choose another name")
     if not config.force:
         raise ConfigError(f"output={output} is there already; --force replaces it")
@@ -101,6 +98,6 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         work.rename(path)
         sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(f"cannot write {path}: {error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)

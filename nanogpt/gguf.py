@@ -32,20 +32,19 @@ from nanogpt.tokenizer import (
 log = logging.getLogger(__name__)
 
 MARK = "nanogpt.version"  # a key at the start of the files that we write, so that `--force` replaces no others
-LLAMA = {  # keys of our fields, below the name of the architecture
-    "block_size": "context_length", "n_embd": "embedding_length", "n_layer": "block_count",
-    "n_hidden": "feed_forward_length", "n_head": "attention.head_count", "n_kv_head": "attention.head_count_kv",
-    "head_size": "attention.key_length", "norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base",
+KEYS = {  # below the name of the architecture, and our fields
+    "context_length": "block_size", "embedding_length": "n_embd", "block_count": "n_layer",
+    "feed_forward_length": "n_hidden", "attention.head_count": "n_head", "attention.head_count_kv": "n_kv_head",
 }  # fmt: skip
-GPT2 = {**dict(list(LLAMA.items())[:6]), "norm_eps": "attention.layer_norm_epsilon"}
+GPT2 = {**KEYS, "attention.layer_norm_epsilon": "norm_eps"}
+LLAMA = {
+    **KEYS, "attention.layer_norm_rms_epsilon": "norm_eps", "rope.freq_base": "rope_theta",
+    "rope.dimension_count": "head_size", "attention.value_length": "head_size", "attention.key_length": "head_size",
+}  # fmt: skip
+BOS, PAD = "tokenizer.ggml.bos_token_id", "tokenizer.ggml.padding_token_id"
 ENDS = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
 SUFFIXES = (".weight", ".bias")  # which the library's table of names leaves out
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
-CONFIG = {  # keys of what is in a generation config
-    "bos_token_id": "tokenizer.ggml.bos_token_id", "pad_token_id": "tokenizer.ggml.padding_token_id",
-    "temperature": "general.sampling.temp", "top_k": "general.sampling.top_k",
-    "top_p": "general.sampling.top_p", "min_p": "general.sampling.min_p",
-}  # fmt: skip
 
 # How byte-level tokenizers cut text, by llama.cpp's names: normalizer, steps, whether whole words go before merges.
 _SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
@@ -81,11 +80,12 @@ def load_gguf(path: str | Path, device: str = "cpu", *, dropout: float = 0.0) ->
         tokenizer = read_tokenizer(keys)
         tokenizer.vocab_size = min(tokenizer.vocab_size, shape.vocab_size)  # it may know more than the model
 
-        def read(part: Part, stored: Any) -> Tensor:
+        def read(part: Part) -> Tensor:
+            stored = tensors.pop(names.get_name(part.theirs, SUFFIXES) or part.theirs)
             tensor = torch.tensor(gguf.quants.dequantize(stored.data, stored.tensor_type))
             return swap_channels(tensor, shape, part, (shape.head_size // 2, 2))
 
-        return build_model(shape, tensors, lambda name: names.get_name(name, SUFFIXES) or name, read, device), tokenizer
+        return build_model(shape, tensors, read, device), tokenizer
     except Exception as error:  # the library raises many kinds
         what = f"{error} is missing" if isinstance(error, KeyError) else error
         raise CheckpointError(f"{path} cannot be read: {what}") from error
@@ -98,17 +98,16 @@ def read_shape(keys: dict[str, Any], tensors: dict[str, Any]) -> GPTConfig:
         raise ValueError(f"its architecture is {kind!r}; known: gpt2, llama, qwen2, qwen3")
     if (scaling := keys.get(f"{kind}.rope.scaling.type", "none")) != "none":
         raise ValueError(f"its positions are stretched in a way that is not known here: {scaling}")
-    names = {ours: f"{kind}.{theirs}" for ours, theirs in (GPT2 if kind == "gpt2" else LLAMA).items()}
-    values = {ours: keys[name] for ours, name in names.items() if name in keys}
+    names = {f"{kind}.{key}": field for key, field in (GPT2 if kind == "gpt2" else LLAMA).items()}
+    values = {field: keys[name] for name, field in names.items() if name in keys}
     values["norm_eps"] = float(f"{values['norm_eps']:.6g}")  # the shortest decimal fraction; the file has float32
-    biases = {name for name in ("attn_qkv", "attn_q", "attn_output", "ffn_up") if f"blk.0.{name}.bias" in tensors}
     shape = GPTConfig(
         architecture="llama" if kind == "qwen2" else kind,
         activation="gelu_tanh" if kind == "gpt2" else "gelu",
         vocab_size=int(tensors["token_embd.weight"].shape[-1]),
-        bias=bool(biases & {"attn_qkv", "attn_q"}),
-        out_bias="attn_output" in biases,
-        mlp_bias="ffn_up" in biases,
+        bias="blk.0.attn_qkv.bias" in tensors or "blk.0.attn_q.bias" in tensors,
+        out_bias="blk.0.attn_output.bias" in tensors,
+        mlp_bias="blk.0.ffn_up.bias" in tensors,
         tied_head="output.weight" not in tensors,
         **values,
     )
@@ -138,15 +137,14 @@ def read_tokenizer(keys: dict[str, Any]) -> Tokenizer:
     """Return the tokenizer of a GGUF file, with its end tokens and its chat template. Raises `ValueError`."""
     texts = keys["tokenizer.ggml.tokens"]
     ends = [keys[name] for name in ENDS if keys.get(name, len(texts)) < len(texts)]  # others are left out, as there
-    tokenizer: Tokenizer
     if keys["tokenizer.ggml.model"] != "rwkv":
         tokenizer = from_definition(read_definition(keys), texts[ends[0]] if ends else "")
     elif not texts[-1].startswith(r"\x"):  # its end of a document; all else is escaped bytes
         tokenizer = ByteTokenizer()
     else:
         tokenizer = CharTokenizer([bytes.fromhex(text.replace("\\x", "")).decode() for text in texts])
-    config = {name: round(keys[key], 6) for name, key in CONFIG.items() if key in keys}  # stored in float32
-    keep_generation_config(tokenizer, {**config, "eos_token_id": ends}, keys.get("tokenizer.chat_template"))
+    config = {"bos_token_id": keys.get(BOS), "pad_token_id": keys.get(PAD), "eos_token_id": ends}
+    keep_generation_config(tokenizer, config, keys.get("tokenizer.chat_template"))
     # Where nothing is said, llama.cpp adds a start token for SentencePiece's vocabularies and Llama 3's.
     is_llama3 = CUTS.get(keys.get("tokenizer.ggml.pre", "")) == CUTS["llama-bpe"]
     default = keys["tokenizer.ggml.model"] == "llama" or is_llama3
@@ -211,12 +209,9 @@ def save_gguf(path: Path, name: str, model: GPT, tokenizer: Tokenizer, dtype: st
     writer.add_string(MARK, __version__)
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType[("ALL_" if TYPES[dtype] == "F32" else "MOSTLY_") + TYPES[dtype]])
-    for ours, key in (GPT2 if kind == "gpt2" else LLAMA).items():
-        add = writer.add_float32 if ours in ("norm_eps", "rope_theta") else writer.add_uint32
-        add(f"{kind}.{key}", getattr(shape, ours))
-    if kind != "gpt2":
-        writer.add_value_length(shape.head_size)
-        writer.add_rope_dimension_count(shape.head_size)
+    for key, field in (GPT2 if kind == "gpt2" else LLAMA).items():
+        add = writer.add_float32 if field in ("norm_eps", "rope_theta") else writer.add_uint32
+        add(f"{kind}.{key}", getattr(shape, field))
     if shape.rope_scaling:
         slowed = rotary_frequencies(replace(shape, rope_scaling=[])) / rotary_frequencies(shape)
         writer.add_tensor("rope_freqs.weight", slowed.numpy())
@@ -249,16 +244,20 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
         writer.add_tokenizer_model("rwkv")
     else:
         definition = json.loads(tokenizer.definition)
-        if (cut := cut_of(definition)) is None:
-            known = "GPT-2's, Llama 3's, Qwen's and SmolLM's byte-level BPE, characters and bytes"
-            raise DataError(f"llama.cpp can't cut text as the {tokenizer} does: it knows {known}; use --to=hf")
-        entries = {i: (text, TokenType.NORMAL) for text, i in definition["model"]["vocab"].items()}
+        model, cut = definition["model"], definition["pre_tokenizer"] or {}
+        steps = cut.get("pretokenizers", [cut])
+        steps = [{**step, "trim_offsets": True} if "trim_offsets" in step else step for step in steps]
+        how = (definition["normalizer"], steps, bool(model.get("ignore_merges")))
+        names = [name for name, known in CUTS.items() if known == how and model["type"] == "BPE"]
+        if not names:
+            raise DataError(f"llama.cpp can't cut text as the {tokenizer} does; --to=hf carries it")
+        entries = {i: (text, TokenType.NORMAL) for text, i in model["vocab"].items()}
         for token in definition["added_tokens"]:
             kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
             entries[token["id"]] = (token["content"], kind)
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(cut)
-        writer.add_token_merges([" ".join(merge) for merge in definition["model"]["merges"]])
+        writer.add_tokenizer_pre(names[0])
+        writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
     listed = [entries.get(i, (f"[unused {i}]", TokenType.UNUSED)) for i in range(tokenizer.vocab_size)]
     writer.add_token_list([text for text, _ in listed])
     writer.add_token_types([kind for _, kind in listed])
@@ -267,17 +266,7 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
         writer.add_chat_template(tokenizer.chat_template)
     config = tokenizer.full_generation_config
     ends = config["eos_token_id"]
-    named = dict(zip(ENDS, ends if isinstance(ends, list) else [ends], strict=False))
-    named |= {key: config.get(name) for name, key in CONFIG.items()}
-    for key, value in named.items():
-        if value is not None:
-            (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
-
-
-def cut_of(definition: dict[str, Any]) -> str | None:
-    """Return llama.cpp's name for the way in which a tokenizer.json cuts text into pieces; None if it has none."""
-    model, cut = definition["model"], definition["pre_tokenizer"] or {}
-    steps = cut.get("pretokenizers", [cut])
-    steps = [{**step, "trim_offsets": True} if "trim_offsets" in step else step for step in steps]
-    how = (definition["normalizer"], steps, bool(model.get("ignore_merges")))
-    return next((name for name, known in CUTS.items() if known == how and model["type"] == "BPE"), None)
+    ids = [config["bos_token_id"], config["pad_token_id"], *(ends if isinstance(ends, list) else [ends])]
+    for key, i in zip([BOS, PAD, *ENDS], ids, strict=False):
+        if i is not None:
+            writer.add_uint32(key, i)

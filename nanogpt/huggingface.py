@@ -33,27 +33,12 @@ OURS = """vocab_size block_size n_embd n_layer n_head n_hidden norm_eps tied_hea
 GPT2 = "vocab_size n_positions n_embd n_layer n_head n_inner layer_norm_epsilon tie_word_embeddings".split()
 LLAMA = """vocab_size max_position_embeddings hidden_size num_hidden_layers num_attention_heads intermediate_size
     rms_norm_eps tie_word_embeddings num_key_value_heads head_dim attention_bias mlp_bias""".split()
-# Other names of GPT-2's, which transformers reads as well.
-ALIASES = dict(zip(LLAMA[1:5], GPT2[1:5], strict=True))
-# For each model_type: transformers' default of each field, in the order of OURS; None: derived from other fields.
-FIELDS: dict[str, dict[str, Any]] = {
-    "gpt2": dict(zip(GPT2, (50257, 1024, 768, 12, 12, None, 1e-5, True), strict=False)),
-    "llama": dict(zip(LLAMA, (32000, 2048, 4096, 32, 32, 11008, 1e-6, False, None, None, False, False), strict=False)),
-    "mistral": dict(zip(LLAMA, (32000, 131072, 4096, 32, 32, 14336, 1e-6, False, 8, None), strict=False)),
-    "qwen2": dict(zip(LLAMA, (151936, 32768, 4096, 32, 32, 22016, 1e-6, False, 32, None), strict=False)),
-    "qwen3": dict(zip(LLAMA, (151936, 32768, 4096, 32, 32, 22016, 1e-6, False, 32, 128, False), strict=False)),
-}
-IMPLIED: dict[str, dict[str, Any]] = {  # what the name alone says about the shape
-    "gpt2": {}, "llama": {"architecture": "llama"}, "mistral": {"architecture": "llama", "bias": False},
-    "qwen2": {"architecture": "llama", "out_bias": False, "mlp_bias": False}, "qwen3": {"architecture": "qwen3"},
-}  # fmt: skip
-REQUIRED: dict[str, dict[str, Any]] = {  # options of which only this value is supported
-    "gpt2": {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
-    "llama": {"hidden_act": "silu"},
-    "mistral": {"hidden_act": "silu", "sliding_window": None},
-    "qwen2": {"hidden_act": "silu", "use_sliding_window": False},
-    "qwen3": {"hidden_act": "silu", "use_sliding_window": False},
-}
+FIELDS = {"gpt2": GPT2, "llama": LLAMA, "mistral": LLAMA[:10], "qwen2": LLAMA[:10], "qwen3": LLAMA[:11]}
+IMPLIED = {"mistral": {"bias": False}, "qwen2": {"out_bias": False, "mlp_bias": False}}  # what their files never say
+# What the config.json of an older model leaves out; None: derived from other fields.
+DEFAULTS = {"n_inner": None, "num_key_value_heads": None, "head_dim": None, "attention_bias": False, "mlp_bias": False}
+# Options of which only this value is supported.
+REQUIRED = {"hidden_act": "silu", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
 
 
 def load_pretrained(name: str, device: str = "cpu", *, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
@@ -77,18 +62,17 @@ def load_pretrained(name: str, device: str = "cpu", *, dropout: float = 0.0) -> 
         is_gpt2 = shape.is_gpt2 and shape.vocab_size == 50257 and not has_vocabulary
         tokenizer = GPT2Tokenizer() if is_gpt2 else read_tokenizer(folder)
         if tokenizer.vocab_size > shape.vocab_size:  # people add a <pad>, and leave the embedding as it is
-            log.warning(
-                f"its tokenizer has {tokenizer.vocab_size} entries, of which the model knows {shape.vocab_size}"
-            )
+            log.warning(f"its tokenizer has {tokenizer.vocab_size} entries, the model knows {shape.vocab_size} of them")
             tokenizer.vocab_size = shape.vocab_size
-        tensors = find_tensors(folder)
-        if shape.tied_head and (head := tensors.pop("lm_head.weight", None)):
+        found = find_tensors(folder)
+        if shape.tied_head and (head := found.pop("lm_head.weight", None)):
             first = next(layout(shape))
-            embedding = tensors.setdefault(short_name(first.theirs), head)
+            embedding = found.setdefault(short_name(first.theirs), head)
             if not torch.equal(read_tensor(first, embedding), read_tensor(first, head)):
                 log.warning("config.json says that embedding and head share a matrix; there are two, and both are used")
-                shape.tied_head, tensors["lm_head.weight"] = False, head
-        return build_model(shape, tensors, short_name, read_tensor, device), tokenizer
+                shape.tied_head, found["lm_head.weight"] = False, head
+        model = build_model(shape, found, lambda part: read_tensor(part, found.pop(short_name(part.theirs))), device)
+        return model, tokenizer
     except Exception as error:  # whatever a damaged file leads to
         what = f"{error} is missing" if isinstance(error, KeyError) else error
         raise CheckpointError(f"{folder}: {what}") from error
@@ -100,16 +84,15 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
     if kind not in FIELDS:
         raise ValueError(f"model_type is {kind!r}; known: {', '.join(FIELDS)}")
     if config.get("quantization_config"):
-        raise ValueError(
-            "it has a quantization_config, and quantized weights can't be read; take the unquantized model"
-        )
-    if kind == "gpt2":
-        config = {ALIASES.get(name, name): value for name, value in config.items()}
-    values = {**FIELDS[kind], "sliding_window": 4096, **config}  # Mistral's window is on by default
-    for name, required in REQUIRED[kind].items():
-        if values.get(name, required) != required:
-            raise ValueError(f"{name} is {values[name]!r}, not {required!r}")
-    shape = {**IMPLIED[kind], **{ours: values[theirs] for theirs, ours in zip(FIELDS[kind], OURS, strict=False)}}
+        raise ValueError("it has a quantization_config: quantized weights can't be read; take the unquantized model")
+    values = {**DEFAULTS, "tie_word_embeddings": kind == "gpt2", **config}
+    for name, required in REQUIRED.items():
+        if config.get(name, required) != required:
+            raise ValueError(f"{name} is {config[name]!r}, not {required!r}")
+    if config.get("sliding_window") and config.get("use_sliding_window", kind == "mistral"):
+        raise ValueError(f"sliding_window is {config['sliding_window']}, and attention to a part is not supported")
+    shape = {ours: values[theirs] for theirs, ours in zip(FIELDS[kind], OURS, strict=False)}
+    shape |= {"architecture": "llama" if kind in ("mistral", "qwen2") else kind, **IMPLIED.get(kind, {})}
     if kind == "gpt2":
         if (activation := config.get("activation_function", "gelu_new")) not in ACTIVATIONS:
             raise ValueError(f"activation_function is {activation!r}; known: {', '.join(ACTIVATIONS)}")
@@ -119,7 +102,6 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
     if rope_type not in ("default", "llama3"):
         raise ValueError(f"rope_type is {rope_type!r}; known: default, llama3")
     shape["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta") or 10_000.0
-    rope = {SCALING[3]: shape["block_size"], **rope}
     return GPTConfig(**shape, rope_scaling=[rope[key] for key in SCALING] if rope_type == "llama3" else [])
 
 
@@ -133,15 +115,13 @@ def config_of(shape: GPTConfig) -> dict[str, Any]:
     """Return the `config.json` that describes `shape`, or what comes nearest to it."""
     kind = model_type(shape)
     config = {theirs: getattr(shape, ours) for theirs, ours in zip(FIELDS[kind], OURS, strict=False)}
-    config |= {"model_type": kind, "architectures": [f"{kind.capitalize()}ForCausalLM"], **REQUIRED[kind]}
+    config |= {"model_type": kind, "architectures": [f"{kind.capitalize()}ForCausalLM"]}
     if kind == "gpt2":
         names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
-        if shape.activation not in names:
-            raise ConfigError(f"other engines do not know the activation {shape.activation!r}: it can't be exported")
         config |= {"architectures": ["GPT2LMHeadModel"], "activation_function": names[shape.activation]}
         config |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), shape.dropout)
     else:
-        config["rope_theta"] = shape.rope_theta
+        config |= {"hidden_act": "silu", "rope_theta": shape.rope_theta}
         if shape.rope_scaling:
             config["rope_scaling"] = {"rope_type": "llama3", **dict(zip(SCALING, shape.rope_scaling, strict=True))}
     return config
@@ -197,20 +177,16 @@ def llama_block(shape: GPTConfig) -> list[tuple[str, str, slice, object]]:
     ]
 
 
-def build_model(
-    shape: GPTConfig, tensors: dict[str, Any], name_of: Callable[[str], str], read: Callable[[Part, Any], Tensor],
-    device: str,
-) -> GPT:  # fmt: skip
-    """Return the model, in evaluation mode and float32 on `device`, whose tensors `read` makes of `tensors` one by one.
+def build_model(shape: GPTConfig, tensors: dict[str, Any], read: Callable[[Part], Tensor], device: str) -> GPT:
+    """Return the model, in evaluation mode and float32 on `device`, whose tensors `read` takes out of `tensors`.
 
-    name_of: from Hugging Face's names to keys of `tensors`. Raises `KeyError` or `ValueError` for too few or too many.
+    Raises `KeyError` or `ValueError` for too few or too many.
     """
     if problems := list(shape.problems()):
         raise ValueError("; ".join(problems))
     weights: dict[str, Tensor] = {}
     for ours, parts in itertools.groupby(layout(shape), key=lambda part: part.ours):
-        pieces = [read(part, tensors.pop(name_of(part.theirs))).float() for part in parts]
-        weights[ours] = torch.cat(pieces).to(device)
+        weights[ours] = torch.cat([read(part).float() for part in parts]).to(device)
     if tensors:
         raise ValueError(f"{len(tensors)} tensors have no place in the model, {min(tensors)} for one")
     if shape.tied_head:
@@ -229,23 +205,20 @@ def find_tensors(folder: Path) -> dict[str, tuple[Path, str]]:
 
     whole, others = folder / "model.safetensors", ("adapter", "optimizer", "scheduler", "consolidated")
     index = {} if whole.exists() else read_json(folder / "model.safetensors.index.json").get("weight_map", {})
-    named = [whole] if whole.exists() else sorted({folder / file for file in index.values()})
-    usual = sorted(folder.glob("model*.safetensors"))
-    rest = [path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith(others)]
+    named = {whole} if whole.exists() else {folder / file for file in index.values()}
+    rest = {path for path in folder.glob("*.safetensors") if not path.name.startswith(others)}
     found: dict[str, tuple[Path, str]] = {}
-    for path in named or usual or rest:
+    for path in sorted(named or folder.glob("model*.safetensors")) or sorted(rest):
         try:
             names: list[str] = safe_open(path, "pt").keys()  # type: ignore[no-untyped-call]
         except SafetensorError as error:
             raise ValueError(f"{path.name} is damaged: {error}") from error
-        for name in (name for name in names if not index or folder / index.get(name, "") == path):
-            if (short := short_name(name)) in found:
-                raise ValueError(f"{name} is in several files: remove those that are not of this model")
-            if not name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")):  # those are computed
-                found[short] = (path, name)
+        for name in names:
+            is_computed = name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"))
+            if not is_computed and (not index or folder / index.get(name, "") == path):
+                found[short_name(name)] = (path, name)
     if not found:
-        pickled = ": its weights are pickled, and a pickle can run any code" if list(folder.glob("*.bin")) else ""
-        raise ValueError(f"no model's *.safetensors there{pickled}; transformers' save_pretrained writes safetensors")
+        raise ValueError("no model's *.safetensors there (a pickle can run any code); save_pretrained writes them")
     return found
 
 
@@ -256,8 +229,6 @@ def read_tensor(part: Part, place: tuple[Path, str]) -> Tensor:
     path, name = place
     with safe_open(path, "pt") as file:  # opened for each tensor, so that the mapped memory of the last one is freed
         tensor: Tensor = file.get_tensor(name)
-    if not tensor.is_floating_point() or tensor.itemsize < 2:
-        raise ValueError(f"{name} is quantized ({tensor.dtype}), which can't be read; take the unquantized model")
     return tensor.t() if part.transposed else tensor
 
 
@@ -273,11 +244,8 @@ def tensors_of(model: GPT, vocab_size: int) -> Iterator[tuple[Part, Tensor]]:
         if name not in ignored and value != getattr(described, name):
             raise ConfigError(f"{name}={value}: others' {model_type(shape)} has no such thing, so it can't be exported")
     for part in layout(replace(shape, bias=True) if shape.is_gpt2 else shape):
-        if part.ours in weights:
-            tensor = weights[part.ours][part.rows]
-        else:
-            weight = weights[part.ours.removesuffix("bias") + "weight"]
-            tensor = weight.new_zeros(len(weight))
+        weight = weights[part.ours.replace(".bias", ".weight")]
+        tensor = weights.get(part.ours, weight.new_zeros(len(weight)))[part.rows]
         yield part, tensor[:vocab_size] if part.ours in ("transformer.wte.weight", "lm_head.weight") else tensor
 
 
@@ -290,20 +258,20 @@ def save_pretrained(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch
     ends = {name: generation[name] for name in ("bos_token_id", "eos_token_id")}
     write_json(folder / "config.json", {**config_of(shape), **ends, "torch_dtype": str(dtype).removeprefix("torch.")})
     write_json(folder / "generation_config.json", generation)
-    definition = tokenizer.definition
+    engine = tokenizers.Tokenizer.from_str(tokenizer.definition)
     if tokenizer.adds_bos:
-        engine, bos = tokenizers.Tokenizer.from_str(definition), tokenizer.decode([generation["bos_token_id"]])
+        bos = tokenizer.decode([generation["bos_token_id"]])
         special = [(bos, generation["bos_token_id"])]
         engine.post_processor = tokenizers.processors.TemplateProcessing(f"{bos} $A", special_tokens=special)
-        definition = engine.to_str()
-    (folder / "tokenizer.json").write_text(definition, encoding="utf-8")
-    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": shape.block_size}
+    (folder / "tokenizer.json").write_text(engine.to_str(), encoding="utf-8")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": shape.block_size,
+        "chat_template": tokenizer.chat_template or None, "clean_up_tokenization_spaces": False,
+    }  # fmt: skip
     for name, ids in ends.items():
         if ids is not None:
             settings[name.removesuffix("_id")] = tokenizer.decode(ids[:1] if isinstance(ids, list) else [ids])
-    if tokenizer.chat_template:
-        settings["chat_template"] = tokenizer.chat_template
-    write_json(folder / "tokenizer_config.json", {**settings, "clean_up_tokenization_spaces": False})
+    write_json(folder / "tokenizer_config.json", settings)
     tensors = {
         part.theirs: (tensor.t() if part.transposed else tensor).to(dtype).contiguous()
         for part, tensor in tensors_of(model, tokenizer.vocab_size)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock, call
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from nanogpt.cli import parse
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.errors import ConfigError, UserError
 from nanogpt.export import export
-from nanogpt.huggingface import config_of, load_pretrained, tensors_of
+from nanogpt.huggingface import load_pretrained, tensors_of
 from nanogpt.model import GPT
 from nanogpt.settings import ExportConfig
 from tests.conftest import random_ids, write_dataset
@@ -95,7 +94,6 @@ def test_an_exported_run_goes_on_training(recipe: Recipe, tmp_path: Path) -> Non
     assert train.train(recipe(init_from=str(tmp_path / "m"), out_dir=str(tmp_path / "tuned"))) == 0
     export(ExportConfig(out_dir=str(tmp_path / "tuned"), output=str(tmp_path / "again")))
     card = (tmp_path / "again" / "README.md").read_text()
-    assert "| init_from | m |" in card
     assert str(tmp_path) not in card
     modes = {path.stat().st_mode for path in (tmp_path / "m").iterdir()}
     (tmp_path / "file").touch()
@@ -211,30 +209,7 @@ def test_a_full_disk_is_one_message_and_leaves_what_was_there(to: str, recipe: R
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert {path: path.read_bytes() for path in tmp_path.glob("m*/*")} == before
-        assert [path.suffix for path in tmp_path.glob("m*")] in ([], [""], ["", ".Modelfile"], [".Modelfile", ""])
-
-
-def test_an_export_is_uploaded(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    api = MagicMock()
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
-    train.train(recipe())
-    settings: dict[str, Any] = {"out_dir": recipe().out_dir, "push": "me/m"}
-    export(ExportConfig(**settings, output=str(tmp_path / "m")))
-    export(ExportConfig(**settings, to="gguf", output=str(tmp_path / "m.gguf")))
-    upload_folder = call.upload_folder(repo_id="me/m", folder_path=tmp_path / "m")
-    upload_files = [
-        call.upload_file(repo_id="me/m", path_or_fileobj=tmp_path / name, path_in_repo=name)
-        for name in ("m.gguf", "m.Modelfile")
-    ]
-    create = call.create_repo("me/m", exist_ok=True)
-    assert api.method_calls == [create, upload_folder, create, *upload_files]
-    api.create_repo.side_effect = ConnectionError("no route")
-    with pytest.raises(UserError, match=r"other is written, but not uploaded to me/m \(no route.*hf auth login"):
-        export(ExportConfig(**settings, output=str(tmp_path / "other")))
-    with pytest.raises(ConfigError, match="push='here': expected USER/NAME"):
-        parse(ExportConfig, ["--output=x", "--push=here"], "")
+        assert [path.suffix for path in tmp_path.glob("m*")] in ([], [""])
 
 
 def test_a_chat_models_end_tokens_and_template_travel(recipe: Recipe, data_dir: Path, tmp_path: Path) -> None:
@@ -258,9 +233,3 @@ def test_a_chat_models_end_tokens_and_template_travel(recipe: Recipe, data_dir: 
     generation = transformers.GenerationConfig.from_pretrained(tmp_path / "b")
     assert (generation.eos_token_id, generation.temperature, generation.bos_token_id) == ([9, 5], 0.7, 7)
     assert load_pretrained(str(tmp_path / "b"))[1].describe() == tokenizer.describe()
-
-
-def test_an_activation_that_others_do_not_know_is_refused_by_name() -> None:
-    shape = GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=16, activation="relu2")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="do not know the activation 'relu2'"):
-        config_of(shape)

@@ -16,7 +16,7 @@ from nanogpt import gguf as module
 from nanogpt.checkpoint import load_model
 from nanogpt.config import GPTConfig
 from nanogpt.errors import CheckpointError, ConfigError, DataError
-from nanogpt.gguf import CUTS, load_gguf, modelfile, save_gguf
+from nanogpt.gguf import CUTS, load_gguf, save_gguf
 from nanogpt.model import GPT
 from nanogpt.sample import sample
 from nanogpt.settings import SampleConfig
@@ -146,7 +146,7 @@ def test_transformers_reads_the_same_file_alike(
 def chatty() -> BPETokenizer:
     """A tokenizer that knows how its model generates."""
     tokenizer = BPETokenizer(BPE.definition, BPE.end_of_text)
-    config = {"bos_token_id": 3, "eos_token_id": [5, 0, 999], "temperature": 0.6, "top_k": 20, "max_length": 7}
+    config = {"bos_token_id": 3, "eos_token_id": [5, 0, 999], "max_length": 7}
     keep_generation_config(tokenizer, config, "{{ messages }}<|im_start|>")
     return tokenizer
 
@@ -160,18 +160,7 @@ def test_end_tokens_and_chat_template_come_and_go(tmp_path: Path) -> None:
         assert fields[f"tokenizer.ggml.{key}_token_id"].contents() == value
     again = load_gguf(tmp_path / "m.gguf")[1]
     assert (again.end_tokens, again.chat_template) == (tokenizer.end_tokens, tokenizer.chat_template)
-    assert again.generation_config["temperature"] == 0.6
     assert again.has_ids_of(load_gguf(tmp_path / "m.gguf")[1])
-
-
-def test_a_modelfile_tells_ollama_what_it_needs() -> None:
-    shape = GPTConfig(block_size=64, vocab_size=300)
-    assert modelfile(Path("x/m.gguf"), shape, BPE) == (
-        'FROM ./m.gguf\nPARAMETER num_ctx 64\nPARAMETER stop "<|endoftext|>"\nTEMPLATE """{{ .Prompt }}"""\n'
-    )
-    text = modelfile(Path("m.gguf"), shape, chatty())
-    assert "PARAMETER temperature 0.6\nPARAMETER top_k 20\nPARAMETER stop" in text
-    assert "<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n" in text
 
 
 def test_sentencepieces_vocabulary_becomes_merges() -> None:
