@@ -144,7 +144,7 @@ def plan(config: PlanConfig) -> None:
             ways.append(f"{way} (and more gradient_accumulation_steps)" if n < rows else way)
 
     print(f"model: {n_parameters / 1e6:,.2f}M parameters, vocabulary {shape.vocab_size}, context {shape.block_size}")
-    print(f"machine: {config.gpus} x {name} on {config.nodes} node(s), {flops / 1e12:,.2f} TFLOP/s each")
+    print(f"machine: {config.gpus} x {name}, {flops / 1e12:,.2f} TFLOP/s each")
     print(f"parallel: {parallel}; micro-batches of {rows} x {shape.block_size}, {-(-share // rows)} per step")
     print(f"memory per device, of {available / 1e9:.2f} GB to be used:")
     for part, n_bytes in needed.items():

@@ -10,7 +10,7 @@ from nanogpt.config import CHECKS, PRESETS, Machine, Settings, TrainConfig, is_t
 
 CHECKS |= {
     **dict.fromkeys("top_p min_p mfu".split(), CHECKS["decay_share"]),
-    **dict.fromkeys("num_samples steps gpus nodes rows queue timeout max_body".split(), CHECKS["batch_size"]),
+    **dict.fromkeys("num_samples steps gpus rows queue timeout max_body".split(), CHECKS["batch_size"]),
     "port": (lambda v: 0 <= v <= 65535, "0 to 65535"),
     "tokenizer": (
         lambda v: v in ("char", "byte", "gpt2") or (re.fullmatch(r"bpe:\d+", v) and int(v[4:]) > 256) or is_there(v),
@@ -25,7 +25,6 @@ class PlanConfig(TrainConfig):
 
     gpu: str = ""  # H100, H200, A100, RTX 4090, …; empty: this machine
     gpus: int = 1  # on all nodes together
-    nodes: int = 1  # number of machines
     gpu_memory: float = 0.0  # GB per GPU; 0: as in its data sheet
     mfu: float = 0.4  # share of the peak FLOP/s that training reaches; 0.3 to 0.5 is usual on GPUs
 
