@@ -355,9 +355,7 @@ def load_latest(
                 return path
             except DamagedError as error:
                 log.warning(f"{error}; trying the one before it")
-        raise DamagedError(
-            f"all checkpoints in {out_dir} are damaged; to start from its best model: --init_from={out_dir}"
-        )
+        raise DamagedError(f"all checkpoints in {out_dir} are damaged; to use its best model: --init_from={out_dir}")
 
     path = dist.broadcast_from_main(newest_good) if dist else newest_good()
     loaded = load_checkpoint(path, data_dir, sharded=sharded, verify=False)

@@ -216,7 +216,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_never_takes_the_place_of_a_good
     assert load_latest(out).state.step == 4
     for path in checkpoints_of(out):
         flip_a_bit(path)
-    with pytest.raises(DamagedError, match="are damaged; to start from its best model: --init_from="):
+    with pytest.raises(DamagedError, match="are damaged; to use its best model: --init_from="):
         load_latest(out)
 
 
