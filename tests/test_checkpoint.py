@@ -187,19 +187,6 @@ def test_the_best_is_taken_and_what_is_missing_is_said(trained: Path) -> None:
         find_checkpoint("nowhere", "auto")
 
 
-def test_a_run_that_another_program_has_continued_is_not_taken_for_its_old_best(
-    trained: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    content = torch.load(trained / "ckpt.pt", weights_only=True)
-    del content["nanogpt"]  # as the original writes it
-    torch.save({**content, "iter_num": 9}, trained / "ckpt.pt")
-    assert find_checkpoint(trained, "auto").name == "best.pt"  # which is as good
-    assert "ckpt.pt, of step 9" in caplog.text
-    torch.save({**content, "iter_num": 9, "best_val_loss": torch.tensor(0.5)}, trained / "ckpt.pt")
-    assert find_checkpoint(trained, "auto").name == "ckpt.pt"
-    assert "newer and better than best.pt" in caplog.text
-
-
 def test_a_damaged_checkpoint_is_passed_over_and_never_takes_the_place_of_a_good_one(
     recipe: Recipe, caplog: pytest.LogCaptureFixture
 ) -> None:
