@@ -90,7 +90,6 @@ class Checkpoint:
             model = GPT.from_weights(replace(self.model_config, dropout=dropout), self.weights)
         return (model if self.is_sharded else model.to(device)).eval()
 
-    @torch.no_grad()
     def build_adapted(self, adapter: Adapter, dropout: float) -> GPT:
         """Return the base with its adapters. Raises `CheckpointError` if it is not the base of the training."""
         model, _ = load_model(adapter.base, dropout=dropout)
@@ -99,11 +98,9 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} holds adapters for {adapter.base}, whose weights have changed since")
         if self.model_config.vocab_size > model.config.vocab_size:
             grow_vocab(model, self.model_config.vocab_size)
-        add_adapters(model, adapter)
-        for name, weight in self.weights.items():
-            parameter = model.get_parameter(name).requires_grad_()
-            if not weight.is_meta:
-                parameter.copy_(weight)
+        add_adapters(model, adapter, has_new_tokens="lm_head.weight" in self.weights)
+        if not self.is_sharded:
+            model.load_state_dict(self.weights, strict=False)
         return model
 
     def restore(self, model: GPT, optimizer: Optimizer, scaler: GradScaler) -> None:
