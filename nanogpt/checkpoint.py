@@ -15,12 +15,12 @@ import operator
 import os
 import pickle
 import shutil
-import threading
 import time
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -48,13 +48,9 @@ from nanogpt.tokenizer import Tokenizer, from_description
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # of what lies under `nanogpt`
-METADATA_NAMES = {
-    "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex StorageMeta TensorStorageMetadata "
-    "ChunkStorageMetadata TensorProperties _MEM_FORMAT_ENCODING".split(),
-    "torch.distributed.checkpoint.filesystem": ["_StorageInfo"],
-    "torch.serialization": ["_get_layout"], "torch": ["Size"],
-    "pathlib": ["PosixPath"], "pathlib._local": ["PosixPath"],
-}  # fmt: skip
+# What torch's .metadata consists of, beside dtypes: classes of torch and pathlib.
+METADATA_NAMES = """Metadata MetadataIndex StorageMeta TensorStorageMetadata ChunkStorageMetadata TensorProperties
+    _MEM_FORMAT_ENCODING _StorageInfo _get_layout Size PosixPath""".split()
 RUN_FILES = "ckpt*.pt best.pt ckpt.dcp metrics.jsonl config.json wandb_id wandb tensorboard logs loss.png".split()
 
 
@@ -82,12 +78,8 @@ class Checkpoint:
     tokenizer: Tokenizer
     optimizer: dict[str, Any] | None  # None in best.pt
     scaler: dict[str, Any]
-    adapter: Adapter | None = None  # then `weights` are only what is trained beside its base
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether the weights are still on disk: `restore` brings each process its shard of them."""
-        return any(tensor.is_meta for tensor in self.weights.values())
+    adapter: Adapter | None  # then `weights` are only what is trained beside its base
+    is_sharded: bool  # the weights are still on disk: `restore` brings each process its shard of them
 
     def build_model(self, device: str = "cpu", dropout: float = 0.0, merge: bool = True) -> GPT:
         """Return the model in evaluation mode, on `device`; on `meta` if `is_sharded`. `merge`: without adapters."""
@@ -98,7 +90,6 @@ class Checkpoint:
             model = GPT.from_weights(replace(self.model_config, dropout=dropout), self.weights)
         return (model if self.is_sharded else model.to(device)).eval()
 
-    @torch.no_grad()
     def build_adapted(self, adapter: Adapter, dropout: float) -> GPT:
         """Return the base with its adapters. Raises `CheckpointError` if it is not the base of the training."""
         model, _ = load_model(adapter.base, dropout=dropout)
@@ -107,11 +98,9 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} holds adapters for {adapter.base}, whose weights have changed since")
         if self.model_config.vocab_size > model.config.vocab_size:
             grow_vocab(model, self.model_config.vocab_size)
-        add_adapters(model, adapter)
-        for name, weight in self.weights.items():
-            parameter = model.get_parameter(name).requires_grad_()
-            if not weight.is_meta:
-                parameter.copy_(weight)
+        add_adapters(model, adapter, has_new_tokens="lm_head.weight" in self.weights)
+        if not self.is_sharded:
+            model.load_state_dict(self.weights, strict=False)
         return model
 
     def restore(self, model: GPT, optimizer: Optimizer, scaler: GradScaler) -> None:
@@ -144,7 +133,7 @@ class Checkpoint:
         self.weights, self.optimizer = {}, None  # model and optimizer own them now
 
 
-class Checkpoints:
+class Checkpoints(AbstractContextManager["Checkpoints"]):
     """Writes the checkpoints of one run in the background, one at a time, and never over the last good one.
 
     The main process writes whole files. In a sharded run every process writes its shard, and all must call.
@@ -154,8 +143,8 @@ class Checkpoints:
         self.config, self.dist, self.is_sharded, self.folder = config, dist, is_sharded, Path(config.out_dir)
         self.steps, self.seconds = steps_and_seconds(config.checkpoint_interval) or (0, 0.0)
         self.last = time.monotonic()
-        self.thread: threading.Thread | None = None
-        self.failure: UserError | None = None
+        self.executor, self.written = ThreadPoolExecutor(1), Future[None]()
+        self.written.set_result(None)
         # The threads that write talk to each other while the training does: they need a group of their own.
         timeout = timedelta(minutes=config.dist_timeout)
         self.group = torch.distributed.new_group(backend="gloo", timeout=timeout) if is_sharded else None
@@ -182,10 +171,9 @@ class Checkpoints:
             "model_args": fields if unknown else arguments, "iter_num": state.step,
             "best_val_loss": state.best_val_loss, "config": asdict(self.config),
             "nanogpt": {"format": FORMAT, "model_config": fields, "tokenizer": tokenizer.describe(),
+                        "adapter": asdict(model.adapter) if model.adapter else None,
                         "scaler": scaler.state_dict(), **asdict(state)},
         }  # fmt: skip
-        if model.adapter:
-            content["nanogpt"]["adapter"] = asdict(model.adapter)
         weights, shards = {}, None
         if is_best or not self.is_sharded:
             for name, weight in trained_weights(model).items():
@@ -206,13 +194,11 @@ class Checkpoints:
                 shards = async_save(tensors_of(model, optimizer), storage_writer=writer, process_group=self.group)
         else:
             content["optimizer"] = on_cpu(optimizer.state_dict())
-        self.thread = threading.Thread(target=self.write, args=(content, weights, shards, is_best))
-        self.thread.start()
+        self.written = self.executor.submit(self.write, content, weights, shards, is_best)
 
     def write(self, content: dict[str, Any], weights: dict[str, Tensor], shards: Any, is_best: bool) -> None:
         """Write best.pt, then ckpt.pt: a run that is killed in between repeats the evaluation and writes both again."""
         keep, newest = self.config.keep_checkpoints, self.folder / "ckpt.pt"
-        self.failure = None
         try:
             if shards:
                 shards.result()  # all processes have written theirs
@@ -229,30 +215,26 @@ class Checkpoints:
             for path in [path for path in checkpoints_of(self.folder) if path != newest][keep - 1 :]:
                 remove(path)
         except BaseException as error:  # torch's CheckpointException is no Exception
-            self.failure = error if isinstance(error, UserError) else UserError(f"cannot write a checkpoint: {error}")
-            log.warning(f"{self.failure}; training continues, and earlier checkpoints stay")
+            failure = error if isinstance(error, UserError) else UserError(f"cannot write a checkpoint: {error}")
+            log.warning(f"{failure}; training continues, and earlier checkpoints stay")
+            raise failure from None
 
     def wait(self) -> bool:
         """Wait until nothing is being written. Returns whether the last checkpoint could be written."""
-        if self.thread:
-            self.thread.join()
-        return self.failure is None
-
-    def __enter__(self) -> "Checkpoints":
-        return self
+        return self.written.exception() is None
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         """Wait until the last checkpoint is written. Raises `UserError` if that failed and nothing else did."""
-        self.wait()
-        if self.failure and error is None:
-            raise self.failure
+        if (failure := self.written.exception()) and error is None:
+            raise failure
 
 
 def trained_weights(model: GPT) -> dict[str, Tensor]:
-    """Return the weights that a checkpoint holds: all, or beside a frozen base those that are trained."""
-    if not model.adapter:
-        return model.state_dict()
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    """Return the weights that a checkpoint holds: those that are trained, with a tied head once."""
+    weights = model.state_dict(keep_vars=True)  # FSDP shards here what it left whole after an evaluation
+    if model.config.tied_head:
+        del weights["lm_head.weight"]
+    return {name: weight for name, weight in weights.items() if weight.requires_grad}
 
 
 def on_cpu(value: Any) -> Any:
@@ -306,9 +288,7 @@ def checkpoints_of(out_dir: str | Path) -> list[Path]:
 def step_of(path: Path) -> float:
     """Return the step of a checkpoint; infinity if it cannot be read."""
     try:
-        is_folder = path.is_dir()
-        content = read_json(path / "run.json") if is_folder else torch.load(path, "cpu", weights_only=True, mmap=True)
-        return int(content["iter_num"])
+        return int(path.name if path.is_dir() else torch.load(path, "cpu", weights_only=True, mmap=True)["iter_num"])
     except Exception:  # torch and pickle raise many kinds
         return math.inf
 
@@ -318,18 +298,10 @@ def find_checkpoint(out_dir: str | Path, which: str) -> Path:
 
     Raises `CheckpointError` if there is none.
     """
-    best, kept = Path(out_dir, "best.pt"), checkpoints_of(out_dir)
-    candidates = {"auto": [best, *kept], "best": [best], "last": kept}
-    if which not in candidates:
-        return Path(which)
-    found = [path for path in candidates[which] if path.exists()]
+    best, kept = list(Path(out_dir).glob("best.pt")), checkpoints_of(out_dir)
+    found = {"auto": best + kept, "best": best, "last": kept}.get(which, [Path(which)])
     if not found:
-        there = (
-            f"{out_dir} has no {which} checkpoint".replace(" auto", "")
-            if Path(out_dir).is_dir()
-            else f"there is no folder {out_dir}"
-        )
-        raise CheckpointError(f"{there}; train a model first, or name its folder with --out_dir=…")
+        raise CheckpointError(f"no checkpoint ({which}) in {out_dir}; train a model first, or name its --out_dir")
     return found[0]
 
 
@@ -380,9 +352,7 @@ def load_latest(
                 return path
             except DamagedError as error:
                 log.warning(f"{error}; trying the one before it")
-        raise DamagedError(
-            f"all checkpoints in {out_dir} are damaged; to start from its best model: --init_from={out_dir}"
-        )
+        raise DamagedError(f"all checkpoints in {out_dir} are damaged; to use its best model: --init_from={out_dir}")
 
     path = dist.broadcast_from_main(newest_good) if dist else newest_good()
     loaded = load_checkpoint(path, data_dir, sharded=sharded, verify=False)
@@ -422,8 +392,9 @@ def load_checkpoint(path: Path, data_dir: str = "data", *, sharded: bool = False
         more = {name: ours[name] for name in ("tokens", "seconds", "evaluated", "skipped") if name in ours}
         state = TrainState(content["iter_num"], float(content["best_val_loss"]), **more)
         optimizer, scaler = content["optimizer"], ours.get("scaler", {})
-        adapter = Adapter(**ours["adapter"]) if "adapter" in ours else None
-        return Checkpoint(path, weights, model_config, content["config"], state, tokenizer, optimizer, scaler, adapter)
+        adapter = Adapter(**ours["adapter"]) if ours.get("adapter") else None
+        config, is_sharded = content["config"], sharded and path.is_dir()
+        return Checkpoint(path, weights, model_config, config, state, tokenizer, optimizer, scaler, adapter, is_sharded)
     except (UserError, OSError):
         raise
     except Exception as error:  # torch, pickle and Python raise many kinds
@@ -453,11 +424,8 @@ def verify_checksums(path: Path) -> None:
 
 
 def tensors_of(model: GPT, optimizer: Optimizer) -> dict[str, Any]:
-    """Return all tensors of a run; on disk they are model.NAME and optimizer.NUMBER.NAME, a tied head comes once."""
-    weights = trained_weights(model)
-    if model.config.tied_head:
-        weights.pop("lm_head.weight", None)
-    return {"model": weights, "optimizer": optimizer.state_dict()["state"]}
+    """Return all tensors of a run; on disk they are model.NAME and optimizer.NUMBER.NAME."""
+    return {"model": trained_weights(model), "optimizer": optimizer.state_dict()["state"]}
 
 
 def load_shards(folder: Path, tensors: dict[str, Any], no_dist: bool = False) -> None:
@@ -509,7 +477,7 @@ class MetadataUnpickler(pickle.Unpickler):
         if (module, name) == ("builtins", "getattr"):  # Python 3.11's way to name a member of an enumeration
             return operator.getitem
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or name in METADATA_NAMES.get(module, ""):
+        if is_dtype or (module.partition(".")[0] in ("torch", "pathlib") and name in METADATA_NAMES):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
 

@@ -181,16 +181,14 @@ def help_text(cls: Class, usage: str) -> str:
     groups: dict[str, list[str]] = {}
     for owner in cls.__mro__[:-1]:
         title = "settings"
-        # A comment may continue in the lines below its field.
-        for line in re.sub(r"\n    # (?!---)", " ", inspect.getsource(owner)).splitlines():
-            heading = re.match(r"    # --- (.+) ---$", line)
-            field = re.match(r"    (\w+): .+? = .+?  # (.+)$", line)
-            title = heading[1] if heading else title
-            if field and field[1] in defaults:  # not yet redefined by a subclass
-                default = defaults.pop(field[1])
+        source = re.sub(r"\n    # (?!---)", " ", inspect.getsource(owner))  # A comment may continue below its field.
+        for heading, name, comment in re.findall(r"(?m)^    (?:# --- (.+) ---|(\w+): .+? = .+?  # (.+))$", source):
+            title = heading or title
+            if name in defaults:  # not yet redefined by a subclass
+                default = defaults.pop(name)
                 shown = " ".join(default) if isinstance(default, list) else str(default).replace("\n", r"'\n'")
-                setting = f"  {f'--{field[1]}={shown}':36}  "
-                text = textwrap.fill(field[2], 120, initial_indent=setting, subsequent_indent=" " * 40)
+                setting = f"  {f'--{name}={shown}':36}  "
+                text = textwrap.fill(comment, 120, initial_indent=setting, subsequent_indent=" " * 40)
                 groups.setdefault(title, []).append(text)
     return "\n".join([*lines, *(line for title, rows in groups.items() for line in ("", f"{title}:", *rows))])
 
@@ -220,9 +218,7 @@ def run(verb: str, arguments: Sequence[str] | None = None, program: str = "") ->
         message, code = str(error), getattr(error, "exit_code", 2)
     except ModuleNotFoundError as error:
         packages = "fastapi uvicorn" if error.name in ("fastapi", "uvicorn") else error.name
-        message = (
-            f"{sys.executable} has no {error.name}: pip install {packages}, or activate the environment that has it"
-        )
+        message = f"{sys.executable} lacks {packages}: pip install {packages}, or activate the environment that has it"
     except Exception as error:
         if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
             raise

@@ -52,10 +52,8 @@ class Device:
 
     def synchronize(self) -> None:
         """Wait until everything queued has been computed, so that a clock means something."""
-        if self.type == "cuda":
-            torch.cuda.synchronize(self.name)
-        elif self.type == "mps":
-            torch.mps.synchronize()
+        if self.type != "cpu":
+            torch.accelerator.synchronize(self.name)
 
     def peak_memory(self) -> int:
         """Return the most bytes ever in use: of the GPU's memory on CUDA, of the whole process elsewhere."""

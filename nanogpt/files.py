@@ -63,13 +63,12 @@ def locked(path: str | Path, what: str) -> Iterator[None]:
             logging.getLogger(__name__).warning(f"{path} can't be locked here: start nothing else there ({error})")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        end = b"failed"
         try:
             yield
-            end = b""
-        finally:
-            file.truncate(0)
-            file.write(end)
+        except BaseException:
+            Path(path).write_text("failed")
+            raise
+        file.truncate(0)
 
 
 def parse_json(text: str | bytes) -> Any:

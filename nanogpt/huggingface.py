@@ -215,9 +215,10 @@ def find_tensors(folder: Path) -> dict[str, tuple[Path, str]]:
             raise ValueError(f"{path.name} is damaged: {error}") from error
         for name in names:
             is_computed = name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"))
-            if not is_computed and (not index or folder / index.get(name, "") == path):
-                if found.setdefault(short_name(name), (path, name)) != (path, name):
-                    raise ValueError(f"{name} is in several files: remove those that are not of this model")
+            if is_computed or (index and folder / index.get(name, "") != path):
+                continue
+            if found.setdefault(short_name(name), (path, name)) != (path, name):
+                raise ValueError(f"{name} is in several files: remove those that are not of this model")
     if not found:
         raise ValueError("no model's *.safetensors there (a pickle can run any code); save_pretrained writes them")
     return found

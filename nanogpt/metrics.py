@@ -10,7 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -61,7 +61,7 @@ def log_sizes(config: TrainConfig, model: Any, optimizer: Any, train_tokens: int
         log.info(f"{len(sizes)} tensors with {sum(sizes):,} parameters, weight decay {group['weight_decay']:g}")
 
 
-class Metrics:
+class Metrics(AbstractContextManager["Metrics"]):
     """The records of a run: the console, one JSON object a line in metrics.jsonl, and the trackers of `config`.
 
     A resumed run continues the same file, without the rows of steps that it will do again. Only the main process
@@ -138,9 +138,6 @@ class Metrics:
         if self.path is not None:
             with suppress(OSError):  # a disk may be full
                 os.fsync(self.file.fileno())
-
-    def __enter__(self) -> "Metrics":
-        return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         if self.path is not None:

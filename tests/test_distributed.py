@@ -147,7 +147,7 @@ def test_damaged_shards_are_skipped_and_run_no_code(data_dir: Path) -> None:
     [
         ("--batch_size=3", "rows can't be divided evenly among 2 processes; --gradient_accumulation_steps=2"),
         ("--dataset=nowhere", "python -m nanogpt prepare nowhere --data_dir="),
-        ("--init_from=resume", "there is no folder two"),
+        ("--init_from=resume", "no checkpoint (last) in two"),
     ],
 )
 def test_what_cannot_work_is_refused_by_all_alike(data_dir: Path, word: str, message: str) -> None:

@@ -584,8 +584,8 @@ def test_on_mps_nothing_needs_float64_pinned_memory_or_cuda(recipe: Recipe, monk
 
     for name in ("synchronize", "get_rng_state", "set_rng_state", "set_device", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, forbidden)
-    synchronized = []
-    monkeypatch.setattr(torch.mps, "synchronize", lambda: synchronized.append(1))
+    synchronized = list[str]()
+    monkeypatch.setattr(torch.accelerator, "synchronize", synchronized.append)
     monkeypatch.setattr(torch.mps, "get_rng_state", torch.get_rng_state)
     monkeypatch.setattr(torch.mps, "set_rng_state", torch.set_rng_state)
     monkeypatch.setattr(train, "choose_device", lambda *_: Device("cpu", "mps", torch.float32, False))
