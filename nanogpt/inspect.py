@@ -19,7 +19,7 @@ from nanogpt.model import GPT
 from nanogpt.plot import print_table
 from nanogpt.sample import prompt_ids, read_prompt
 from nanogpt.settings import InspectConfig
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.tokenizer import TextDecoder, Tokenizer
 
 _PAGE = """<!doctype html><meta charset="utf-8"><style>:root {{ color-scheme: light dark; }}
 body {{ font: 15px/1.9 monospace; max-width: 60rem; margin: 2rem auto; }}
@@ -80,7 +80,8 @@ def look(model: GPT, ids: Sequence[int]) -> tuple[list[float], list[Tensor]]:
 
 def page_of_tokens(ids: Sequence[int], losses: Sequence[float], tokenizer: Tokenizer, about: str) -> str:
     """Return a page of HTML that shows a text, each token tinted by its loss."""
-    first, *texts = list(tokenizer.decode_stream(ids))[: len(ids)]
+    decoder = TextDecoder(tokenizer)
+    first, *texts = [decoder.decode([i]) for i in ids]
     spans = [html.escape(first)]
     for text, loss in zip(texts, losses, strict=True):
         style = f"background: rgb(240 138 36 / {min(100, 100 * loss / 6):.0f}%)"
