@@ -342,10 +342,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
             if rest < 0:
                 return
             # Learning takes time by the square of a word's length: 9 minutes and more for 2 MB of DNA, or cut 3 s.
-            parts = re.split(r"(\S{256}|\s{256})", text)
-            if len(parts) > 1:
-                warn_once("the vocabulary is learned from words of at most 256 characters: longer ones are cut for it")
-            yield from parts
+            yield from re.split(r"(\S{256}|\s{256})", text)
 
     engine = ByteLevelBPETokenizer()
     bars = sys.stderr.isatty()

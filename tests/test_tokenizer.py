@@ -145,10 +145,9 @@ def test_a_learned_vocabulary_has_the_librarys_ids_and_is_the_same_every_time() 
             assert each.encode(text).tolist() == library.encode(text).ids
 
 
-def test_a_vocabulary_is_learned_from_text_without_blanks(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_vocabulary_is_learned_from_text_without_blanks() -> None:
     dna = "".join(random.Random(0).choices("ACGT", k=300_000))
     tokenizer = train_bpe([dna, " " * 300_000], 400)  # which took minutes
-    assert "words of at most 256 characters" in caplog.text
     theirs = tokenizers.Tokenizer.from_str(tokenizer.definition)
     assert tokenizer.encode(dna).tolist() == theirs.encode(dna).ids
     assert tokenizer.vocab_size == 400
