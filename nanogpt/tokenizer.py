@@ -43,8 +43,6 @@ GPT2_IDENTITY = "d9e61ed7050bce01a078bcd7b85ab214d12c6c1fa7862753d16394d030d514e
 BPE_TEXT = 1 << 28  # characters, at most, that a vocabulary is learned from
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
-codecs.register_error("each_byte", lambda error: ("\ufffd" * (error.end - error.start), error.end))  # type: ignore[attr-defined]
-
 
 class Tokenizer:
     """Text to ids and back. Subclasses may replace the `tokenizers` library, which does it here."""
@@ -54,7 +52,6 @@ class Tokenizer:
     vocab_size: int
     end_of_text: int | None = None  # id of the token that ends a document, where there is one
     strips_space: bool = False  # whether a text loses the space before its first word, which encoding adds
-    errors: str = "replace"  # what becomes of bytes that form no character, by the names of Python's codecs
     # These come with a pretrained model, and change no ids of a corpus: whether prompts begin with a start token,
     # Hugging Face's generation_config.json, and the Jinja template that turns a conversation into text.
     adds_bos: bool = False
@@ -187,7 +184,7 @@ class TextDecoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.at_start = tokenizer, tokenizer.strips_space
         # The decoders of the tokenizers library raise an error at bytes that form no character.
-        self.utf8 = codecs.getincrementaldecoder("utf-8")(tokenizer.errors)
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def decode(self, ids: Sequence[int], final: bool = False) -> str:
         """Return the text that `ids` add."""
@@ -300,8 +297,6 @@ class BPETokenizer(Tokenizer):
         for step in steps.get("decoders", [steps]):
             if step.get("type") == "Strip" or step.get("prepend_scheme", "never") != "never":
                 self.strips_space = True
-            if step.get("type") == "ByteFallback":  # As SentencePiece does it; byte-level vocabularies do as Python.
-                self.errors = "each_byte"
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"end_of_text": self.end_of_text, "definition": self.definition}
