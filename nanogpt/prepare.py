@@ -43,7 +43,7 @@ from nanogpt.errors import ConfigError, DataError
 from nanogpt.files import atomic_write, locked, parse_json, read_json, sync_folder, write_json
 from nanogpt.pydocs import pydoc_chats
 from nanogpt.settings import PrepareConfig, recipe_for_text, unescape
-from nanogpt.tokenizer import Tokenizer, from_description, make_tokenizer, mirrored, warn_once, well_formed, write_meta
+from nanogpt.tokenizer import Tokenizer, from_description, make_tokenizer, mirrored, well_formed, write_meta
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -258,10 +258,8 @@ def read_pieces(path: Path, config: PrepareConfig) -> Iterator[Piece]:
         if re.search(JSON_LINES, path.name) or (re.search(JSON, path.name) and (has_array or has_lines)):
             for row in array_rows(reader) if has_array else json_rows(reader):
                 yield from chat_of(row) if config.chat else field_of(row, config.field)
-            return
-        if has_lines:
-            warn_once(f"{path} is read as plain text, but begins like JSON lines, whose files end in .jsonl")
-        yield from in_pieces(iter(lambda: reader.read(BLOCK), ""), unescape(config.separator))
+        else:
+            yield from in_pieces(iter(lambda: reader.read(BLOCK), ""), unescape(config.separator))
 
 
 def open_text(path: Path) -> tuple[TextIO, str]:
