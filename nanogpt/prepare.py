@@ -256,7 +256,7 @@ def read_pieces(path: Path, config: PrepareConfig) -> Iterator[Piece]:
     has_array, has_lines = re.match(r"\s*\[\s*\{", begin), re.match(r'\s*\{[ \t]*"[^"\n]*"[ \t]*:', begin)
     with reader:
         if re.search(JSON_LINES, path.name) or (re.search(JSON, path.name) and (has_array or has_lines)):
-            for row in array_rows(reader) if has_array else json_rows(reader):
+            for row in parse_json(reader.read()) if has_array else json_rows(reader):
                 yield from chat_of(row) if config.chat else field_of(row, config.field)
         else:
             yield from in_pieces(iter(lambda: reader.read(BLOCK), ""), unescape(config.separator))
@@ -321,24 +321,6 @@ def json_rows(reader: TextIO) -> Iterator[Any]:
                 yield parse_json(line)
             except ValueError:
                 yield None
-
-
-def array_rows(reader: TextIO) -> Iterator[Any]:
-    """Yield the values in one JSON array, while only a part of it is in memory. Raises `ValueError`."""
-    text, end, decode = reader.read(BLOCK).lstrip(), 1, json.JSONDecoder().raw_decode
-    while True:
-        while text.startswith((" ", "\t", "\n", ","), end):
-            end += 1
-        if text.startswith("]", end):
-            return
-        try:
-            row, end = decode(text, end)
-            yield row
-        except ValueError:  # The value may end in what comes next, of which we read more each time.
-            more = reader.read(max(BLOCK, len(text)))
-            if not more:
-                raise
-            text, end = text[end:] + more, 0
 
 
 def field_of(row: Any, field: str) -> Iterator[Piece]:

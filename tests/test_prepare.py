@@ -234,7 +234,6 @@ def test_rows_are_documents(name: str) -> None:
     assert read(name) == TEXTS
 
 
-@pytest.mark.usefixtures("_small")
 @pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl.gz"])
 def test_an_array_of_objects_has_the_rows_that_json_reads(name: str, indent: int | None) -> None:
