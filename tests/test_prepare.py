@@ -394,8 +394,9 @@ def test_a_limit_counts_documents_of_all_files() -> None:
 def test_a_vocabulary_beyond_16_bits_takes_32() -> None:
     engine = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "a": 70_000, "b": 1}, unk_token="[UNK]"))
     engine.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    engine.save("tokenizer.json")
-    assert build(write("x.txt", "a b a a " * 20), tokenizer="tokenizer.json")["dtype"] == "uint32"
+    write("model/config.json", '{"model_type": "llama"}')  # Its weights need not be there.
+    engine.save("model/tokenizer.json")
+    assert build(write("x.txt", "a b a a " * 20), tokenizer="model")["dtype"] == "uint32"
     assert np.fromfile(SET / "train.bin", "<u4")[:4].tolist() == [70_000, 1, 70_000, 70_000]
 
 
