@@ -26,7 +26,7 @@ import threading
 import time
 import urllib.request
 import zlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import numpy as np
+from tqdm import tqdm
 
 from nanogpt.chats import BEGINS, COUNTS, conversation_ids, with_template
 from nanogpt.config import TrainConfig, mixture
@@ -42,7 +43,7 @@ from nanogpt.errors import ConfigError, DataError
 from nanogpt.files import atomic_write, locked, parse_json, read_json, sync_folder, write_json
 from nanogpt.pydocs import pydoc_chats
 from nanogpt.settings import PrepareConfig, recipe_for_text, unescape
-from nanogpt.tokenizer import Tokenizer, from_description, make_tokenizer, mirrored, warn_once, well_formed, write_meta
+from nanogpt.tokenizer import Tokenizer, from_description, make_tokenizer, mirrored, well_formed, write_meta
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -53,7 +54,6 @@ State = dict[str, Any]  # how far reading is, as JSON
 SPLITS = ("train", "val")
 UNIT = 1 << 22  # characters of a unit of work
 BLOCK = 1 << 20  # characters that are encoded at once; a longer document comes in pieces
-LONGEST_LINE = 1 << 28  # characters of a JSON line; a longer one is skipped
 JSON_LINES = r"(?i)\.(jsonl|jsonlines|jl|ndjson)(\.gz|\.zst)?$"
 JSON = r"(?i)\.json(\.gz|\.zst)?$"  # lines as well, or one array, or no data at all
 ENOUGH = 10  # documents to expect in validation; where there are fewer, the end of the text is validation
@@ -75,29 +75,20 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Build the data set `config.name`, or describe it. Raises `ConfigError` and `DataError`."""
+    """Build the data set `config.name`. Raises `ConfigError` and `DataError`."""
     folder = Path(config.data_dir, config.name)
-    if config.describe:
-        from nanogpt.data import open_dataset  # with torch, which building does without
-
-        dataset = open_dataset(folder)
-        begins = dataset.tokenizer.decode(dataset.train[:100].tolist())
-        for key, value in {"begins": begins, **dataset.description, "tokenizer": dataset.tokenizer}.items():
-            print(f"{key}: {str(value)[:300]}")
-        return
     if config.name not in DATASETS and not config.input:
         known = ", ".join(DATASETS)
         raise ConfigError(f"{config.name!r} is no known data set ({known}); for your own text, add --input=PATH")
     defaults = {"input": [], "tokenizer": "gpt2", "val_fraction": 0.05, "chat": False, **DATASETS.get(config.name, {})}
-    unset = [key for key in defaults if getattr(config, key) in ([], "", "auto", False)]
-    config = replace(config, **{key: defaults[key] for key in unset})
+    unset = {key: value for key, value in defaults.items() if getattr(config, key) in ([], "", "auto", False)}
+    config = replace(config, **unset)
     sources = find_sources(config.input) or known_sources(config.name, folder)
     with locked(folder / ".lock", f"the data set {folder}"):
         about = build(folder, config, sources)
     for split in SPLITS:
-        count = about["documents"][split]
-        documents = {0: "a part of a document", 1: "1 document"}.get(count, f"{count:,} documents")
-        log.info(f"{split} has {about['tokens'][split]:,} tokens in {documents}")
+        tokens, count = about["tokens"][split], about["documents"][split]
+        log.info(f"{split} has {tokens:,} tokens; documents that end there: {count:,}")
     for reason, count in about["skipped"].items():
         log.info(f"skipped {count:,} x {reason}")
     print(f"wrote {folder}/train.bin, val.bin and dataset.json")
@@ -258,19 +249,19 @@ def documents(source: str, config: PrepareConfig, work: Path) -> Iterator[Piece]
 def read_pieces(path: Path, config: PrepareConfig) -> Iterator[Piece]:
     """Yield the documents of a file, of the kind that its name says."""
     if path.suffix.lower() == ".parquet":
-        for row in parquet_rows(path, config.field):
-            yield from field_of(row, config.field)
+        for row in parquet_rows(path, config):
+            yield from chat_of(row) if config.chat else field_of(row, config.field)
         return
     reader, begin = open_text(path)
     has_array, has_lines = re.match(r"\s*\[\s*\{", begin), re.match(r'\s*\{[ \t]*"[^"\n]*"[ \t]*:', begin)
     with reader:
         if re.search(JSON_LINES, path.name) or (re.search(JSON, path.name) and (has_array or has_lines)):
-            for row in array_rows(reader) if has_array else json_rows(reader):
+            for row in parse_json(reader.read()) if has_array else json_rows(reader):
                 yield from chat_of(row) if config.chat else field_of(row, config.field)
-            return
-        if has_lines:
-            warn_once(f"{path} is read as plain text, but begins like JSON lines, whose files end in .jsonl")
-        yield from in_pieces(iter(lambda: reader.read(BLOCK), ""), unescape(config.separator))
+        elif config.chat:
+            yield "file without JSON lines"
+        else:
+            yield from in_pieces(iter(lambda: reader.read(BLOCK), ""), unescape(config.separator))
 
 
 def open_text(path: Path) -> tuple[TextIO, str]:
@@ -311,73 +302,50 @@ def in_pieces(texts: Iterable[str], separator: str = "") -> Iterator[Piece]:
         yield (rest, True) if is_begun or rest.strip() else "empty document"
 
 
-def parquet_rows(path: Path, field: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a column. Raises `DataError`, with the names of the columns, if it is none of text."""
+def parquet_rows(path: Path, config: PrepareConfig) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a column, or of all. Raises `DataError`, with the names of the columns, if it is none of text."""
     from pyarrow import parquet
 
     file = parquet.ParquetFile(path)
     kinds = {column.name: str(column.type) for column in file.schema_arrow}
-    if not re.match(r"(dictionary<values=)?(large_)?string", kinds.get(field, "")):
+    if not config.chat and not re.match(r"(dictionary<values=)?(large_)?string", kinds.get(config.field, "")):
         names = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
-        raise DataError(f"{path}: no column {field!r} of text; choose one with --field=NAME (columns: {names})")
-    for batch in file.iter_batches(100, columns=[field]):
+        raise DataError(f"{path}: no column {config.field!r} of text; choose one with --field=NAME (columns: {names})")
+    for batch in file.iter_batches(100, columns=None if config.chat else [config.field]):
         yield from batch.to_pylist()
 
 
 def json_rows(reader: TextIO) -> Iterator[Any]:
     """Yield the values of JSON lines, and None for what is none."""
-    while line := reader.readline(LONGEST_LINE):
+    for line in reader:
         if not line.isspace():
             try:
                 yield parse_json(line)
             except ValueError:
                 yield None
-        while line and not line.endswith("\n"):  # the rest of a line that is too long
-            line = reader.readline(BLOCK)
-
-
-def array_rows(reader: TextIO) -> Iterator[Any]:
-    """Yield the values in one JSON array, while only a part of it is in memory. Raises `ValueError`."""
-    text, end, decode = reader.read(BLOCK).lstrip(), 1, json.JSONDecoder().raw_decode
-    while True:
-        while text[end : end + 1] and text[end] in " \t\n,":
-            end += 1
-        if text[end : end + 1] == "]":
-            return
-        try:
-            row, end = decode(text, end)
-        except ValueError:  # The value may end in what comes next, of which we read more each time.
-            more = reader.read(max(BLOCK, len(text) - end)) if len(text) - end < LONGEST_LINE else ""
-            if not more:
-                raise
-            text, end = text[end:] + more, 0
-        else:
-            yield row
 
 
 def field_of(row: Any, field: str) -> Iterator[Piece]:
     """Yield the text in a field of a row, or why there is none."""
     if not isinstance(row, dict):
         yield "row without a JSON object"
-    elif isinstance(text := row.get(field), str):
-        yield from in_pieces([well_formed(text)])
+    elif isinstance(row.get(field), str):
+        yield from in_pieces([well_formed(row[field])])
     else:
-        kinds = {int: "a number", float: "a number", type(None): "null" if field in row else "missing"}
-        yield f"row whose field {field!r} is {kinds.get(type(text), 'no text')}"
+        yield f"row without text in its field {field!r} (another one: --field=NAME)"
 
 
 def chat_of(row: Any) -> Iterator[Piece]:
     """Yield the messages of a row as JSON, or why there are none: OpenAI's form, or a prompt and its completion."""
-    messages = row.get("messages") if isinstance(row, dict) else None
-    if isinstance(row, dict) and "prompt" in row:
-        said = {"user": row["prompt"], "assistant": row.get("completion")}
-        messages = [{"role": role, "content": content} for role, content in said.items()]
-    is_chat = isinstance(messages, list) and all(
-        isinstance(each, dict) and isinstance(each.get("role"), str) and isinstance(each.get("content"), str)
-        for each in messages
-    )
-    is_answered = is_chat and any(each["role"] == "assistant" for each in messages or [])
-    yield (json.dumps(messages), True) if is_answered else "row: no conversation with an answer"
+    try:
+        if "prompt" in row:
+            said = {"user": row["prompt"], "assistant": row["completion"]}
+            row = {"messages": [{"role": role, "content": content} for role, content in said.items()]}
+        is_text = all(isinstance(each["role"], str) and isinstance(each["content"], str) for each in row["messages"])
+        is_chat = is_text and "assistant" in [each["role"] for each in row["messages"]]
+    except (KeyError, TypeError):  # another shape
+        is_chat = False
+    yield (json.dumps(row["messages"]), True) if is_chat else "row: no conversation with an answer"
 
 
 def build(folder: Path, config: PrepareConfig, sources: dict[str, int]) -> dict[str, Any]:
@@ -398,19 +366,18 @@ def build(folder: Path, config: PrepareConfig, sources: dict[str, int]) -> dict[
         encode(work, config, plan, sources, tokenizer)
     except (OSError, BrokenProcessPool) as error:  # a full disk; a worker killed for want of memory
         raise DataError(f"{error}; what is finished in {work} is kept: the same command resumes") from error
-    if min(plan["counts"]["tokens"].values()) < 2:
-        counts = " and ".join(f"{count} in {split}" for split, count in plan["counts"]["tokens"].items())
-        raise DataError(f"too few tokens, {counts}: take more text, or another --val_fraction")
+    tokens, skipped = plan["counts"]["tokens"], plan["state"]["skipped"]
+    if min(tokens.values()) < 2:
+        reasons = "".join(f"; skipped {count:,} x {reason}" for reason, count in skipped.items())
+        counts = f"{tokens['train']} in train and {tokens['val']} in val"
+        raise DataError(f"too few tokens, {counts}: take more text, or another --val_fraction{reasons}")
     (work / "plan.json").unlink()
     listed = [{"path": path, "bytes": size} for path, size in itertools.islice(sources.items(), 1000)]
-    about = {
-        **plan["counts"],
-        "chat": config.chat,
-        "skipped": plan["state"]["skipped"],
-        "source_files": len(sources),
-        "sources": listed,
-    }
-    write_description(work, tokenizer, about)  # This also makes it durable that the journal is gone.
+    about = {"version": 1, "dtype": tokenizer.dtype.name, **plan["counts"], "chat": config.chat, "skipped": skipped}
+    about |= {"source_files": len(sources), "sources": listed, "tokenizer": tokenizer.describe()}
+    write_json(work / "dataset.json", about)  # This also makes it durable that the journal is gone.
+    if tokenizer.kind == "char":
+        write_meta(work / "meta.pkl", tokenizer)
     # The description goes first: ids that are not its own have another number than it says.
     for name in ("dataset.json", "meta.pkl", "train.marks", "val.marks", "train.bin", "val.bin"):
         (folder / name).unlink(missing_ok=True)
@@ -421,33 +388,17 @@ def build(folder: Path, config: PrepareConfig, sources: dict[str, int]) -> dict[
     return about
 
 
-def write_description(folder: Path, tokenizer: Tokenizer, about: dict[str, Any]) -> None:
-    """Write dataset.json, and for characters the original's meta.pkl."""
-    about = {"version": 1, "dtype": tokenizer.dtype.name, **about, "tokenizer": tokenizer.describe()}
-    write_json(folder / "dataset.json", about)
-    if tokenizer.kind == "char":
-        write_meta(folder / "meta.pkl", tokenizer)
-
-
 def make_plan(work: Path, config: PrepareConfig, sources: dict[str, int]) -> dict[str, Any]:
     """Write the tokenizer to `work`, and return a plan: with where validation begins, and with nothing done."""
     enough, is_char = ENOUGH / float(config.val_fraction), config.tokenizer == "char"
-    count, size, characters, skipped = 0, 0, set[str](), Counter[str]()
-    for piece in itertools.chain.from_iterable(documents(path, config, work) for path in sources):
-        if isinstance(piece, str):
-            skipped[piece] += 1
-            continue
-        text, ends = piece
+    count, size, characters = 0, 0, set[str]()
+    pieces = (piece for path in sources for piece in documents(path, config, work))
+    for text, ends in (piece for piece in pieces if isinstance(piece, tuple)):
         count, size = count + ends, size + len(text)
         if is_char:
             characters.update(text)
         if count == (config.limit or -1) or (count >= enough and not is_char):
             break
-    if not size:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in skipped.items()) or "nothing"
-        hint = "; --field names another field" if "field" in reasons else ""
-        raise DataError(f"there is no text to read; skipped: {reasons}{hint}")
-
     # Files of one language or subject often lie side by side: a vocabulary is learned from files in any order.
     shuffled = random.Random(0).sample(list(sources), len(sources))
     pieces = (piece for path in shuffled for piece in documents(path, config, work))
@@ -457,22 +408,20 @@ def make_plan(work: Path, config: PrepareConfig, sources: dict[str, int]) -> dic
     setting = config.tokenizer
     if "/" in setting and not os.path.exists(setting):
         setting = str(hub_folder(setting, ["*.json", "merges.txt", "*.jinja"], option="tokenizer"))
-    is_model = setting.endswith((".pt", ".gguf")) or Path(setting, "config.json").exists()
-    tokenizer = tokenizer_of_model(setting) if is_model else make_tokenizer(setting, characters, texts)
-    tokenizer = with_template(tokenizer) if config.chat else tokenizer
+    if setting.endswith((".pt", ".gguf")) or Path(setting, "metrics.jsonl").exists():  # a run
+        from nanogpt.checkpoint import load_model  # with torch, which building does without
+
+        tokenizer = load_model(setting)[1]
+    else:
+        tokenizer = make_tokenizer(setting, characters, texts)
+    if config.chat:
+        tokenizer = with_template(tokenizer)
     log.info(f"{tokenizer}")
     write_json(work / "tokenizer.json", tokenizer.describe())
     cut = None if count >= enough or config.chat else int(size * (1 - float(config.val_fraction)))
     state = {"sources": 0, "pieces": 0, "documents": 0, "characters": 0, "split": "", "skipped": {}}
     counts = {key: dict.fromkeys(SPLITS, 0) for key in ("tokens", "documents", "bytes")}
     return {"cut": cut, "state": state, "counts": counts}
-
-
-def tokenizer_of_model(name: str) -> Tokenizer:
-    """Return the tokenizer of a model that training can start from."""
-    from nanogpt.checkpoint import load_model  # with torch
-
-    return load_model(name)[1]
 
 
 def read_units(work: Path, config: PrepareConfig, plan: State, sources: list[str]) -> Iterator[tuple[Unit, State]]:
@@ -516,8 +465,6 @@ def encode(work: Path, config: PrepareConfig, plan: State, sources: dict[str, in
     if num_proc > 1 and sum(sources.values()) > UNIT:  # for less, processes start longer than they work
         # Not fork: the libraries that encode have threads of their own.
         pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), start_worker)
-    from tqdm import tqdm
-
     # Shakespeare is one text without end, as in the original.
     end_of_text = None if config.name in SHAKESPEARE else tokenizer.end_of_text
     setting = json.dumps(tokenizer.describe()), end_of_text, config.chat
@@ -530,15 +477,16 @@ def encode(work: Path, config: PrepareConfig, plan: State, sources: dict[str, in
             if not pending:
                 return
             future, unit, state = pending.popleft()
-            for name, content in sorted(future.result().items(), reverse=True):  # marks before ids, which are counted
-                split, is_ids = name.partition(".")[0], name.endswith(".bin")
-                itemsize = tokenizer.dtype.itemsize if is_ids else 1
+            for name, content in future.result().items():  # marks come before ids, which are counted
+                split, kind = name.split(".")
+                itemsize = tokenizer.dtype.itemsize if kind == "bin" else 1
                 with open(work / name, "ab") as file:
                     file.truncate(counts["tokens"][split] * itemsize)
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
-                counts["tokens"][split] += len(content) // itemsize * is_ids
+                if kind == "bin":
+                    counts["tokens"][split] += len(content) // itemsize
             for split, text, ends in unit:
                 counts["documents"][split] += ends
                 counts["bytes"][split] += len(text.encode())
@@ -571,9 +519,8 @@ def tokenizer_of(description: str) -> Tokenizer:
 def encode_unit(unit: Unit, description: str, end_of_text: int | None, chat: bool) -> dict[str, bytearray]:
     """Return what to append to each file: ids, and of conversations which of them count and where one begins."""
     tokenizer = tokenizer_of(description)
-    dtype, files = tokenizer.dtype, {f"{split}.bin": bytearray() for split in SPLITS}
-    if chat:
-        files |= {f"{split}.marks": bytearray() for split in SPLITS}
+    dtype, kinds = tokenizer.dtype, ["marks", "bin"] if chat else ["bin"]
+    files = {f"{split}.{kind}": bytearray() for kind in kinds for split in SPLITS}
     closing = b"" if end_of_text is None else end_of_text.to_bytes(dtype.itemsize, "little")
     for split, text, ends in unit:
         if chat:

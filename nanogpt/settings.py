@@ -149,7 +149,6 @@ class PrepareConfig(Settings):
     # (a run, a .pt or a .gguf file), or ORGANISATION/NAME on the Hugging Face hub; empty: the known data set's, gpt2
     # for your own text
     val_fraction: float | Literal["auto"] = "auto"  # share for validation; auto: the known data set's, 0.05 for yours
-    describe: bool = False  # print what the data set NAME is, and make nothing
     num_proc: int = 0  # processes that tokenize; 0: one per core
     verbosity: Literal["quiet", "normal", "debug"] = "normal"  # of log lines; quiet: only results and warnings
 

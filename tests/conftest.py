@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from nanogpt.config import TrainConfig
+from nanogpt.files import write_json
 from nanogpt.metrics import show_log_lines
-from nanogpt.prepare import write_description
-from nanogpt.tokenizer import CharTokenizer, Ids, Tokenizer
+from nanogpt.tokenizer import CharTokenizer, Ids, Tokenizer, write_meta
 
 ROOT = Path(__file__).resolve().parents[1]
 Program = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -109,7 +109,11 @@ def write_dataset(folder: Path, tokenizer: Tokenizer, train: Ids, val: Ids) -> N
     folder.mkdir(parents=True, exist_ok=True)
     for name, ids in (("train", train), ("val", val)):
         ids.astype(tokenizer.dtype).tofile(folder / f"{name}.bin")
-    write_description(folder, tokenizer, {"tokens": {"train": len(train), "val": len(val)}})
+    tokens = {"train": len(train), "val": len(val)}
+    about = {"dtype": tokenizer.dtype.name, "tokens": tokens, "tokenizer": tokenizer.describe()}
+    write_json(folder / "dataset.json", about)
+    if tokenizer.kind == "char":
+        write_meta(folder / "meta.pkl", tokenizer)
 
 
 def random_ids(*shape: int, vocab_size: int = 61, seed: int = 0) -> torch.Tensor:

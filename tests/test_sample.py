@@ -165,9 +165,9 @@ def test_only_what_may_be_a_stop_string_is_held_back() -> None:
     ("tokens", "expected"),
     [
         (["<0xE2>", "<0x82>", "<0xAC>", "e"], ["", "", "€", "e", ""]),
-        (["<0xE2>", "<0x82>", "▁is"], ["", "", "\ufffd\ufffd is", ""]),
+        (["<0xE2>", "<0x82>", "▁is"], ["", "", "\ufffd is", ""]),
         (["<0xFF>", "▁is", "<0xE2>", "<0xE2>", "e"], ["\ufffd", " is", "", "\ufffd", "\ufffde", ""]),
-        (["▁Hello", "<0xE2>", "<0x82>"], ["Hello", "", "", "\ufffd\ufffd"]),  # cut off at the end
+        (["▁Hello", "<0xE2>", "<0x82>"], ["Hello", "", "", "\ufffd"]),  # cut off at the end
         (["▁", "▁Hello", "▁world"], ["", " Hello", " world", ""]),
         (["<s>", "▁Hello"], ["<s>", " Hello", ""]),
         # Here SentencePiece keeps the character, and transformers does not.
@@ -180,7 +180,8 @@ def test_sentencepieces_bytes_and_spaces(tokens: list[str], expected: list[str],
     assert streamed(tokenizer, ids) == expected
     assert "".join(expected) == tokenizer.decode(ids)
     if "€\ufffd" not in "".join(expected):
-        assert tokenizer.decode(ids) == AutoTokenizer.from_pretrained(tmp_path).decode(ids)
+        theirs = AutoTokenizer.from_pretrained(tmp_path).decode(ids)  # with one U+FFFD for each byte
+        assert re.sub("\ufffd+", "\ufffd", tokenizer.decode(ids)) == re.sub("\ufffd+", "\ufffd", theirs)
     for n in range(len(ids)):  # whatever of it is the prompt
         stream = TextStream(tokenizer, ids[:n])
         texts = [*stream.prompt_texts, *(stream.push([token]) for token in ids[n:]), stream.push([], final=True)]
