@@ -47,15 +47,6 @@ def steps_and_seconds(interval: str) -> tuple[int, float] | None:
     return (int(match[1] or 0), 60 * float(match[2] or 0)) if match else None
 
 
-def mixture(names: str) -> dict[str, float]:
-    """Return {"a": 0.7, "b": 0.3} for "a:0.7,b:0.3", {"a": 1.0} for "a"; nothing if a weight is missing."""
-    pairs = [re.fullmatch(r"\s*(.+):(\d*\.?\d+)\s*", each) for each in names.split(",")]
-    weights = {pair[1]: float(pair[2]) for pair in pairs if pair}
-    if len(pairs) == 1 and not weights:
-        return {names: 1.0}
-    return weights if len(weights) == len(pairs) else {}  # or a name comes twice
-
-
 def is_there(name: str) -> bool:
     """Return whether `name` is a path that exists, or may be a name on the hub."""
     return bool(name) and (Path(name).exists() or is_hub_name(name))
@@ -80,7 +71,6 @@ CHECKS: dict[str, tuple[Callable[[Any], object], str]] = {
         "(.pt or .gguf)",
     ),
     "model": (lambda v: v in PRESETS, f"one of {', '.join(PRESETS)}"),
-    "dataset": (lambda v: sum(mixture(v).values()) > 0, "a folder's name, or several with weights: a:0.7,b:0.3"),
     "optimizer": (lambda v: v.isidentifier() and v.islower(), "adamw, muon, or a class of torch.optim in lower case"),
 }
 _NOT_NEGATIVE = (lambda v: not isinstance(v, int | float) or v >= 0, "a value >= 0")
@@ -213,7 +203,7 @@ class TrainConfig(Shape, Machine):
     dist_timeout: float = 10.0  # minutes that a process waits for the others
     # --- data ---
     data_dir: str = "data"  # folder of the data sets
-    dataset: str = "openwebtext"  # folder in data_dir with train.bin and val.bin; a:0.7,b:0.3 mixes several
+    dataset: str = "openwebtext"  # folder in data_dir with train.bin and val.bin
     text: str = ""  # train a small model on this text file, with settings that suit it; in short: nanogpt train FILE
     gradient_accumulation_steps: int = 5 * 8  # micro-batches per step, over all processes together
     batch_size: int = 12  # rows per micro-batch
@@ -272,8 +262,6 @@ class TrainConfig(Shape, Machine):
             yield f"text={self.text!r}: there is no such file"
         if self.lora_rank and (self.init_from == "scratch" or self.optimizer == "muon"):
             yield "lora_rank: adapters change a trained model (--init_from) in low rank, for which Muon is not made"
-        if "," in self.dataset and self.sampling == "epoch":
-            yield "sampling=epoch: in a mixture the weights say how often a text is seen; use --sampling=random"
         rate = self.with_muon_rates().learning_rate if self.n_embd > 0 else 0.0
         if self.decay_lr and 0 < rate < self.min_lr:
             yield f"min_lr={self.min_lr:g} is above learning_rate={rate:g}: set --min_lr={rate / 10:g} or --decay_lr=0"

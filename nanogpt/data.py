@@ -24,7 +24,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from nanogpt.chats import Chats, with_template
-from nanogpt.config import TrainConfig, mixture
+from nanogpt.config import TrainConfig
 from nanogpt.errors import DataError
 from nanogpt.files import parse_json
 from nanogpt.tokenizer import GPT2Tokenizer, Tokenizer, from_description, read_meta
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
 # Independent streams of random numbers.
-TRAINING, EVALUATION, PERMUTATION, OFFSET, DROPOUT, MIXTURE = range(6)
+TRAINING, EVALUATION, PERMUTATION, OFFSET, DROPOUT = range(5)
 Ids = npt.NDArray[Any]  # uint16 or uint32
 Starts = npt.NDArray[np.int64]
 Batch = tuple[Tensor, ...]  # inputs x and targets y (-1: does not count); of conversations, also document ids: (B, T)
@@ -41,10 +41,7 @@ Batch = tuple[Tensor, ...]  # inputs x and targets y (-1: does not count); of co
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set, opened: the memory-mapped ids of its two splits, and what they mean.
-
-    A mixture has no ids of its own: each row of a batch comes from one of its `parts`, chosen by `weights` (sum 1).
-    """
+    """A data set, opened: the memory-mapped ids of its two splits, and what they mean."""
 
     folder: Path
     train: Ids
@@ -52,18 +49,6 @@ class Dataset:
     tokenizer: Tokenizer
     description: dict[str, Any]  # dataset.json; empty where there is none
     chats: dict[str, Chats] = field(default_factory=dict)  # by split, if it consists of conversations
-    parts: tuple["Dataset", ...] = ()
-    weights: tuple[float, ...] = ()
-
-    @property
-    def n_train(self) -> int:
-        """Tokens to train on."""
-        return len(self.train) + sum(part.n_train for part in self.parts)
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether it consists of conversations."""
-        return bool(self.chats) or any(part.is_chat for part in self.parts)
 
     def split(self, name: str) -> Ids:
         """Return the ids of `train` or `val`."""
@@ -74,22 +59,19 @@ class Dataset:
 
         What concerns the model of `owner` is taken over: its prompts' start token, and how many ids it knows.
         """
-        if self.is_chat and self.tokenizer.has_ids_of(with_template(tokenizer)):
+        if self.chats and self.tokenizer.has_ids_of(with_template(tokenizer)):
             return  # It has the tokens of conversations, too.
         if not self.tokenizer.has_ids_of(tokenizer):
             raise DataError(
                 f"data set {self.folder.name} holds ids of the {self.tokenizer}, but {owner} uses the {tokenizer}; "
                 "prepare the data set again with --tokenizer=PATH of the model or of its data set"
             )
-        for part in (self, *self.parts):
-            part.tokenizer.adds_bos = tokenizer.adds_bos
-            part.tokenizer.vocab_size = min(part.tokenizer.vocab_size, tokenizer.vocab_size)
+        self.tokenizer.adds_bos = tokenizer.adds_bos
+        self.tokenizer.vocab_size = min(self.tokenizer.vocab_size, tokenizer.vocab_size)
 
     def check_length(self, block_size: int) -> None:
         """Raise `DataError` unless each split holds at least one window and the token behind it."""
-        for part in self.parts:
-            part.check_length(block_size)
-        for name in () if self.parts else SPLITS:
+        for name in SPLITS:
             if (n_tokens := len(self.split(name))) <= block_size:
                 raise DataError(
                     f"{self.folder}: the {name} split has {n_tokens:,} tokens, too few for block_size={block_size} and "
@@ -133,28 +115,10 @@ def open_dataset(folder: Path) -> Dataset:
     return Dataset(folder, splits["train"], splits["val"], tokenizer, description, chats)
 
 
-def open_mixture(data_dir: str, weights: dict[str, float]) -> Dataset:
-    """Open the data sets that `weights` names; several make a mixture. Raises `DataError`."""
-    parts = [open_dataset(Path(data_dir, name)) for name in weights]
-    for part in parts[1:]:
-        part.match_tokenizer(parts[0].tokenizer, parts[0].folder.name)
-        if part.is_chat != parts[0].is_chat:
-            raise DataError("a mixture consists of texts or of conversations, not of both")
-    if len(parts) == 1:
-        return parts[0]
-    no_ids, total = np.empty(0, np.uint16), sum(weights.values())
-    shares = tuple(weight / total for weight in weights.values())
-    return Dataset(
-        Path(data_dir, ",".join(weights)), no_ids, no_ids, parts[0].tokenizer, {}, parts=tuple(parts), weights=shares
-    )
-
-
 def open_if_prepared(config: TrainConfig) -> Dataset | None:
     """Return the data set of a run, or None if it is not there yet."""
-    weights = mixture(config.dataset)
-    if not all(is_prepared(Path(config.data_dir, name)) for name in weights):
-        return None
-    return open_mixture(config.data_dir, weights)
+    folder = Path(config.data_dir, config.dataset)
+    return open_dataset(folder) if is_prepared(folder) else None
 
 
 def tokenizer_of_original(folder: Path) -> Tokenizer:
@@ -175,9 +139,7 @@ def get_batch(
     """
     part, block_size = slice(rows.start, rows.stop), config.block_size
     draw: dict[str, Any] = {"seed": config.seed, "step": step, "rows": config.global_batch_size}
-    if dataset.parts:
-        batch = mix(dataset, [get_batch(each, step, config, rows) for each in dataset.parts], config.seed, step, rows)
-    elif dataset.chats:
+    if dataset.chats:
         numbers, _ = in_epochs(len(dataset.chats["train"].rows(block_size)), **draw)
         batch = tuple(map(torch.from_numpy, dataset.chats["train"].batch(numbers[part], block_size)))
     else:
@@ -188,9 +150,6 @@ def get_batch(
 
 def evaluation_batch(dataset: Dataset, split: str, k: int, block_size: int, batch_size: int) -> Batch:
     """Return batch `k` of an evaluation: the same at every evaluation of every run."""
-    if dataset.parts:
-        parts = [evaluation_batch(part, split, k, block_size, batch_size) for part in dataset.parts]
-        return mix(dataset, parts, 0, k, range(batch_size))
     if dataset.chats:
         chats, draw = dataset.chats[split], generator(0, k, EVALUATION)
         numbers = draw.integers(len(chats.rows(block_size)), size=batch_size)
@@ -198,13 +157,6 @@ def evaluation_batch(dataset: Dataset, split: str, k: int, block_size: int, batc
     n_tokens = len(dataset.split(split))
     starts = window_starts(n_tokens, block_size, seed=0, step=k, rows=batch_size, stream=EVALUATION)
     return windows(dataset, split, starts, block_size)
-
-
-def mix(dataset: Dataset, batches: list[Batch], seed: int, step: int, rows: range) -> Batch:
-    """Return a batch of a mixture: each row from the batch of the part that it draws."""
-    # The draws come in the order of rows, so that those up to rows.stop are enough.
-    chosen = generator(seed, step, MIXTURE).choice(len(batches), size=rows.stop, p=dataset.weights)[rows.start :]
-    return tuple(torch.stack(tensors)[chosen, torch.arange(len(rows))] for tensors in zip(*batches, strict=True))
 
 
 def windows(dataset: Dataset, split: str, starts: Starts, block_size: int) -> Batch:

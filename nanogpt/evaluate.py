@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nanogpt.chats import BEGINS, COUNTS, Chats
 from nanogpt.checkpoint import TrainedModel, load_trained
-from nanogpt.config import TrainConfig, mixture
+from nanogpt.config import TrainConfig
 from nanogpt.data import Ids, document_ids_of, open_dataset
 from nanogpt.device import Device, choose_device
 from nanogpt.errors import ConfigError, DataError
@@ -109,16 +109,15 @@ def whole_split_loss(
 
 def split_measures(config: EvalConfig, trained: TrainedModel, device: Device) -> dict[str, Any]:
     """Return loss, perplexity and bits per byte over a whole split of a data set, or how well it knows the answers."""
-    model, trained_on = trained.model, str(trained.config.get("dataset", ""))
-    [name, *others] = mixture(config.dataset or trained_on)
-    if others or not name:
-        raise ConfigError(f"on which data set? {trained.name} says {trained_on!r}; for example --dataset=shakespeare")
+    model, name = trained.model, str(config.dataset or trained.config.get("dataset", ""))
+    if not name:
+        raise ConfigError(f"on which data set? {trained.name} does not say; for example --dataset=shakespeare")
     data_dir = config.data_dir or trained.config.get("data_dir", "data")
     source = config.out_dir if config.init_from == "resume" else config.init_from
     prepare_missing(TrainConfig(dataset=name, data_dir=data_dir, init_from=source))  # pydoc has the model's tokenizer
     dataset = open_dataset(Path(data_dir, name))
     dataset.match_tokenizer(trained.tokenizer, trained.name)
-    if dataset.is_chat:
+    if dataset.chats:
         adapt(model, TrainConfig(), trained.tokenizer, dataset.tokenizer)
         scorer = Scorer(model, dataset.tokenizer, device, config.batch_size)
         return {"dataset": name, "split": config.split, "block_size": model.config.block_size,

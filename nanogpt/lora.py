@@ -103,17 +103,12 @@ def add_adapters(model: GPT, adapter: Adapter, has_new_tokens: bool = False) -> 
 
 @torch.no_grad()
 def merge_adapters(model: GPT) -> GPT:
-    """Add the adapters to the weights, and return the model, which has plain Linears again."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, LoRALinear):
-                change = torch.cat([b @ a for a, b in child.maps()])
-                outputs, inputs = child.weight.shape
-                merged = nn.Linear(inputs, outputs, child.bias is not None, device="meta")
-                merged.weight, merged.bias = nn.Parameter(child.weight + child.scale * change), child.bias
-                setattr(parent, name, merged)
-    model.adapter = None
-    return model.requires_grad_()
+    """Return a model with plain Linears, in whose weights the adapters are added."""
+    weights = {name: weight for name, weight in model.state_dict().items() if ".lora_" not in name}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoRALinear):
+            weights[f"{name}.weight"] = layer.weight + layer.scale * torch.cat([b @ a for a, b in layer.maps()])
+    return GPT.from_weights(model.config, weights)
 
 
 def digest(model: GPT) -> str:

@@ -38,7 +38,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nanogpt.chats import BEGINS, COUNTS, conversation_ids, with_template
-from nanogpt.config import TrainConfig, mixture
+from nanogpt.config import TrainConfig
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.files import atomic_write, locked, parse_json, read_json, sync_folder, write_json
 from nanogpt.pydocs import pydoc_chats
@@ -101,21 +101,20 @@ def prepare_missing(config: TrainConfig) -> None:
     # What a resumed run trains on stays, also if its text has changed since.
     has_run = Path(config.out_dir, "config.json").exists()
     resumes = config.init_from == "resume" or (config.resume == "auto" and has_run)
-    for name in mixture(config.dataset):
-        folder = Path(config.data_dir, name)
-        if is_prepared(folder) and (resumes or not config.text or is_made_of(folder, config.text)):
-            continue
-        if not config.text and name not in ("pystdlib", "pydoc"):
-            own = "" if name in DATASETS else " --input=PATH"
-            command = f"python -m nanogpt prepare {name} --data_dir={config.data_dir}{own}"
-            raise DataError(f"{folder} holds no train.bin and val.bin; prepare the data set with: {command}")
-        log.info(f"preparing the data set {folder}")
-        chosen = PrepareConfig(name=name, data_dir=config.data_dir)
-        if config.text:
-            chosen = replace(chosen, input=[config.text], tokenizer=recipe_for_text(config.text)[0])
-        if name == "pydoc" and config.init_from not in ("scratch", "resume"):
-            chosen = replace(chosen, tokenizer=config.init_from)  # of the model that is to answer
-        prepare(chosen)
+    name, folder = config.dataset, Path(config.data_dir, config.dataset)
+    if is_prepared(folder) and (resumes or not config.text or is_made_of(folder, config.text)):
+        return
+    if not config.text and name not in ("pystdlib", "pydoc"):
+        own = "" if name in DATASETS else " --input=PATH"
+        command = f"python -m nanogpt prepare {name} --data_dir={config.data_dir}{own}"
+        raise DataError(f"{folder} holds no train.bin and val.bin; prepare the data set with: {command}")
+    log.info(f"preparing the data set {folder}")
+    chosen = PrepareConfig(name=name, data_dir=config.data_dir)
+    if config.text:
+        chosen = replace(chosen, input=[config.text], tokenizer=recipe_for_text(config.text)[0])
+    if name == "pydoc" and config.init_from not in ("scratch", "resume"):
+        chosen = replace(chosen, tokenizer=config.init_from)  # of the model that is to answer
+    prepare(chosen)
 
 
 def is_made_of(folder: Path, text: str) -> bool:
@@ -303,7 +302,7 @@ def in_pieces(texts: Iterable[str], separator: str = "") -> Iterator[Piece]:
 
 
 def parquet_rows(path: Path, config: PrepareConfig) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a column, or of all. Raises `DataError`, with the names of the columns, if it is none of text."""
+    """Yield the rows of a column, for chats of all. Raises `DataError`, with their names, if it is none of text."""
     from pyarrow import parquet
 
     file = parquet.ParquetFile(path)

@@ -229,17 +229,10 @@ class CompletionRequest(Ask):
     truncate_prompt_tokens: int = Field(0, ge=-1)  # keep its last so many; 0: all; -1: as many as fit
 
 
-class ChatMessage(BaseModel):
-    """What somebody said, as a text or in several parts of type text; fields beside these are ignored."""
-
-    role: str
-    content: str | list[dict[Literal["type", "text"], str]] | None = None
-
-
 class ChatRequest(Ask):
     """A conversation to continue, and how."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[dict[str, Any]] = Field(min_length=1)
     max_tokens: int = Field(0, ge=0)  # 0: as many as there is room for
     max_completion_tokens: int = Field(0, ge=0)  # the same under its newer name
     logprobs: bool = False
@@ -247,13 +240,9 @@ class ChatRequest(Ask):
 
     def as_completion(self, scheduler: Scheduler) -> CompletionRequest:
         """Return the same as the completion of a prompt. Raises an HTTPException if the model can't chat so."""
-        messages = []
-        for each in self.messages:
-            parts = [{"text": each.content}] if isinstance(each.content, str) else each.content or []
-            messages.append({"role": each.role, "content": "".join(part.get("text", "") for part in parts)})
         try:
-            prompt = prompt_of(scheduler.tokenizer, messages)
-        except UserError as error:
+            prompt = prompt_of(scheduler.tokenizer, [{**each, "content": text_of(each)} for each in self.messages])
+        except (UserError, LookupError, TypeError) as error:
             raise HTTPException(400, f"messages: {error}") from error
         room = max(1, min(scheduler.config.max_new_tokens, scheduler.engine.block_size - len(prompt)))
         shared = {name: getattr(self, name) for name in Ask.model_fields}
@@ -277,6 +266,12 @@ async def read_request(request: HTTPRequest, max_body: int, kind: type[Request_]
     except ValidationError as error:
         found = [f"{'.'.join(map(str, each['loc'][:1])) or 'body'}: {each['msg']}" for each in error.errors()]
         raise HTTPException(400, "; ".join(dict.fromkeys(found))) from error
+
+
+def text_of(message: dict[str, Any]) -> str:
+    """Return what a message says: its content, or the texts of the parts of its content."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content or [])
 
 
 def make_jobs(body: CompletionRequest, scheduler: Scheduler) -> list[Job]:
@@ -324,7 +319,7 @@ def chat_choice_of(job: Job, streamed: bool) -> dict[str, Any]:
         return {"token": name, "logprob": round(max(logprob, -9999.0), 6), "bytes": content}
 
     text, tokens, end = job.take()
-    said = {"content": text} if streamed else {"role": "assistant", "content": text}
+    said = {"role": "assistant", "content": text}
     choice: dict[str, Any] = {"index": job.index, "delta" if streamed else "message": said, "logprobs": None}
     if job.request.logprobs is not None:
         found = [(token, logprobs) for _, token, logprobs in tokens if logprobs]
@@ -396,9 +391,6 @@ async def answer(
 
     async def events() -> AsyncIterator[str]:
         try:
-            for job in jobs if is_chat else []:
-                begin = {"role": "assistant", "content": ""}
-                yield event(choices=[{"index": job.index, "delta": begin, "logprobs": None, "finish_reason": None}])
             while running := [job for job in jobs if not job.is_told]:
                 await changed.wait()
                 changed.clear()

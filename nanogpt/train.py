@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from nanogpt import data, distributed
 from nanogpt.checkpoint import Checkpoint, Checkpoints, TrainState, checkpoints_of, load_latest, load_model, use_out_dir
-from nanogpt.config import GPTConfig, TrainConfig, mixture
+from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.device import Device, choose_device
 from nanogpt.distributed import Distributed, init_distributed
 from nanogpt.errors import ConfigError, DivergedError
@@ -74,7 +75,7 @@ def train(config: TrainConfig) -> int:
         if resumed and (resumed.is_sharded or not config.eval_only):
             resumed.restore(model, optimizer, scaler)
         state = resumed.state if resumed else TrainState()
-        log_sizes(config, model, optimizer, dataset.n_train)
+        log_sizes(config, model, optimizer, len(dataset.train))
         if config.eval_only:
             losses = estimate_loss(run)
             if dist.is_main and losses:
@@ -84,7 +85,7 @@ def train(config: TrainConfig) -> int:
         peak_speed = (device.peak_flops() or 0.0) * dist.world_size / model.flops_per_token()
         with (
             use_out_dir(config, dist, resumed.path if resumed else None),
-            Metrics(config, state if resumed else None, dist.is_main, dataset.n_train, peak_speed) as metrics,
+            Metrics(config, state if resumed else None, dist.is_main, len(dataset.train), peak_speed) as metrics,
             Checkpoints(config, dist, run.is_sharded) as checkpoints,
             stop_signals() as stop_requested,
         ):
@@ -142,11 +143,11 @@ def train(config: TrainConfig) -> int:
                 # Forward and backward: this process's rows of the global batch, in micro-batches that fit into memory.
                 # Each weighs as much as it has targets: in a text all tokens are targets, in conversations the answers.
                 batch = get_batch(state.step)
-                n_targets = dist.all_reduce_mean((batch[1] >= 0).sum().float()) if dataset.is_chat else batch[1].numel()
+                n_targets = dist.all_reduce_mean((batch[1] >= 0).sum().float()) if dataset.chats else batch[1].numel()
                 loss = torch.zeros((), device=device.name)
                 micro_batches = zip(*(tensor.tensor_split(n_micro) for tensor in batch), strict=True)
                 for n, (x, y, *document_ids) in enumerate(micro_batches, start=1):
-                    share = ((y >= 0).sum() if dataset.is_chat else y.numel()) / n_targets
+                    share = ((y >= 0).sum() if dataset.chats else y.numel()) / n_targets
                     with distributed.gradient_sync(network, is_last=n == n_micro):
                         micro_loss = compute_loss(run, network, x, y, *document_ids) * share
                         scaler.scale(micro_loss).backward()
@@ -205,7 +206,7 @@ def train(config: TrainConfig) -> int:
 def open_or_prepare(config: TrainConfig, dist: Distributed) -> data.Dataset:
     """Open the run's data set; one that needs no download is first prepared if it is missing. Raises `DataError`."""
     dist.broadcast_from_main(lambda: prepare_missing(config))
-    dataset = data.open_mixture(config.data_dir, mixture(config.dataset))
+    dataset = data.open_dataset(Path(config.data_dir, config.dataset))
     if config.mask_documents and dataset.tokenizer.end_of_text is None:
         raise ConfigError(f"mask_documents: no token of the {dataset.tokenizer} ends a document")
     return dataset
@@ -262,7 +263,7 @@ def dry_run(config: TrainConfig) -> int:
         dataset = data.open_if_prepared(config)
         shape = config.model_config(dataset.tokenizer.padded_vocab_size if dataset else GPTConfig.vocab_size)
         with torch.device("meta"):
-            log_sizes(config, GPT(shape), None, dataset.n_train if dataset else 0)
+            log_sizes(config, GPT(shape), None, len(dataset.train) if dataset else 0)
     return 0
 
 

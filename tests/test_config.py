@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanogpt import cli
-from nanogpt.config import PRESETS, GPTConfig, TrainConfig, mixture, steps_and_seconds
+from nanogpt.config import PRESETS, GPTConfig, TrainConfig, steps_and_seconds
 from nanogpt.errors import ConfigError
 from nanogpt.model import GPT
 from nanogpt.settings import BenchConfig, unescape
@@ -171,13 +171,6 @@ def test_presets_have_the_parameters_of_their_models(name: str) -> None:
 def test_a_shape_that_cannot_be_built_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         GPT(GPTConfig(**{"n_layer": 1, "n_head": 4, "n_embd": 8, **settings}))
-
-
-def test_a_mixture_has_weights() -> None:
-    assert mixture("a") == {"a": 1.0}
-    assert mixture("a:0.7,b:.3") == {"a": 0.7, "b": 0.3}
-    for settings in ({"dataset": "a,b"}, {"dataset": "a:1,b:x"}, {"dataset": "a:1,b:2", "sampling": "epoch"}):
-        assert list(TrainConfig(**settings).problems())  # type: ignore[arg-type]
 
 
 def test_a_checkpoint_interval_is_steps_or_minutes() -> None:

@@ -22,7 +22,6 @@ from nanogpt.data import (
     get_batch,
     is_prepared,
     open_dataset,
-    open_mixture,
     window_starts,
     windows,
 )
@@ -165,25 +164,6 @@ def test_every_evaluation_sees_the_same_batches() -> None:
     first, again, other = (evaluation_batch(dataset, "val", k, 16, 4)[0] for k in (3, 3, 4))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-
-
-def test_a_mixture_draws_its_rows_by_weight(tmp_path: Path, recipe: Callable[..., TrainConfig]) -> None:
-    for name, value in (("a", 65), ("b", 66)):
-        ids = np.full(500, value)
-        write_dataset(tmp_path / name, ByteTokenizer(), ids, ids)
-    config = recipe(batch_size=8, dataset="a:3,b:1")
-    dataset = open_mixture(str(tmp_path), {"a": 3.0, "b": 1.0})
-    assert dataset.n_train == 1000
-    x = torch.cat([get_batch(dataset, step, config, range(8))[0][:, 0] for step in range(200)])
-    assert (x == 65).float().mean().item() == pytest.approx(0.75, abs=0.03)
-    whole = get_batch(dataset, 5, config, range(8))[0]
-    assert torch.equal(get_batch(dataset, 5, config, range(2, 5))[0], whole[2:5])
-    assert torch.equal(evaluation_batch(dataset, "val", 3, 16, 8)[0], evaluation_batch(dataset, "val", 3, 16, 8)[0])
-    with pytest.raises(DataError, match=r"a: the train split has 500 tokens, too few for block_size=500"):
-        dataset.check_length(500)
-    write_dataset(tmp_path / "c", CharTokenizer("ab"), ids % 2, ids % 2)
-    with pytest.raises(DataError, match="data set c holds ids of the char tokenizer"):
-        open_mixture(str(tmp_path), {"a": 0.5, "c": 0.5})
 
 
 @pytest.mark.parametrize("rows", [1, 4, 7, 60])

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -270,11 +269,6 @@ def test_a_text_file_is_all_that_is_needed(program: Program, tmp_path: Path) -> 
     os.utime("my.text.txt")  # it has changed
     assert "preparing" not in program("train.py", *words, "--resume=auto").stdout  # The run's data stays.
     assert "preparing" in program("train.py", *words).stdout
-
-
-def test_a_mixture_trains(recipe: Recipe, data_dir: Path) -> None:
-    shutil.copytree(data_dir / "tiny", data_dir / "other")
-    assert train.train(recipe(dataset="tiny:0.7,other:0.3", max_iters=2)) == 0
 
 
 def test_a_data_set_that_needs_no_network_prepares_itself(recipe: Recipe) -> None:
