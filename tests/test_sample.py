@@ -109,7 +109,7 @@ def test_the_end_of_a_text_ends_a_sample(monkeypatch: pytest.MonkeyPatch, capsys
         sample(parse(SampleConfig, [*words, "--num_samples=3"], ""))
         return capsys.readouterr().out.split("parameters\n", 1)[1].split(f"\n{SEPARATOR}\n")[:3]
 
-    whole, ended = samples("--ignore_end"), samples()
+    whole, ended = samples("--stop_at_eos=False"), samples()
     assert [text.split("<|endoftext|>")[0] for text in whole] == ended == samples("--stop_at_eos")
     assert all("<|endoftext|>" in text for text in whole)
     assert samples("--stop_at_eos=False") == whole
