@@ -17,9 +17,7 @@ from nanogpt.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-HELP = (
-    "/reset forgets the conversation, /system TEXT says how to answer, /exit (or Ctrl-D) ends; Ctrl-C stops an answer"
-)
+HELP = "/reset forgets what was said, /system TEXT says how to answer, Ctrl-C stops an answer, /exit or Ctrl-D ends"
 
 
 def chat(config: ChatConfig) -> None:

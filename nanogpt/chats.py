@@ -7,6 +7,7 @@ from elsewhere, so they run in Jinja's sandbox.
 import datetime
 import functools
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -107,18 +108,14 @@ def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple
     for n, message in enumerate(messages):
         if message.get("role") != "assistant":
             continue
-        start = common_prefix(text, well_formed(render(tokenizer, messages[:n], add_generation_prompt=True)))
+        before = well_formed(render(tokenizer, messages[:n], add_generation_prompt=True))
+        start = len(os.path.commonprefix([text, before]))  # noqa: RUF071
         stops = [place + len(end) for end in ends if (place := text.find(end, start)) >= 0]
         spans.append((start, min(stops, default=len(text))))
     tokenizer.engine.encode_special_tokens = False  # the library's words for: their names stand for them
     encoded = tokenizer.engine.encode(text, add_special_tokens=False)
     counted = [any(start <= begin < stop for start, stop in spans) for begin, _ in encoded.offsets]
     return list(encoded.ids), counted
-
-
-def common_prefix(a: str, b: str) -> int:
-    """Return how many characters both begin with."""
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 class Chats:

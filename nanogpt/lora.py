@@ -130,7 +130,7 @@ def save_peft(folder: Path, model: GPT) -> None:
 
     if not model.adapter or model.lm_head.weight.requires_grad:
         raise ConfigError("--to=peft is for adapters alone (--lora_rank, of a model that can chat): use --to=hf")
-    tensors, ranks, alphas = dict[str, Tensor](), dict[str, int](), dict[str, float]()
+    parts = dict[str, tuple[Tensor, Tensor]]()
     for ours, layer in model.named_modules():
         if not isinstance(layer, LoRALinear):
             continue
@@ -138,18 +138,19 @@ def save_peft(folder: Path, model: GPT) -> None:
         maps = list(layer.maps())
         if len(theirs) < len(maps):
             maps = [(layer.lora_a, torch.block_diag(*(b for _, b in maps)))]  # type: ignore[no-untyped-call]
-        for name, (a, b) in zip(theirs, maps, strict=True):
-            tensors[f"base_model.model.{name}.lora_A.weight"] = a.detach().contiguous()
-            tensors[f"base_model.model.{name}.lora_B.weight"] = b.detach().contiguous()
-            ranks[name], alphas[name] = len(a), layer.scale * len(a)
-    rank = min(ranks.values())
+        parts |= zip(theirs, maps, strict=True)
+    rank = max(len(a) for a, _ in parts.values())
+    tensors = {}
+    for name, (a, b) in parts.items():
+        zeros = rank - len(a)  # which fill up the others
+        tensors[f"base_model.model.{name}.lora_A.weight"] = F.pad(a.detach(), (0, 0, 0, zeros)).contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = F.pad(b.detach(), (0, zeros)).contiguous()
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.adapter.base, "r": rank,
-        "lora_alpha": min(alphas.values()), "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
-        "target_modules": sorted({name.rpartition(".")[2] if not model.config.is_gpt2 else name for name in ranks}),
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.adapter.base,
+        "r": rank, "lora_alpha": rank * model.adapter.alpha / model.adapter.rank, "lora_dropout": 0.0, "bias": "none",
+        "target_modules": sorted({name if model.config.is_gpt2 else name.rpartition(".")[2] for name in parts}),
         "fan_in_fan_out": model.config.is_gpt2,  # its matrices are (inputs, outputs)
-        "rank_pattern": {name: n for name, n in ranks.items() if n != rank},
-        "alpha_pattern": {name: alphas[name] for name, n in ranks.items() if n != rank},
+        "inference_mode": True,
     }  # fmt: skip
     write_json(folder / "adapter_config.json", config)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

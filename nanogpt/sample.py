@@ -147,13 +147,13 @@ def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
         return start or [tokenizer.end_of_text or 0]
     try:
         ids = tokenizer.encode_prompt(text or "\n")
-        if (largest := max(ids, default=0)) >= tokenizer.vocab_size:
-            raise DataError(f"the prompt has token {largest}, but the model knows {tokenizer.vocab_size}")
-        return ids if ids[:1] == start else start + ids
     except DataError:
         if text not in ("", "\n"):
             raise
         return [0]  # a character vocabulary of text without line breaks
+    if (largest := max(ids, default=0)) >= tokenizer.vocab_size:
+        raise DataError(f"the prompt has token {largest}, but the model knows {tokenizer.vocab_size}")
+    return ids if ids[:1] == start else start + ids
 
 
 def short_sample(model: GPT, tokenizer: Tokenizer, tokens: int) -> str:
