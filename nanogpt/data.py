@@ -72,11 +72,9 @@ class Dataset:
     def check_length(self, block_size: int) -> None:
         """Raise `DataError` unless each split holds at least one window and the token behind it."""
         for name in SPLITS:
-            if (n_tokens := len(self.split(name))) <= block_size:
-                raise DataError(
-                    f"{self.folder}: the {name} split has {n_tokens:,} tokens, too few for block_size={block_size} and "
-                    f"its target; use --block_size={max(n_tokens - 1, 1)} or less, or more text"
-                )
+            if (n := len(self.split(name))) <= block_size:
+                hint = f"use --block_size={max(n - 1, 1)} or less, or more text"
+                raise DataError(f"the {name} split has {n:,} tokens, too few for block_size={block_size}: {hint}")
 
 
 def is_prepared(folder: Path) -> bool:
@@ -96,8 +94,6 @@ def open_dataset(folder: Path) -> Dataset:
     try:
         if (path := folder / "dataset.json").exists():
             description = parse_json(path.read_bytes())
-            if description.get("version", 1) != 1:
-                raise DataError("it was written by a newer version of nanoGPT")
             tokenizer = from_description(description["tokenizer"])
             dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[description["dtype"]])
         else:

@@ -23,8 +23,6 @@ from nanogpt.huggingface import layout
 from nanogpt.model import GPT, linear_maps
 from nanogpt.tokenizer import Tokenizer
 
-MATRICES = {"attention": ("attn.",), "mlp": ("mlp.",), "all": ("attn.", "mlp.")}
-
 
 @dataclass(frozen=True)
 class Adapter:
@@ -94,7 +92,8 @@ def add_adapters(model: GPT, adapter: Adapter, has_new_tokens: bool = False) -> 
     model.adapter = adapter
     for block in model.transformer.h:
         for name, cuts in linear_maps(model.config).items():
-            if name.startswith(MATRICES[adapter.targets]):
+            kind = "attention" if name.startswith("attn.") else "mlp"
+            if adapter.targets in ("all", kind):
                 parent, _, last = name.rpartition(".")
                 linear: Any = block.get_submodule(name)
                 adapted = LoRALinear(linear, cuts, adapter.rank, adapter.alpha / adapter.rank)

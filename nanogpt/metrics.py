@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-LEVELS = {"quiet": logging.WARNING, "normal": logging.INFO, "debug": logging.DEBUG}
 
 
 class LogLines(logging.Handler):
@@ -41,7 +40,7 @@ def show_log_lines(verbosity: str = "normal") -> None:
     handler, logger = LogLines(), logging.getLogger("nanogpt")
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s" if verbosity == "debug" else None))
     logger.handlers = [*(other for other in logger.handlers if not isinstance(other, LogLines)), handler]
-    logger.setLevel(LEVELS[verbosity])
+    logger.setLevel({"quiet": "WARNING", "normal": "INFO", "debug": "DEBUG"}[verbosity])
     logger.propagate = False
 
 

@@ -9,9 +9,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-LEFT_OUT = re.compile(
-    r"(^|\.)(_|test|idlelib|lib2to3|turtledemo|site-packages|dist-packages|ensurepip|encodings|this$)"
-)
+LEFT_OUT = re.compile(r"(^|\.)(_|test|idlelib|lib2to3|turtledemo|(site|dist)-packages|ensurepip|encodings|this$)")
 QUESTIONS = {
     "meaning": ["What does `{}` do?", "Explain `{}`.", "What is `{}` for?", "Tell me about `{}`.", "`{}`?"],
     "call": ["How do I call `{}`?", "Show me the signature of `{}`.", "Which arguments does `{}` take?"],

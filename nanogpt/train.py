@@ -12,7 +12,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -286,7 +285,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     received: list[int] = []
     before: dict[int, Any] = {}
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
+    def on_signal(number: int, frame: Any) -> None:
         received.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with suppress(OSError):  # after SIGHUP, the terminal is gone
