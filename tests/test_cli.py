@@ -185,7 +185,7 @@ def test_what_the_user_can_mend_is_one_message_and_an_exit_code(
      ("train --dataset=shakespeare_char", "python -m nanogpt prepare shakespeare_char"),
      ("sample", "no checkpoint (auto) in out; train a model first"), ("eval somewhere", "(auto) in somewhere"),
      ("plot", "missing or empty"), ("prepare", "which data set?"),
-     ("bake", "unknown verb 'bake'; known: prepare, train"), ("bench --device=cpu", "--real_data=False"),
+     ("bake", "unknown verb 'bake'; known: prepare, train"), ("bench --device=cpu", "prepare the data set with"),
      ("bench out", "out: expected config files (*.py) and --key=value only"),
      ("prepare pystdlib --data_dir=file", "file")],
 )  # fmt: skip

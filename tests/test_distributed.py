@@ -145,7 +145,7 @@ def test_damaged_shards_are_skipped_and_run_no_code(data_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("--batch_size=3", "rows can't be divided evenly among 2 processes; --gradient_accumulation_steps=2"),
+        ("--batch_size=3", "rows can't be divided evenly among 2 processes; a multiple of 2"),
         ("--dataset=nowhere", "python -m nanogpt prepare nowhere --data_dir="),
         ("--init_from=resume", "no checkpoint (last) in two"),
     ],
@@ -246,17 +246,6 @@ def test_a_stop_signal_to_one_process_saves_and_the_run_resumes(data_dir: Path) 
 def test_the_rows_of_a_process_are_its_consecutive_part() -> None:
     assert [list(Distributed(rank, rank, 4).my_rows(2, 4)) for rank in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert [len(Distributed(rank, rank, 4).my_rows(12, 1)) for rank in range(4)] == [3] * 4
-
-
-@pytest.mark.parametrize(("batch_size", "accumulation", "size", "advice"), [(6, 1, 4, 2), (12, 5, 8, 4), (1, 1, 3, 3)])
-def test_rows_that_cannot_be_shared_come_with_a_number_that_can(
-    batch_size: int, accumulation: int, size: int, advice: int
-) -> None:
-    with pytest.raises(
-        ConfigError, match=f"divided evenly among {size} processes; --gradient_accumulation_steps={advice} "
-    ):
-        Distributed(0, 0, size).my_rows(batch_size, accumulation)
-    Distributed(0, 0, size).my_rows(batch_size, advice)
 
 
 def test_fsdp_is_taken_where_ddp_does_not_fit_or_is_asked_for() -> None:

@@ -27,6 +27,8 @@ SHORT = "--max_iters=2 --eval_iters=1 --plot=False"
 SMALL = "--n_layer=1 --n_head=2 --n_embd=16 --batch_size=2 --block_size=16"
 SHRUNK = {
     "python train.py config/train_pystdlib": SHORT,
+    "python train.py config/chat_pydoc.py": f"{SHORT} --batch_size=2",
+    "nanogpt eval out-chat-pydoc": "--limit=20",
     "python train.py config/train_shakespeare_char.py": f"{SHORT} {SMALL}",
     "python train.py config/train_shakespeare_char.py --device=cpu": SHORT,
     "python train.py config/train_own_text.py": SHORT,
