@@ -35,6 +35,8 @@ def _alone(tmp_path: Path) -> Iterator[None]:
         patch.setenv("WANDB_MODE", "disabled")
         show_log_lines()
         yield
+    for started in list(Started.running):  # by a test that has failed
+        started.end()
 
 
 @pytest.fixture

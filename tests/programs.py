@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import ClassVar
 
 ROOT = Path(__file__).resolve().parents[1]
 FORKS = multiprocessing.get_context("forkserver")
@@ -37,12 +38,25 @@ def run_python(words: list[str], folder: Path, environment: dict[str, str], file
 class Started:
     """`python WORDS`, started in `folder` with `environment` on top of that of this process."""
 
+    running: ClassVar[list["Started"]] = []
+
     def __init__(self, words: list[str], folder: Path | None = None, **environment: str) -> None:
         self.words, self.files = words, [tempfile.NamedTemporaryFile() for _ in ("stdout", "stderr")]
         everything = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
         arguments = (words, folder or Path.cwd(), everything, [file.name for file in self.files])
         self.process = FORKS.Process(target=run_python, args=arguments)
         self.process.start()
+        self.running.append(self)
+
+    def send(self, number: int) -> None:
+        """Send it a signal."""
+        os.kill(self.process.pid or 0, number)
+
+    def end(self) -> None:
+        """Kill it, if it has not ended."""
+        self.process.kill()
+        self.process.join()
+        self.running.remove(self)
 
     def wait_for(self, text: str) -> None:
         """Wait until it has written `text`."""
@@ -57,6 +71,5 @@ class Started:
     def wait(self) -> "subprocess.CompletedProcess[str]":
         """Its exit code and what it has written, once it has ended."""
         self.process.join(120)
-        self.process.kill()
-        self.process.join()
+        self.end()
         return subprocess.CompletedProcess(self.words, self.process.exitcode, *map(self.written, (0, 1)))

@@ -170,6 +170,7 @@ def test_help_and_the_table_of_runs_need_no_torch(command: str, shown: str) -> N
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [(ModuleNotFoundError("No module named 'tiktoken'", name="tiktoken"), 2, "pip install tiktoken"),
+     (ModuleNotFoundError("No module named 'uvicorn'", name="uvicorn"), 2, "pip install fastapi uvicorn"),
      (MemoryError(), 2, "out of memory; reduce batch_size"),
      (RuntimeError("CUDA out of memory."), 2, "reduce batch_size"),
      (OSError(28, "No space left on device"), 2, "No space left on device"), (KeyboardInterrupt(), 130, "interrupted"),
@@ -211,7 +212,7 @@ def test_what_is_missing_is_said_with_what_to_do(
 def test_train_stop_resume_eval_sample_plot(program: Program, data_dir: Path) -> None:
     started = Started([str(ROOT / "train.py"), *TINY, "--max_iters=100000", "--eval_interval=100000"])
     started.wait_for("iter 20:")
-    os.kill(started.process.pid or 0, signal.SIGINT)
+    started.send(signal.SIGINT)
     result = started.wait()
     assert result.returncode == 75
     assert "repeat the command with --init_from=resume" in result.stdout
