@@ -1,9 +1,10 @@
 """What several tests share: a tiny data set, a tiny recipe, and the programs as a person starts them."""
 
 import os
+import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 
+from nanogpt import train
 from nanogpt.config import TrainConfig
 from nanogpt.files import write_json
 from nanogpt.metrics import show_log_lines
 from nanogpt.tokenizer import CharTokenizer, Ids, Tokenizer, write_meta
+from tests.programs import ROOT as ROOT
+from tests.programs import Started
 
-ROOT = Path(__file__).resolve().parents[1]
+Recipe = Callable[..., TrainConfig]
 Program = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -31,6 +35,8 @@ def _alone(tmp_path: Path) -> Iterator[None]:
         patch.setenv("WANDB_MODE", "disabled")
         show_log_lines()
         yield
+    for started in list(Started.running):  # by a test that has failed
+        started.end()
 
 
 @pytest.fixture
@@ -43,7 +49,7 @@ def data_dir(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def recipe(data_dir: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
+def recipe(data_dir: Path, tmp_path: Path) -> Recipe:
     """A training config that takes a second: `recipe(max_iters=5)`."""
 
     def make(**settings: object) -> TrainConfig:
@@ -74,25 +80,34 @@ def recipe(data_dir: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
 
 
 @pytest.fixture
-def program(tmp_path: Path) -> Program:
+def trained(recipe: Recipe) -> Path:
+    """The folder of a run of two steps."""
+    train.train(recipe(max_iters=2))
+    return Path(recipe().out_dir)
+
+
+@pytest.fixture
+def program() -> Program:
     """Start a program as a person does: `program("train.py", "--help")`, in an empty folder."""
 
-    def run(
-        script: str, *arguments: str, cwd: Path = tmp_path, **environment: str
-    ) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, *(["-m", "nanogpt"] if script == "nanogpt" else [str(ROOT / script)]), *arguments]
-        path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-        return subprocess.run(
-            command,
-            cwd=cwd,
-            env={**os.environ, "PYTHONPATH": path, **environment},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+    def run(script: str, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+        words = ["-m", "nanogpt"] if script == "nanogpt" else [str(ROOT / script)]
+        return Started([*words, *arguments], **environment).wait()
 
     return run
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file can become larger than 20,000 bytes, as where the disk is full."""
+    resource = pytest.importorskip("resource", reason="no limits on file sizes here")
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture

@@ -18,17 +18,9 @@ from nanogpt.errors import CheckpointError, ConfigError, DamagedError, UserError
 from nanogpt.model import GPT
 from nanogpt.optim import make_optimizer
 from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, write_meta
-from tests.conftest import random_ids
+from tests.conftest import Recipe, random_ids
 
-Recipe = Callable[..., TrainConfig]
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
-
-
-@pytest.fixture
-def trained(recipe: Recipe) -> Path:
-    config = recipe(max_iters=2)
-    train.train(config)
-    return Path(config.out_dir)
 
 
 def change(path: Path, **values: Any) -> None:
@@ -48,7 +40,7 @@ def flip_a_bit(path: Path) -> None:
 # What is in it
 
 
-def test_the_file_is_the_originals_dictionary(trained: Path) -> None:
+def test_the_file_is_the_originals_dictionary(trained: Path, recipe: Recipe) -> None:
     content = torch.load(trained / "ckpt.pt", weights_only=True)
     assert set(content) == {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config", "nanogpt"}
     names = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
@@ -58,11 +50,9 @@ def test_the_file_is_the_originals_dictionary(trained: Path) -> None:
     best = torch.load(trained / "best.pt", weights_only=True)
     assert best["optimizer"] is None
     assert (trained / "best.pt").stat().st_size < (trained / "ckpt.pt").stat().st_size / 2
-
-
-def test_a_shape_that_the_original_lacks_has_arguments_that_it_refuses(recipe: Recipe) -> None:
+    # A shape that the original lacks has arguments that it refuses.
     train.train(recipe(max_iters=1, tied_head=False))
-    assert torch.load("out/ckpt.pt", weights_only=True)["model_args"]["tied_head"] is False
+    assert torch.load(trained / "ckpt.pt", weights_only=True)["model_args"]["tied_head"] is False
 
 
 def test_the_model_comes_back_tied_and_in_evaluation_mode(trained: Path) -> None:
@@ -72,17 +62,16 @@ def test_the_model_comes_back_tied_and_in_evaluation_mode(trained: Path) -> None
     assert not model.training
 
 
-def original_checkpoint(folder: Path, dataset: str, prefix: str = "", vocab_size: int = 4) -> tuple[Path, GPT]:
-    """A file as the original writes it: no key of ours, best_val_loss a tensor, perhaps a prefix, an old mask."""
+def original_checkpoint(folder: Path, dataset: str, vocab_size: int = 4) -> tuple[Path, GPT]:
+    """A file as the original writes it: no key of ours, best_val_loss a tensor, an old mask."""
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 8, "bias": False, "vocab_size": vocab_size}
     model = GPT(GPTConfig(**shape))
     groups = [[p for p in model.parameters() if p.dim() >= 2], [p for p in model.parameters() if p.dim() < 2]]
     optimizer = torch.optim.AdamW([{"params": g, "weight_decay": w} for g, w in zip(groups, (0.1, 0.0), strict=True)])
     model(random_ids(2, 8, vocab_size=4), random_ids(2, 8, vocab_size=4))[1].backward()
     optimizer.step()
-    weights = {prefix + name: weight for name, weight in model.state_dict().items()}
     content = {
-        "model": weights | {f"{prefix}transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8)},
+        "model": model.state_dict() | {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8)},
         "optimizer": optimizer.state_dict(), "model_args": {**shape, "dropout": 0.0}, "iter_num": 5,
         "best_val_loss": torch.tensor(1.5), "config": {"dataset": dataset},
     }  # fmt: skip
@@ -90,9 +79,8 @@ def original_checkpoint(folder: Path, dataset: str, prefix: str = "", vocab_size
     return folder / "ckpt.pt", model
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
-def test_a_checkpoint_of_the_original_loads(tmp_path: Path, prefix: str) -> None:
-    path, model = original_checkpoint(tmp_path, "letters", prefix)
+def test_a_checkpoint_of_the_original_loads(tmp_path: Path) -> None:
+    path, model = original_checkpoint(tmp_path, "letters")
     write_meta(tmp_path / "data" / "letters" / "meta.pkl", CharTokenizer("abcd"))
     loaded = load_checkpoint(path)
     assert (loaded.state.step, loaded.state.best_val_loss) == (5, 1.5)
@@ -130,10 +118,8 @@ def test_a_run_of_the_original_is_resumed(tmp_path: Path, recipe: Recipe, data_d
     ("damage", "message"),
     [
         (lambda p: p.unlink(), "there is no checkpoint"),
-        (lambda p: p.write_bytes(b""), "is damaged"),
         (lambda p: p.write_bytes(p.read_bytes()[:-1000]), "is damaged"),
         (flip_a_bit, r"is damaged: the checksum of .* is wrong"),
-        (lambda p: torch.save([1, 2], p), "cannot be read as a checkpoint"),
         (lambda p: torch.save({"model": {}}, p), "cannot be read as a checkpoint of a GPT: KeyError"),
         (lambda p: change(p, nanogpt={"format": 2}), "written by a newer version"),
     ],
@@ -144,10 +130,9 @@ def test_a_broken_file_is_refused(trained: Path, damage: Callable[[Path], Any], 
         load_checkpoint(trained / "ckpt.pt")
 
 
-@pytest.mark.parametrize("other", ["sgd", "muon"])
-def test_the_state_of_another_optimizer_is_refused(trained: Path, recipe: Recipe, other: str) -> None:
+def test_the_state_of_another_optimizer_is_refused(trained: Path, recipe: Recipe) -> None:
     with pytest.raises(CheckpointError, match=r"out/ckpt\.pt is of a run with optimizer=adamw; --init_from=FILE"):
-        train.train(recipe(init_from="resume", optimizer=other))
+        train.train(recipe(init_from="resume", optimizer="muon"))
 
 
 def test_moments_of_parameters_in_another_order_are_refused(trained: Path, recipe: Recipe) -> None:
@@ -329,19 +314,19 @@ def test_fewer_checkpoints_than_before_leave_no_old_ones() -> None:
 # The run folder
 
 
-def test_a_new_run_moves_an_earlier_one_aside_and_leaves_what_is_not_a_runs(trained: Path, recipe: Recipe) -> None:
-    before = (trained / "ckpt.pt").read_bytes()
+def test_a_new_run_moves_earlier_ones_aside_and_leaves_what_is_not_a_runs(trained: Path, recipe: Recipe) -> None:
     for name in ("notes.txt", "ckpt.pt.123.tmp", "model.safetensors"):
         (trained / name).write_text("x")
     (trained / "ckpt.dcp" / "7").mkdir(parents=True)  # half-written
-    for n in (1, 2):
-        with checkpoint.use_out_dir(recipe(), Distributed(), None):
-            assert sorted(os.listdir(trained / f"previous-{n}"))[-1] in ("config.json", "metrics.jsonl")
-            assert checkpoints_of(trained) == []
-    assert (trained / "previous-1" / "ckpt.pt").read_bytes() == before
+    before = [(trained / "ckpt.pt").read_bytes()]
+    for seed in (1, 2):
+        train.train(recipe(seed=seed, max_iters=1))
+        before.append((trained / "ckpt.pt").read_bytes())
+    assert [(trained / f"previous-{n}" / "ckpt.pt").read_bytes() for n in (1, 2)] == before[:2]
     assert not list(trained.rglob("7"))
-    rest = sorted(os.listdir(trained))
-    assert rest == ["config.json", "lock", "model.safetensors", "notes.txt", "previous-1", "previous-2"]
+    run = {"best.pt", "ckpt.pt", "config.json", "metrics.jsonl"}
+    assert set(os.listdir(trained / "previous-2")) == run
+    assert set(os.listdir(trained)) == run | {"lock", "model.safetensors", "notes.txt", "previous-1", "previous-2"}
 
 
 def test_another_programs_folder_is_not_taken(recipe: Recipe) -> None:

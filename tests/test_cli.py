@@ -15,7 +15,8 @@ from nanogpt import cli
 from nanogpt.config import Settings
 from nanogpt.errors import ConfigError, DivergedError
 from nanogpt.settings import PrepareConfig, SampleConfig
-from tests.conftest import ROOT, Program
+from tests.conftest import Program
+from tests.programs import ROOT, Started
 
 TINY = ["--device=cpu", "--dtype=float32", "--eval_iters=1", "--batch_size=2", "--gradient_accumulation_steps=1",
         "--block_size=8", "--n_layer=1", "--n_head=2", "--n_embd=16", "--dataset=tiny"]  # fmt: skip
@@ -59,8 +60,7 @@ def test_command_line_means_what_it_says(words: str, name: str, value: object) -
 @pytest.mark.parametrize(
     ("words", "message"),
     [("--stepps=3", "--stepps=3: there is no setting 'stepps'; the nearest is steps"),
-     ("-steps=3", "the nearest is steps"), ("--stepps --fast", "the nearest is steps"),
-     ("--steps=x", "--steps=x: expected a whole number"), ("--steps=1.5", "--steps=1.5: expected a whole number"),
+     ("-steps=3", "the nearest is steps"), ("--steps=1.5", "--steps=1.5: expected a whole number"),
      ("one two", "two: out_dir is one already, and takes one value"),
      ("--steps", "--steps: a value is missing: --steps=…"),
      ("--rate=nan", "--rate=nan: expected a number"), ("--fast=maybe", "--fast=maybe: expected True or False"),
@@ -100,8 +100,8 @@ def test_config_files_may_import_and_define_helpers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [("stepps = 3", "a.py: stepps = 3: there is no setting 'stepps'; the nearest is steps"),
-     ("steps = 'many'", "a.py: steps = 'many': expected a whole number"), ("steps = True", "expected a whole number"),
-     ("start = 3", "expected text"), ("steps = = 3", "SyntaxError"), ("\nsteps = x", "a.py, line 2: NameError")],
+     ("steps = True", "a.py: steps = True: expected a whole number"), ("start = 3", "expected text"),
+     ("steps = = 3", "SyntaxError"), ("\nsteps = x", "a.py, line 2: NameError")],
 )  # fmt: skip
 def test_a_mistake_in_a_config_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.py").write_text(text)
@@ -141,17 +141,27 @@ def test_sampling_ignores_what_only_training_knows(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    "command",
-    [("train.py",), ("sample.py",), ("bench.py",), ("data/pystdlib/prepare.py",), ("nanogpt",), ("nanogpt", "eval")],
+    ("command", "shown"),
+    [
+        ("train.py --help", "usage: python train.py"),
+        ("sample.py --help", "usage: "),
+        ("bench.py --help", "usage: "),
+        ("data/pystdlib/prepare.py --help", "usage: "),
+        ("-m nanogpt eval --help", "usage: nanogpt eval"),
+        ("-m nanogpt", "  train     Train a GPT from scratch, resume a run"),
+        ("-m nanogpt runs", "3.2500"),
+    ],
 )
-def test_help_answers_without_torch(command: tuple[str, ...], tmp_path: Path) -> None:
-    start = [str(ROOT / command[0])] if command[0].endswith(".py") else ["-m", command[0]]
+def test_help_and_the_table_of_runs_need_no_torch(command: str, shown: str) -> None:
+    Path("run").mkdir()
+    Path("run/metrics.jsonl").write_text('{"step": 9, "val/loss": 3.25}\n')
+    script, *words = command.split()
     result = subprocess.run(
-        [sys.executable, "-X", "importtime", *start, *command[1:], "--help"],
-        capture_output=True, text=True, cwd=ROOT, check=False, timeout=60,
+        [sys.executable, "-X", "importtime", str(ROOT / script) if script.endswith(".py") else script, *words],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False, timeout=60,
     )  # fmt: skip
     assert result.returncode == 0
-    assert result.stdout.startswith("usage: ")
+    assert shown in result.stdout
     imported = set(re.findall(r"\|\s+([\w.]+)$", result.stderr, flags=re.MULTILINE))
     assert "nanogpt.config" in imported
     assert not imported & {"torch", "numpy", "tqdm", "tiktoken"}
@@ -160,6 +170,7 @@ def test_help_answers_without_torch(command: tuple[str, ...], tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [(ModuleNotFoundError("No module named 'tiktoken'", name="tiktoken"), 2, "pip install tiktoken"),
+     (ModuleNotFoundError("No module named 'uvicorn'", name="uvicorn"), 2, "pip install fastapi uvicorn"),
      (MemoryError(), 2, "out of memory; reduce batch_size"),
      (RuntimeError("CUDA out of memory."), 2, "reduce batch_size"),
      (OSError(28, "No space left on device"), 2, "No space left on device"), (KeyboardInterrupt(), 130, "interrupted"),
@@ -184,10 +195,8 @@ def test_what_the_user_can_mend_is_one_message_and_an_exit_code(
     [("train", "python -m nanogpt prepare openwebtext"),
      ("train --dataset=shakespeare_char", "python -m nanogpt prepare shakespeare_char"),
      ("sample", "no checkpoint (auto) in out; train a model first"), ("eval somewhere", "(auto) in somewhere"),
-     ("plot", "missing or empty"), ("prepare", "which data set?"),
-     ("bake", "unknown verb 'bake'; known: prepare, train"), ("bench --device=cpu", "prepare the data set with"),
-     ("bench out", "out: expected config files (*.py) and --key=value only"),
-     ("prepare pystdlib --data_dir=file", "file")],
+     ("plot", "missing or empty"), ("bake", "unknown verb 'bake'; known: prepare, train"),
+     ("bench --device=cpu", "prepare the data set with"), ("prepare pystdlib --data_dir=file", "file")],
 )  # fmt: skip
 def test_what_is_missing_is_said_with_what_to_do(
     command: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -200,18 +209,14 @@ def test_what_is_missing_is_said_with_what_to_do(
     assert message in capsys.readouterr().err
 
 
-def test_train_stop_resume_eval_sample_bench_plot(program: Program, data_dir: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--max_iters=100000", "--eval_interval=100000"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("iter 20:"):
-            process.send_signal(signal.SIGINT)
-            break
-    rest = process.stdout.read()
-    assert process.wait(timeout=60) == 75
-    assert "repeat the command with --init_from=resume" in rest
-    stopped = int(re.findall(r"stopped after (\d+) steps", rest)[0])
+def test_train_stop_resume_eval_sample_plot(program: Program, data_dir: Path) -> None:
+    started = Started([str(ROOT / "train.py"), *TINY, "--max_iters=100000", "--eval_interval=100000"])
+    started.wait_for("iter 20:")
+    started.send(signal.SIGINT)
+    result = started.wait()
+    assert result.returncode == 75
+    assert "repeat the command with --init_from=resume" in result.stdout
+    stopped = int(re.findall(r"stopped after (\d+) steps", result.stdout)[0])
 
     def run(*words: str) -> str:
         result = program(*words)
@@ -229,15 +234,6 @@ def test_train_stop_resume_eval_sample_bench_plot(program: Program, data_dir: Pa
     assert run("nanogpt", "plot", "out") == "drew out/loss.png\n"
 
 
-def test_help_may_be_cut_off_by_head() -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    command = [sys.executable, "-m", "nanogpt", "train", "--help"]
-    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, check=False, timeout=60)
-    os.close(writer)
-    assert (result.returncode, result.stderr) == (141, b"")
-
-
 def test_a_script_with_the_old_configurator_still_works() -> None:
     Path("a.py").write_text("'Of the file.'\nrate = 2.0\nhelper = 3\n")
     Path("mine.py").write_text(
@@ -246,16 +242,11 @@ def test_a_script_with_the_old_configurator_still_works() -> None:
     )
 
     def script(*words: str) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "mine.py", "a.py", *words]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        return Started(["mine.py", "a.py", *words]).wait()
 
     lines = script("--batch_size=4", "--name=7", "--betas=(0.8, 0.99)").stdout.splitlines()
     assert lines[-2:] == ["Overriding: betas = (0.8, 0.99)", "4 2.0 7 (0.8, 0.99) 3"]
-    assert script("--rate=1").stdout.splitlines()[-1].startswith("1 1.0 a")
     for word, message in (("--batchsize=4", "no setting 'batchsize'"), ("--batch_size=x", "a value of type int")):
-        assert script(word).returncode == 2
-        assert message in script(word).stderr
-
-
-def test_the_verbs_are_listed_with_their_purpose(program: Program) -> None:
-    assert "  train     Train a GPT from scratch, resume a run" in program("nanogpt").stdout
+        result = script(word)
+        assert result.returncode == 2
+        assert message in result.stderr

@@ -91,11 +91,9 @@ def test_every_documented_command_is_understood(tmp_path: Path) -> None:
      ("train --n_kv_head=5 --architecture=llama", "n_head=12 is not a multiple of n_kv_head=5"),
      ("train --head_size=32", "head_size=32: GPT-2's heads have n_embd / n_head"),
      ("train --head_size=5 --architecture=llama", "head_size=5 must be even"),
-     ("train --n_head=0", "n_head=0: expected a value >= 1"), ("train --seed=-1", "seed=-1: expected a value >= 0"),
+     ("train --n_head=0", "n_head=0: expected a value >= 1"),
      ("train --dropout=1", "dropout=1.0: expected a value in [0, 1)"),
-     ("train --decay_share=0", "decay_share=0.0: expected a value above 0, up to 1"),
      ("train --device=gpu", "device='gpu': expected auto, cpu, mps, cuda or cuda:N"),
-     ("train --dtype=fp16", "--dtype=fp16: expected auto, float32, bfloat16, float16"),
      ("train --model=gpt3", "model='gpt3': expected one of gpt2, gpt2-medium"),
      ("train --optimizer=SGD", "optimizer='SGD': expected adamw, muon, or a class of torch.optim in lower case"),
      ("train --checkpoint_interval=1h", "checkpoint_interval='1h': expected steps, such as 500, or minutes"),
@@ -103,6 +101,8 @@ def test_every_documented_command_is_understood(tmp_path: Path) -> None:
      ("train --init_from=out/ckpt.pt", "an existing folder or checkpoint"),
      ("train --learning_rate=1e-5", "min_lr=6e-05 is above learning_rate=1e-05: set --min_lr=1e-06 or --decay_lr=0"),
      ("export out", "output is missing"), ("export --output=x --dtype=q8_0", "dtype=q8_0: --to=hf cannot hold it"),
+     ("export --output=x --to=flat --dtype=float16", "dtype=float16: --to=flat cannot hold it"),
+     ("export --output=x --push=here", "push='here': expected USER/NAME"),
      ("prepare", "which data set? for example"), ("prepare x --tokenizer=bpe:100", "bpe:N (from 257)"),
      ("prepare x --val_fraction=1", "val_fraction=1.0: expected auto or a value between 0 and 1"),
      ("prepare x --tokenizer=words", "tokenizer='words': expected char, byte, gpt2, bpe:N"),
@@ -133,12 +133,11 @@ def test_muon_brings_its_rates_which_explicit_ones_override(tmp_path: Path) -> N
         train(str(file), "--min_lr=0.1")
 
 
-def test_leaving_muon_restores_the_defaults_and_other_optimizers_change_nothing(tmp_path: Path) -> None:
+def test_leaving_muon_restores_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "recipe.py"
     file.write_text('optimizer = "muon"\nn_embd = 1536\n')
     back = train(str(file), "--optimizer=adamw")
     assert (back.learning_rate, back.schedule, back.beta1, back.n_embd) == (6e-4, "cosine", 0.9, 1536)
-    assert train("--learning_rate=1e-3", "--optimizer=sgd").learning_rate == 1e-3
 
 
 def test_a_models_name_stands_for_its_shape(tmp_path: Path) -> None:
@@ -164,9 +163,8 @@ def test_presets_have_the_parameters_of_their_models(name: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"activation": "relu"}, "activation='relu': expected gelu or gelu_tanh"),
-     ({"architecture": "mamba"}, "architecture='mamba': expected gpt2 or llama or qwen3"),
      ({"n_layer": -1}, "n_layer=-1: expected a value >= 1"),
-     ({"n_kv_head": 3}, "n_head=4 is not a multiple of n_kv_head=3")],
+     ({"n_embd": 10}, "n_embd=10 is not a multiple of n_head=4; n_embd=12 would be")],
 )  # fmt: skip
 def test_a_shape_that_cannot_be_built_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

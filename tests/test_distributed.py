@@ -4,10 +4,10 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,9 @@ from nanogpt.metrics import read_metrics
 from nanogpt.model import GPT
 from nanogpt.optim import make_optimizer
 from nanogpt.train import train
-from tests.conftest import ROOT
+from tests.programs import ROOT, Started
 from tests.test_cli import TINY
 
-Recipe = Callable[..., TrainConfig]
 COMMON = ["--max_iters=6", "--eval_interval=3", "--eval_iters=3", "--learning_rate=1e-2", "--warmup_iters=2"]
 COMPARED = ("train/loss", "val/loss", "train/eval_loss", "grad_norm")
 
@@ -37,7 +36,7 @@ import os, signal, sys, time
 from nanogpt import cli, data
 real = data.get_batch
 def get_batch(dataset, step, **settings):
-    if os.environ["RANK"] == "1" and step == 4 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if os.environ["RANK"] == "1" and step == 4 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         %s
     return real(dataset, step, **settings)
 data.get_batch = get_batch
@@ -45,20 +44,33 @@ cli.run("train")
 """
 
 
-def command(
-    processes: int, out_dir: str, *words: str, script: Path = ROOT / "train.py", restarts: int = 0
-) -> list[str]:
-    launcher = [f"--nproc_per_node={processes}", f"--max-restarts={restarts}", str(script)]
-    settings = [*TINY, *COMMON, f"--out_dir={out_dir}", *words]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", *launcher, *settings]
+def torchrun(processes: int, out_dir: str, *words: str, script: Path = ROOT / "train.py", restarts: int = 0) -> Started:
+    launcher = ["--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}", str(script)]
+    return Started(["-m", "torch.distributed.run", *launcher, *TINY, *COMMON, f"--out_dir={out_dir}", *words])
 
 
-def launch(
-    processes: int, out_dir: str, *words: str, script: Path = ROOT / "train.py", restarts: int = 0
-) -> "subprocess.CompletedProcess[str]":
-    line = command(processes, out_dir, *words, script=script, restarts=restarts)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(line, capture_output=True, text=True, timeout=240, check=False, env=environment)
+def ranks(
+    processes: int, out_dir: str, *words: str, script: Path = ROOT / "train.py", of_last: Sequence[str] = ()
+) -> list[Started]:
+    """Processes that are told by their environment, as by torchrun, which of how many they are."""
+    command = [str(script), *TINY, *COMMON, f"--out_dir={out_dir}", *words]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
+    started = []
+    for rank in range(processes):
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), **meeting}
+        extra = of_last if rank == processes - 1 else ()
+        started.append(Started([*command, *extra], **environment))
+    return started
+
+
+def output_of(started: list[Started], code: int = 0) -> str:
+    """What the main process has printed, and no other one, once all have ended with this exit code."""
+    results = [each.wait() for each in started]
+    for result in results:
+        assert result.returncode == code, result.stderr
+    assert not any(result.stdout for result in results[1:])
+    return results[0].stdout
 
 
 def alone(out_dir: str, *words: str) -> None:
@@ -90,7 +102,6 @@ def end_of(out_dir: str) -> tuple[int, dict[str, torch.Tensor], dict[int, Any]]:
 @pytest.mark.parametrize(
     ("processes", "words"),
     [
-        (2, ["--gradient_accumulation_steps=4", "--batch_size=3", "--optimizer=muon"]),
         pytest.param(4, ["--gradient_accumulation_steps=1", "--batch_size=12", "--parallel=ddp"],
                      marks=pytest.mark.slow),
         (4, ["--gradient_accumulation_steps=5", "--batch_size=4", "--parallel=fsdp", "--sampling=epoch",
@@ -104,7 +115,14 @@ def end_of(out_dir: str) -> tuple[int, dict[str, torch.Tensor], dict[int, Any]]:
 )  # fmt: skip
 def test_several_processes_equal_one(data_dir: Path, processes: int, words: list[str]) -> None:
     alone("one", *words)
-    result = launch(processes, "several", *words)
+    output_of(ranks(processes, "several", *words))
+    assert_same_run("one", "several")
+
+
+def test_torchrun_starts_several_processes_that_equal_one(data_dir: Path) -> None:
+    words = ["--gradient_accumulation_steps=4", "--batch_size=3", "--optimizer=muon"]
+    alone("one", *words)
+    result = torchrun(2, "several", *words).wait()
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("iter 0: ") == 1  # one process prints
     assert_same_run("one", "several")
@@ -114,88 +132,68 @@ def test_a_run_resumes_at_any_number_of_processes(data_dir: Path) -> None:
     words = ["--gradient_accumulation_steps=2", "--batch_size=6", "--max_iters=9"]
     alone("one", *words)
     alone("moved", *words, "--max_iters=2")
-    result = launch(2, "moved", *words, "--max_iters=4", "--init_from=resume", "--parallel=fsdp")  # from one file
-    assert result.returncode == 0, result.stderr
+    output_of(ranks(2, "moved", *words, "--max_iters=4", "--init_from=resume", "--parallel=fsdp"))  # from one file
     assert checkpoints_of("moved")[0] == Path("moved/ckpt.dcp/4")
-    result = launch(4, "moved", *words, "--max_iters=6", "--resume=auto")  # from shards, to more of them
-    assert result.returncode == 0, result.stderr
-    assert "4 processes, fsdp" in result.stdout
-    result = launch(2, "moved", *words, "--max_iters=7", "--resume=auto", "--parallel=ddp")
-    assert result.returncode == 0, result.stderr
+    shown = output_of(ranks(4, "moved", *words, "--max_iters=6", "--resume=auto"))  # from shards, to more of them
+    assert "4 processes, fsdp" in shown
+    output_of(ranks(2, "moved", *words, "--max_iters=7", "--resume=auto", "--parallel=ddp"))
     alone("moved", *words, "--init_from=resume")
     assert_same_run("one", "moved")
     assert checkpoints_of("moved")[0].name == "ckpt.pt"
 
 
-def test_damaged_shards_are_skipped_and_run_no_code(data_dir: Path) -> None:
+def test_damaged_shards_are_skipped(data_dir: Path) -> None:
     words = ["--gradient_accumulation_steps=2", "--parallel=fsdp", "--keep_checkpoints=3"]
-    assert launch(2, "out", *words).returncode == 0
+    output_of(ranks(2, "out", *words))
     newest, older = checkpoints_of("out")
     assert (newest, older) == (Path("out/ckpt.dcp/6"), Path("out/ckpt.dcp/3"))
     file = max(newest.iterdir(), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
     file.write_bytes(content)
-    result = launch(2, "out", *words, "--resume=auto")
-    assert result.returncode == 0, result.stderr
-    assert "resuming out/ckpt.dcp/3" in result.stdout
+    assert "resuming out/ckpt.dcp/3" in output_of(ranks(2, "out", *words, "--resume=auto"))
     assert load_checkpoint(checkpoints_of("out")[0]).state.step == 6
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("words", "of_last", "message"),
     [
-        ("--batch_size=3", "rows can't be divided evenly among 2 processes; a multiple of 2"),
-        ("--dataset=nowhere", "python -m nanogpt prepare nowhere --data_dir="),
-        ("--init_from=resume", "no checkpoint (last) in two"),
+        (["--batch_size=3"], [], "rows can't be divided evenly among 2 processes; a multiple of 2"),
+        (["--dataset=nowhere"], [], "python -m nanogpt prepare nowhere --data_dir="),
+        (["--init_from=resume"], [], "no checkpoint (last) in two"),
+        ([], ["--seed=1", "--resume=auto"], "seed is 1, not 1337; resume is 'auto', not 'never'"),
     ],
 )
-def test_what_cannot_work_is_refused_by_all_alike(data_dir: Path, word: str, message: str) -> None:
-    result = launch(2, "two", "--gradient_accumulation_steps=1", word)
-    assert result.returncode != 0
-    assert message in result.stderr
-    assert not Path("two").exists()
-
-
-def test_processes_that_were_started_differently_are_refused(data_dir: Path) -> None:
-    script = Path("differs.py")
-    script.write_text(
-        "import os\nfrom nanogpt import cli\n"
-        f"words = {[*TINY, '--out_dir=two', '--batch_size=4']}\n"
-        "cli.run('train', words + ['--seed=1', '--resume=auto'] * int(os.environ['RANK']))\n"
-    )
-    result = launch(2, "two", script=script)
-    assert result.returncode != 0
-    for difference in ("seed is 1, not 1337", "resume is 'auto', not 'never'"):
-        assert difference in result.stderr
-    assert not Path("two").exists()
-
-
-@pytest.mark.parametrize(
-    ("statement", "words", "message"),
-    [
-        ("raise ArithmeticError('what happened')", [], "ArithmeticError: what happened"),
-        ("os.kill(os.getpid(), 9)", ["--parallel=fsdp"], "Signal 9 (SIGKILL)"),
-        ("time.sleep(15)", ["--dist_timeout=0.1"], "imed out"),
-    ],
-)
-def test_a_process_that_fails_ends_the_others_with_its_reason(
-    data_dir: Path, statement: str, words: list[str], message: str
+def test_what_cannot_work_is_refused_by_all_alike(
+    data_dir: Path, words: list[str], of_last: list[str], message: str
 ) -> None:
-    Path("sabotaged.py").write_text(SABOTAGED % statement)
-    result = launch(2, "out", "--gradient_accumulation_steps=2", *words, script=Path("sabotaged.py"))
+    for result in [each.wait() for each in ranks(2, "two", "--batch_size=4", *words, of_last=of_last)]:
+        assert result.returncode == 2
+        assert message in result.stderr or (of_last and "do not agree" in result.stderr)
+    assert not Path("two").exists()
+
+
+def test_a_process_that_fails_ends_the_others_with_its_reason(data_dir: Path) -> None:
+    Path("sabotaged.py").write_text(SABOTAGED % "raise ArithmeticError('what happened')")
+    result = torchrun(2, "out", "--gradient_accumulation_steps=2", script=Path("sabotaged.py")).wait()
     assert result.returncode != 0
-    assert message in result.stderr, result.stderr
-    assert "Root Cause" in result.stderr
-    if "raise" in statement:  # torchrun shows the traceback of the process that failed first
-        assert message in result.stderr.split("Root Cause")[1]
+    # torchrun shows the traceback of the process that failed first.
+    assert "ArithmeticError: what happened" in result.stderr.split("Root Cause")[1], result.stderr
+
+
+def test_a_process_that_hangs_is_waited_for_in_vain(data_dir: Path) -> None:
+    Path("sabotaged.py").write_text(SABOTAGED % "time.sleep(12)")
+    words = ["--gradient_accumulation_steps=2", "--dist_timeout=0.1"]
+    main, _ = [each.wait() for each in ranks(2, "out", *words, script=Path("sabotaged.py"))]
+    assert main.returncode != 0
+    assert "imed out" in main.stderr
 
 
 def test_with_restarts_a_killed_process_leaves_no_trace(data_dir: Path) -> None:
     words = ["--gradient_accumulation_steps=2", "--checkpoint_interval=1", "--parallel=fsdp", "--resume=auto"]
     alone("one", *words)
     Path("sabotaged.py").write_text(SABOTAGED % "os.kill(os.getpid(), 9)")
-    result = launch(2, "out", *words, script=Path("sabotaged.py"), restarts=2)
+    result = torchrun(2, "out", *words, script=Path("sabotaged.py"), restarts=2).wait()
     assert result.returncode == 0, result.stderr
     assert "resuming out/ckpt.dcp/" in result.stdout
     assert_same_run("one", "out")
@@ -206,18 +204,17 @@ def test_with_restarts_a_killed_process_leaves_no_trace(data_dir: Path) -> None:
 def test_ranks_killed_at_random_moments_leave_no_trace(data_dir: Path, parallel: str) -> None:
     words = ["--gradient_accumulation_steps=4", "--max_iters=1500", "--eval_interval=500", "--checkpoint_interval=40",
              "--log_interval=10", "--learning_rate=1e-3", "--dropout=0.1", f"--parallel={parallel}"]  # fmt: skip
-    assert launch(4, "undisturbed", *words).returncode == 0
+    output_of(ranks(4, "undisturbed", *words))
     random_moments, kills = random.Random(5), 0
-    log = open("log.txt", "w", encoding="utf-8")
-    line = command(4, "killed", *words, "--resume=auto", restarts=50)
-    process = subprocess.Popen(line, stdout=log, stderr=log, text=True)
-    while process.poll() is None and kills < 5:
+    started = torchrun(4, "killed", *words, "--resume=auto", restarts=50)
+    while started.process.is_alive() and kills < 5:
         time.sleep(random_moments.uniform(2, 8))
-        listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
-        if pids := listed.stdout.split():
+        command = ["pgrep", "-P", str(started.process.pid)]
+        if pids := subprocess.run(command, capture_output=True, text=True, check=False).stdout.split():
             os.kill(int(random_moments.choice(pids)), signal.SIGKILL)
             kills += 1
-    assert process.wait(240) == 0, Path("log.txt").read_text()[-5000:]
+    result = started.wait()
+    assert result.returncode == 0, result.stderr[-5000:]
     assert kills >= 3
     a, b = (load_checkpoint(checkpoints_of(name)[0]).weights for name in ("undisturbed", "killed"))
     assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
@@ -228,24 +225,13 @@ def test_ranks_killed_at_random_moments_leave_no_trace(data_dir: Path, parallel:
 
 def test_a_stop_signal_to_one_process_saves_and_the_run_resumes(data_dir: Path) -> None:
     words = ["--gradient_accumulation_steps=2", "--eval_interval=100000", "--log_interval=50"]
-    process = subprocess.Popen(command(2, "two", *words, "--max_iters=100000"), stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    while not process.stdout.readline().startswith("iter 50:"):
-        assert process.poll() is None
-    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    os.kill(int(listed.stdout.split()[-1]), signal.SIGTERM)
-    out = process.stdout.read()
-    process.wait(timeout=60)
-    stopped = int(re.findall(r"stopped after (\d+) steps", out)[0])
+    started = ranks(2, "two", *words, "--max_iters=100000")
+    started[0].wait_for("iter 50:")
+    started[1].send(signal.SIGTERM)
+    stopped = int(re.findall(r"stopped after (\d+) steps", output_of(started, code=75))[0])
     assert load_checkpoint(Path("two", "ckpt.pt")).state.step == stopped
-    result = launch(2, "two", *words, f"--max_iters={stopped + 5}", "--init_from=resume")
-    assert result.returncode == 0, result.stderr
+    output_of(ranks(2, "two", *words, f"--max_iters={stopped + 5}", "--init_from=resume"))
     assert load_checkpoint(Path("two", "ckpt.pt")).state.step == stopped + 5
-
-
-def test_the_rows_of_a_process_are_its_consecutive_part() -> None:
-    assert [list(Distributed(rank, rank, 4).my_rows(2, 4)) for rank in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert [len(Distributed(rank, rank, 4).my_rows(12, 1)) for rank in range(4)] == [3] * 4
 
 
 def test_fsdp_is_taken_where_ddp_does_not_fit_or_is_asked_for() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from nanogpt.errors import UserError
 from nanogpt.export import atomic_folder
-from nanogpt.files import atomic_write, locked, parse_json, read_json, write_json
+from nanogpt.files import atomic_write, locked, write_json
 
 
 def test_the_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -75,13 +75,3 @@ def test_a_lock_names_its_owner_and_goes_with_it(tmp_path: Path) -> None:
     assert (tmp_path / "lock").read_text() == "failed"
     with locked(tmp_path / "lock", "it"):
         pass
-
-
-def test_json_comes_back_and_what_is_none_is_refused(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"folder": os.fsdecode(b"\xff"), "name": "ü"})
-    assert read_json(tmp_path / "a.json") == {"folder": os.fsdecode(b"\xff"), "name": "ü"}
-    for content in ("[1]", "{", "[" * 100_000):
-        (tmp_path / "a.json").write_text(content)
-        assert read_json(tmp_path / "a.json") == {}
-    with pytest.raises(ValueError, match="nested too deeply"):
-        parse_json("[" * 100_000)

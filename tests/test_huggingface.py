@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from nanogpt import train
 from nanogpt.checkpoint import load_checkpoint
-from nanogpt.config import GPTConfig, TrainConfig
+from nanogpt.config import GPTConfig
 from nanogpt.errors import CheckpointError, ConfigError, DataError
 from nanogpt.evaluate import evaluate
 from nanogpt.huggingface import load_pretrained
@@ -22,38 +20,23 @@ from nanogpt.model import GPT
 from nanogpt.sample import sample
 from nanogpt.settings import EvalConfig, SampleConfig
 from nanogpt.tokenizer import GPT2Tokenizer
-from tests.conftest import ROOT, random_ids, write_dataset
+from tests.conftest import Recipe, write_dataset
+from tests.test_shapes import write_model
 
-SHAPE: dict[str, Any] = {"vocab_size": 50257, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
+SHAPE = {"vocab_size": 50257, "max_position_embeddings": 32, "hidden_size": 16, "num_attention_heads": 2}
 
 
 def write_gpt2(folder: Path, **changes: Any) -> Any:
-    """A random GPT-2 as transformers saves it; returns transformers' model."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(**{**SHAPE, **changes}))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
-    return model.eval()
+    """A random GPT-2 as transformers saves it, without a tokenizer; returns transformers' model."""
+    model = write_model(folder, "gpt2", **{**SHAPE, **changes})
+    (folder / "tokenizer.json").unlink()
+    return model
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     write_gpt2(tmp_path / "gpt")
     return tmp_path / "gpt"
-
-
-@pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
-def test_logits_equal_transformers(tmp_path: Path, activation: str) -> None:
-    theirs = write_gpt2(tmp_path / "gpt", activation_function=activation)
-    ours, _ = load_pretrained(str(tmp_path / "gpt"))
-    x = random_ids(2, 32, vocab_size=50257)
-    torch.testing.assert_close(ours(x, x)[0], theirs(x).logits, atol=1e-5, rtol=1e-4)
-    assert ours.lm_head.weight is ours.transformer.wte.weight
-    on_meta = load_pretrained(str(tmp_path / "gpt"), "meta")[0].state_dict()
-    assert all(tensor.is_meta for tensor in on_meta.values())
 
 
 @pytest.mark.parametrize(
@@ -80,6 +63,7 @@ def test_gpt2_by_name_comes_from_the_mirror(folder: Path, tmp_path: Path, monkey
     monkeypatch.setenv("NANOGPT_DOWNLOADS", str(tmp_path / "mirror"))
     model = GPT.from_pretrained("gpt2", {"dropout": 0.1})
     assert (model.config.activation, model.config.dropout, model.config.bias) == ("gelu_tanh", 0.1, True)
+    assert model.lm_head.weight is model.transformer.wte.weight
     with pytest.raises(ConfigError, match="override_args: block_size can't be overridden; dropout can"):
         GPT.from_pretrained("gpt2", {"dropout": 0.2, "block_size": 8})
 
@@ -92,6 +76,7 @@ def test_without_a_network_it_says_what_to_bring(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.delenv("NANOGPT_DOWNLOADS", raising=False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    monkeypatch.setattr("nanogpt.prepare.time.sleep", lambda seconds: None)
     with pytest.raises(DataError) as caught:
         load_pretrained("gpt2-xl")
     for piece in ("openai-community/gpt2-xl could not be read", "--init_from=FOLDER", "$NANOGPT_DOWNLOADS/"):
@@ -109,16 +94,10 @@ def change_config(**changes: Any) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (
-            lambda f: (f / "config.json").unlink(),
-            "no checkpoint of a run, and no config.json of a model; expected gpt2",
-        ),
-        (lambda f: (f / "config.json").write_text("{"), "no checkpoint of a run, and no config.json of a model"),
-        (lambda f: (f / "config.json").write_text('{"dataset": "tiny"}'), "no checkpoint of a run"),
         (lambda f: f.rename(f.with_name("gone")), "no checkpoint of a run, and no config.json of a model"),
+        (lambda f: (f / "config.json").write_text('{"dataset": "tiny"}'), "no checkpoint of a run"),
         (lambda f: (f / "model.safetensors").unlink(), "no model's *.safetensors there"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "a pickle can run any code"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "model.safetensors is damaged"),
         (lambda f: os.truncate(f / "model.safetensors", 5000), "model.safetensors is damaged"),
         (change_config(quantization_config={"quant_method": "fp8"}), "it has a quantization_config"),
         (change_config(model_type="bert"), "model_type is 'bert'; known: gpt2, llama, mistral, qwen2, qwen3"),
@@ -127,7 +106,6 @@ def change_config(**changes: Any) -> Callable[[Path], None]:
         (change_config(activation_function="relu"), "activation_function is 'relu'"),
         (change_config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True, not False"),
         (change_config(n_inner=63), "6 tensors do not fit the shape, as transformer.h.0.mlp.c_fc.bias: expected [63]"),
-        (change_config(n_head=3), "n_embd=16 is not a multiple of n_head=3"),
         (change_config(n_layer=3), "'h.2.ln_1.weight' is missing"),
         (change_config(n_layer=1), "have no place in the model"),
     ],
@@ -140,7 +118,7 @@ def test_an_unusable_folder_is_one_message(folder: Path, damage: Callable[[Path]
 
 
 def test_finetuning_evaluating_and_sampling(
-    recipe: Callable[..., TrainConfig], data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Recipe, data_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = GPT2Tokenizer()
     ids = tokenizer.encode("First Citizen: Before we proceed any further, hear me speak.\n" * 50)
@@ -164,12 +142,3 @@ def test_finetuning_evaluating_and_sampling(
         train.train(recipe(init_from=str(folder), dataset="bard", block_size=64))
     with pytest.raises(ConfigError, match="on which data set"):
         evaluate(EvalConfig(init_from=str(folder), device="cpu"))
-
-
-def test_transformers_is_not_needed(folder: Path) -> None:
-    code = (
-        "import sys; sys.modules['transformers'] = None\n"
-        f"from nanogpt.huggingface import load_pretrained; load_pretrained({str(folder)!r})"
-    )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr

@@ -4,7 +4,6 @@ import io
 import json
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,9 @@ import pytest
 
 from nanogpt import train
 from nanogpt.checkpoint import TrainState
-from nanogpt.config import TrainConfig
-from nanogpt.metrics import Metrics, TensorBoard, duration, read_metrics, show_log_lines
+from nanogpt.metrics import Metrics, TensorBoard, read_metrics, show_log_lines
+from tests.conftest import Recipe
 
-Recipe = Callable[..., TrainConfig]
 log = logging.getLogger("nanogpt.somewhere")
 
 
@@ -109,9 +107,3 @@ def test_a_tracker_that_cannot_start_is_a_warning(
     monkeypatch.setattr(TensorBoard, "__init__", fail)
     assert train.train(recipe(tensorboard_log=True, max_iters=1)) == 0
     assert "warning: TensorBoard could not start (not logged in)" in capsys.readouterr().err
-
-
-def test_a_duration_is_told_in_the_unit_that_suits_it() -> None:
-    assert [duration(seconds) for seconds in (0.4, 90, 125, 7199, 7200, 200_000)] == [
-        "0 s", "90 s", "2 min", "120 min", "2 h", "2 days",
-    ]  # fmt: skip

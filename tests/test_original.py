@@ -2,21 +2,18 @@
 
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from nanogpt import train
-from nanogpt.config import TrainConfig
 from nanogpt.evaluate import evaluate
 from nanogpt.prepare import prepare
 from nanogpt.sample import sample
 from nanogpt.settings import EvalConfig, PrepareConfig, SampleConfig
+from tests.conftest import Recipe
+from tests.programs import Started
 
-Recipe = Callable[..., TrainConfig]
 TINY = ["--device=cpu", "--compile=False", "--dtype=float32", "--eval_iters=1", "--eval_interval=5", "--batch_size=4",
         "--block_size=16", "--n_layer=2", "--n_head=2", "--n_embd=32", "--dropout=0.0"]  # fmt: skip
 
@@ -35,7 +32,7 @@ def original(tmp_path: Path, downloads: Path) -> Path:
 
 
 def run(folder: Path, *words: str) -> str:
-    result = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, check=False)
+    result = Started(list(words), folder).wait()
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,8 +51,8 @@ def write(name: str, text: str) -> str:
     return name
 
 
-def write_jsonl(path: str, documents: list[str]) -> str:
-    return write(path, "".join(json.dumps({"text": text}) + "\n" for text in documents))
+def write_jsonl(path: str, texts: list[str]) -> str:
+    return write(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
 def write_parquet(path: str, **columns: Any) -> str:
@@ -157,12 +156,8 @@ def hub(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         shards[path] = Path(shard).read_bytes()
     repository = module.DATASETS.get(request.param, {}).get("input", [request.param])[0].partition(":")[0]
     hub = Hub({**shards, **dict.fromkeys(OTHERS["/" in request.param :], b"not to be read")}, repository)
-    for name, value in {
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": "hf",
-        "NANOGPT_DOWNLOADS": "",
-    }.items():
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": "hf", "NANOGPT_DOWNLOADS": ""}
+    for name, value in settings.items():
         monkeypatch.setenv(name, value)
     yield hub
     hub.server.shutdown()
@@ -196,14 +191,13 @@ def test_with_a_limit_only_the_first_shards_are_downloaded(hub: Hub, program: Pr
 
 
 @pytest.mark.usefixtures("_small")
-@pytest.mark.parametrize("killed_after", [1, 2])
-def test_a_shard_that_is_done_is_not_downloaded_again(killed_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_that_is_done_is_not_downloaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
     corpora = [texts(150, seed=n) for n in range(3)]
     asked: list[str] = []
 
     def hf_hub_download(repository: str, path: str, local_dir: Path, **_: object) -> None:
         asked.append(path)
-        if len(asked) == killed_after + 1:
+        if len(asked) == 2:
             raise KeyboardInterrupt
         local_dir.mkdir(parents=True, exist_ok=True)
         write_jsonl(str(local_dir / path), corpora[int(path.partition(".")[0])])
@@ -215,7 +209,7 @@ def test_a_shard_that_is_done_is_not_downloaded_again(killed_after: int, monkeyp
         build("org/name", val_fraction=0.1)
     build("org/name", val_fraction=0.1)
     assert_split_by_content(SET, [text for corpus in corpora for text in corpus])
-    assert Counter(asked) == {f"{n}.jsonl": 1 + (n == killed_after) for n in range(3)}
+    assert asked == ["0.jsonl", "1.jsonl", "1.jsonl", "2.jsonl"]
 
 
 def test_the_mirror_folder_comes_before_the_hub_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,28 +221,28 @@ def test_the_mirror_folder_comes_before_the_hub_and_stays(tmp_path: Path, monkey
     assert Path(file).exists()
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.JSONL.gz", "x.ndjson.zst", "x.jl", "x.jsonlines.GZ", "x.json",
-                                  "x.JSON.gz", "x.json.zst", "x.parquet"])  # fmt: skip
+@pytest.mark.parametrize("name", ["x.jsonl", "x.JSONL.gz", "x.ndjson.zst", "x.json", "x.JSON.gz", "x.parquet"])
 def test_rows_are_documents(name: str) -> None:
     write_parquet(name, n=[1, 2, 3], text=TEXTS) if name == "x.parquet" else write(name, JSON_LINES)
     assert read(name) == TEXTS
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-@pytest.mark.parametrize("name", ["x.json", "x.jsonl.gz"])
-def test_an_array_of_objects_has_the_rows_that_json_reads(name: str, indent: int | None) -> None:
+def test_an_array_of_objects_has_the_rows_that_json_reads(indent: int | None) -> None:
     rows = [{"text": text, "more": [1, "]", {}]} for text in [*texts(40), "x" * 5000, '[\\"{']]
-    write(name, json.dumps([*rows, 5], indent=indent) + "\n")
-    assert read(name) == [row["text"] for row in json.loads(json.dumps(rows))]
-    write(name, json.dumps(rows, indent=indent)[:-99])
-    with pytest.raises(DataError, match=f"{name} cannot be read: "):
-        read(name)
+    write("x.json", json.dumps([*rows, 5], indent=indent) + "\n")
+    assert read("x.json") == [row["text"] for row in json.loads(json.dumps(rows))]
+    write("x.json", json.dumps(rows, indent=indent)[:-99])
+    with pytest.raises(DataError, match=r"x\.json cannot be read: "):
+        read("x.json")
 
 
-def test_json_that_is_no_data_is_text_and_so_is_data_in_a_text_file() -> None:
+def test_json_that_is_no_data_is_text_and_text_that_looks_like_data_is_named(caplog: pytest.LogCaptureFixture) -> None:
     settings = json.dumps({"compilerOptions": {"strict": True}}, indent=2)
     assert read(write("x.json", settings)) == [settings]
+    assert caplog.messages == []
     assert read(write("x.txt", JSON_LINES)) == [JSON_LINES]
+    assert caplog.messages == ["x.txt is read as plain text, but begins like JSON lines, whose files end in .jsonl"]
 
 
 @pytest.mark.parametrize("name", ["x.md", "x", "x.txt.gz", "x.py.zst"])
@@ -263,10 +257,8 @@ def test_newlines_and_byte_order_marks_are_as_in_text_mode() -> None:
     Path("x.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
     assert read("x.txt") == ["one\ntwo\nthree\n"]
     for encoding in ("utf-8-sig", "utf-16"):
-        content = '{"text": "öne"}\r\n{"text": "two\\r\\n"}\r\n'.encode(encoding)  # with a mark
-        for each in (content, gzip.compress(content)):
-            Path("x.jsonl").write_bytes(each)  # also without the name of its packing
-            assert read("x.jsonl") == ["öne", "two\r\n"]
+        Path("x.jsonl").write_bytes('{"text": "öne"}\r\n{"text": "two\\r\\n"}\r\n'.encode(encoding))
+        assert read("x.jsonl") == ["öne", "two\r\n"]
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -281,7 +273,7 @@ def test_separators_are_found_wherever_blocks_end(
     assert read("x.txt", separator=separator.replace("\n", r"\n")) == records
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_what_a_text_is_cut_into_changes_no_token(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     letters = ["a", "be", "ä", "漢字", "🎉", " ", "  ", "\n", "\r\n", "\t", "'s", "12", "!", "…", "\u3000", "\u00a0"]
     text = "".join(random.Random(seed).choices(letters, k=9000))
@@ -294,30 +286,26 @@ def test_what_a_text_is_cut_into_changes_no_token(seed: int, monkeypatch: pytest
     assert ids == tokenizer.encode(text.replace("\r\n", "\n")).tolist()
 
 
-def test_json_lines_without_text_are_counted_and_named(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = ['{"text": "a text to keep"}', '{"text": null}', '{"text": 5}', '{"body": "x"}', '{"text": ""}', "no json",
-            "[1]", '{"text": "a\\ud800b"}', "", '{"text": ["x"]}', '{"text": "another"}']  # fmt: skip
+def test_rows_without_text_are_counted_and_named(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ['{"text": "a text to keep"}', '{"text": null}', '{"body": "x"}', '{"text": ""}', "no json",
+            '{"text": "a\\ud800b"}', "", '{"text": "another"}']  # fmt: skip
     Path("x.jsonl").write_text("\n".join(rows))
     assert read("x.jsonl") == ["a text to keep", "a\ufffdb", "another"]
-    assert sum(build("x.jsonl")["skipped"].values()) == 7
+    assert sum(build("x.jsonl")["skipped"].values()) == 4
     out = capsys.readouterr().out
-    assert "skipped 4 x row without text in its field 'text'" in out
-    assert "skipped 1 x empty document" in out
-    assert "skipped 2 x row without a JSON object" in out
-    with pytest.raises(DataError, match=r"too few tokens.*skipped 8 x row without text in .*'nothing'.*--field"):
+    for line in ("row whose field 'text' is null", "row whose field 'text' is missing", "row without a JSON object",
+                 "empty document"):  # fmt: skip
+        assert f"skipped 1 x {line}" in out
+    with pytest.raises(DataError, match=r"no text to read; skipped: .*'nothing' is missing.*--field"):
         build("x.jsonl", field="nothing")
     write_parquet("x.parquet", text=pyarrow.array(["a text", None, "another text", ""]).dictionary_encode())
-    assert build("x.parquet")["skipped"] == {
-        "row without text in its field 'text' (another one: --field=NAME)": 1,
-        "empty document": 1,
-    }
+    assert build("x.parquet")["skipped"] == {"row whose field 'text' is null": 1, "empty document": 1}
 
 
-@pytest.mark.parametrize("field", ["text", "body", "ids", "info"])
-def test_a_parquet_column_that_is_no_text_is_named_with_all_others(field: str) -> None:
+def test_a_parquet_column_that_is_no_text_is_named_with_all_others() -> None:
     write_parquet("x.parquet", ids=[[1], [2]], body=[["a"], ["b"]], info=[{"text": "a"}, {"text": "b"}])
-    with pytest.raises(DataError, match=rf"no column '{field}' of text.*ids: list<.*body: list<.*info: struct<text"):
-        build("x.parquet", field=field)
+    with pytest.raises(DataError, match=r"no column 'body' of text.*ids: list<.*body: list<.*info: struct<text"):
+        build("x.parquet", field="body")
 
 
 def test_a_folder_is_read_without_what_is_hidden_or_no_text() -> None:
@@ -335,17 +323,13 @@ def test_a_folder_is_read_without_what_is_hidden_or_no_text() -> None:
     assert [Path(name).name for name in find_sources(["in/*.txt", "in/sub"])] == ["b.txt", "c.jsonl", "empty.txt"]
 
 
-GZIP = gzip.compress(b"some text" * 1000, mtime=0)
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [("nothing.txt", None, r"--input=nothing.txt: there is no such file"), ("*.x", None, "there is no such file"),
-     ("~/nothing", None, "there is no such file"), ("empty", None, "no folder with files of text"),
-     ("x.txt", b" \n", "too few tokens, 0 in train and 0 in val.*; skipped 1 x empty document"),
+     ("empty", None, "no folder with files of text"),
+     ("x.txt", b" \n", "there is no text to read; skipped: 1 x empty document"),
      ("x.txt", b"a", "too few tokens"), ("x.txt", b"abc\xff\xfe", r"x\.txt is not UTF-8 text: .* byte 0xff"),
-     ("x.txt", b"abc\0", r"x\.txt is not UTF-8 text: it holds a zero byte"),
-     ("x.txt.gz", GZIP[:-20], r"x\.txt\.gz cannot be read"), ("x.txt.gz", b"text", r"x\.txt\.gz cannot be read"),
+     ("x.txt.gz", gzip.compress(b"text" * 999)[:-20], r"x\.txt\.gz cannot be read"),
      ("x.txt.zst", b"text", r"x\.txt\.zst cannot be read"), ("x.parquet", b"text", r"x\.parquet cannot be read")],
 )  # fmt: skip
 def test_what_cannot_become_a_data_set_is_one_message(name: str, content: bytes | None, message: str) -> None:
@@ -358,9 +342,7 @@ def test_what_cannot_become_a_data_set_is_one_message(name: str, content: bytes 
 
 
 @pytest.mark.usefixtures("_small")
-@pytest.mark.parametrize(
-    ("tokenizer", "num_proc"), [("byte", 1), ("char", 1), ("gpt2", 1), ("gpt2", 2), ("bpe:400", 2)]
-)
+@pytest.mark.parametrize(("tokenizer", "num_proc"), [("byte", 1), ("char", 1), ("gpt2", 1), ("bpe:400", 2)])
 def test_documents_are_encoded_in_order_and_split_by_content(tokenizer: str, num_proc: int) -> None:
     corpora = texts(400)
     about = build(write_jsonl("x.jsonl", corpora), tokenizer=tokenizer, val_fraction=0.1, num_proc=num_proc)

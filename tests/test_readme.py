@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.programs import ROOT, Started
 from tests.test_huggingface import write_gpt2
 
 PAGES = ["README.md", "docs/guide.md"]
@@ -31,6 +31,7 @@ SHRUNK = {
     "nanogpt eval out-chat-pydoc": "--limit=20",
     "python train.py config/train_shakespeare_char.py": f"{SHORT} {SMALL}",
     "python train.py config/train_shakespeare_char.py --device=cpu": SHORT,
+    "python train.py config/train_shakespeare_char_fast.py": SHORT,
     "python train.py config/train_own_text.py": SHORT,
     "nanogpt train": SHORT,
     "python train.py config/train_gpt2.py": "--dry_run",
@@ -56,9 +57,8 @@ def test_the_commands_run_as_written(downloads: Path, tmp_path: Path) -> None:
     for name in listed.stdout.splitlines():
         (repository / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, repository / name)
-    programs = {"python": [sys.executable], "nanogpt": [sys.executable, "-m", "nanogpt"],
-                "torchrun": [sys.executable, "-m", "torch.distributed.run"]}  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": ".", "NANOGPT_DOWNLOADS": str(mirror)}
+    programs = {"python": [], "nanogpt": ["-m", "nanogpt"], "torchrun": ["-m", "torch.distributed.run"]}
+    environment = {"PYTHONPATH": ".", "NANOGPT_DOWNLOADS": str(mirror)}
     executed = 0
     for command in [command for command in COMMANDS if not command.startswith(NOT_HERE)]:
         if command.startswith("echo "):
@@ -67,12 +67,9 @@ def test_the_commands_run_as_written(downloads: Path, tmp_path: Path) -> None:
         extra = [SHRUNK[start] for start in sorted(SHRUNK, key=len) if command.startswith(start)][-1:]
         words = shlex.split(" ".join([command, *extra]).replace("--nproc_per_node=8", "--nproc_per_node=2"))
         if "serve" in words:
-            try_server([*programs[words[0]], *words[1:], "--port=0"], repository, environment)
+            try_server([sys.executable, *programs[words[0]], *words[1:], "--port=0"], repository, environment)
             continue
-        result = subprocess.run(
-            [*programs[words[0]], *words[1:]], cwd=repository, env=environment,
-            capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
+        result = Started([*programs[words[0]], *words[1:]], repository, **environment).wait()
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
         executed += 1
     assert executed >= 20
@@ -80,7 +77,9 @@ def test_the_commands_run_as_written(downloads: Path, tmp_path: Path) -> None:
 
 def try_server(command: list[str], folder: Path, environment: dict[str, str]) -> None:
     """Start it, see that it is well, and end it as Ctrl-C does."""
-    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=folder, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout
     address = next((line.split()[2] for line in process.stdout if line.startswith("page at")), "").strip(",")
     with urllib.request.urlopen(f"{address}/health", timeout=30) as answer:

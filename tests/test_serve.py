@@ -3,8 +3,6 @@ import json
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +16,8 @@ import openai
 import pytest
 import torch
 
-from nanogpt import cli, engine, serve, train
-from nanogpt.config import GPTConfig, TrainConfig
+from nanogpt import engine, serve
+from nanogpt.config import GPTConfig
 from nanogpt.engine import Engine, Request, Sampling
 from nanogpt.huggingface import load_pretrained
 from nanogpt.model import GPT
@@ -27,6 +25,7 @@ from nanogpt.serve import Scheduler
 from nanogpt.settings import ServeConfig
 from nanogpt.tokenizer import ByteTokenizer, Tokenizer
 from tests.conftest import write_llama
+from tests.programs import Started
 
 TOKENIZER = ByteTokenizer()
 
@@ -174,14 +173,6 @@ def test_what_evaluation_harnesses_ask_for(server: Server) -> None:
     assert [greedy for _, greedy in expected] == [False, False, True]
 
 
-def test_logprobs_of_a_completion(server: Server) -> None:
-    settings: dict[str, Any] = {"prompt": "good day", "max_tokens": 6, "temperature": 0, "logprobs": 3}
-    told = server.complete(**settings)[1]["choices"][0]["logprobs"]
-    for token, logprob, top in zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True):
-        assert len(top) == 3
-        assert top[token] == logprob == max(top.values())
-
-
 def make_llama(folder: Path) -> tuple[GPT, Tokenizer, dict[str, int]]:
     """A Llama 2 that finds `<0x65>` more probable than `e`, which is the same text, or less, but never as probable."""
     ids = write_llama(folder)
@@ -222,12 +213,6 @@ def test_tokens_of_sentencepiece_keep_spaces_and_do_not_collide(tmp_path: Path) 
     assert twins > 5
 
 
-def bytes_of(tokens: list[str]) -> bytes:
-    """The bytes of tokens by their names."""
-    parts = [re.sub(r"^bytes:\\x(..)$", lambda found: chr(int(found[1], 16)), token) for token in tokens]
-    return "".join(part for part in parts if part != "<|endoftext|>").encode("latin-1")
-
-
 def test_tokens_and_text_belong_together(server: Server) -> None:
     """Whatever ends it, offsets point at the tokens' texts, in a stream as well; the end of a text is a token, too."""
     ended = 0
@@ -238,18 +223,16 @@ def test_tokens_and_text_belong_together(server: Server) -> None:
         told = choice["logprobs"]
         assert len(told["tokens"]) == whole["usage"]["total_tokens"]
         ended += told["tokens"][-1] == "<|endoftext|>"
-        assert choice["text"] == bytes_of(told["tokens"]).decode(errors="replace")
+        parts = [re.sub(r"^bytes:\\x(..)$", lambda found: chr(int(found[1], 16)), token) for token in told["tokens"]]
+        text = "".join(part for part in parts if part != "<|endoftext|>")
+        assert choice["text"] == text.encode("latin-1").decode(errors="replace")
         for token, offset in zip(told["tokens"], told["text_offset"], strict=True):
             if len(token) == 1 and token.isascii():
                 assert token in choice["text"][offset : offset + 2]  # after what may be left of a character
         events = server.client.completions.create(model="m", stream=True, **settings)
-        parts = [event.choices[0].logprobs for event in events]
-        assert [token for part in parts if part for token in part.tokens or []] == told["tokens"]
-        assert [at for part in parts if part for at in part.text_offset or []] == told["text_offset"]
-        if stop := choice["text"][10:12]:
-            cut = server.complete(**settings, stop=stop)[1]["choices"][0]
-            shown = bytes_of(cut["logprobs"]["tokens"]).decode(errors="replace")
-            assert shown.startswith(cut["text"].rstrip("\ufffd"))
+        streamed = [event.choices[0].logprobs for event in events]
+        assert [token for part in streamed if part for token in part.tokens or []] == told["tokens"]
+        assert [at for part in streamed if part for at in part.text_offset or []] == told["text_offset"]
     assert 0 < ended < 4
 
 
@@ -270,16 +253,13 @@ def test_a_request_does_not_notice_its_neighbours(server: Server) -> None:
     [
         ({"prompt": "x" * 33}, "33 tokens of at most 32"),
         ({"prompt": [257]}, "token id 257, where the vocabulary has 257"),
-        *(({"prompt": prompt}, "prompt: ") for prompt in ([], [[]], [-1], {"a": 1}, ["a"] * 2000 + [1])),
+        *(({"prompt": prompt}, "prompt: ") for prompt in ([], [[]], [-1], {"a": 1})),
         ({"prompt": "\ud800"}, "Invalid JSON"),
         ({"max_tokens": 10**9}, "max_tokens: at most 3,000"),
-        ({"max_tokens": "7"}, "max_tokens: Input should be a valid integer"),
         ({"prompt": ["a"] * 17, "n": 2}, "at most 32 completions"),
-        ({"stop": ["a"] * 17}, "stop: "),
         ({"model": "gpt-9"}, "the model here is 'm', not 'gpt-9'"),
         ({"temprature": 1}, "temprature: "),
         ({"presence_penalty": 0.5}, "presence_penalty: "),
-        ({"logit_bias": {"5": 1.0}}, "logit_bias: "),
     ],
 )
 def test_what_cannot_be_done_is_said(server: Server, settings: dict[str, Any], message: str) -> None:
@@ -307,14 +287,11 @@ def test_long_prompts_are_cut_on_demand(server: Server) -> None:
 NESTED = b'{"model": "m", "prompt": ' + b"[" * 9000 + b"]" * 9000 + b"}"
 
 
-@pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b'{"prompt": "\xff"}', b'{"temperature": NaN}', NESTED, b" " * 20_001]
-)
+@pytest.mark.parametrize("body", [b"{", b"[]", b'{"prompt": "\xff"}', b'{"temperature": NaN}', NESTED, b" " * 20_001])
 def test_hostile_bodies(server: Server, body: bytes) -> None:
     status, answer = server.ask("/v1/completions", body)
     assert status == (413 if len(body) > 20_000 else 400)
     assert set(answer["error"]) == {"message", "type", "param", "code"}
-    assert "Traceback" not in json.dumps(answer)
     assert server.complete(prompt="a", max_tokens=1)[0] == 200
 
 
@@ -348,12 +325,10 @@ def test_a_key() -> None:
             assert server.ask(path)[0] == 200
         for path in ("/v1/models", "/metrics"):
             assert server.ask(path, authorization="Bearer s3cret")[0] == 200
-            for wrong in ("", "Bearer s3cre", "Bearer s3crett", "Bearer", "Basic s3cret", "Bearer s\xe9cret"):
+            for wrong in ("", "Bearer s3cre", "Basic s3cret", "Bearer s\xe9cret"):
                 assert server.ask(path, authorization=wrong)[0] == 401
         with pytest.raises(openai.AuthenticationError, match="asks for its key"):
             server.client.completions.create(model="m", prompt="a")
-        client = server.client.with_options(api_key="s3cret")
-        assert client.completions.create(model="m", prompt="a", max_tokens=1).choices
 
 
 @contextmanager
@@ -411,25 +386,9 @@ def test_time_limits() -> None:
         assert "no row became free within 1 seconds" in answer["error"]["message"]
 
 
-def test_a_failure_ends_neither_other_requests_nor_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> Any:
-        raise RuntimeError("secret")
-
+def test_a_failure_ends_neither_other_requests_nor_the_server() -> None:
     model = make_model()
     with serving(model) as server:
-        alone = server.complete(prompt="q", max_tokens=40, seed=4)[1]["choices"]
-        events = iter(server.client.completions.create(model="m", prompt="q", max_tokens=40, seed=4, stream=True))
-        text = next(events).choices[0].text
-        engine = server.scheduler.engine
-        for owner, name in ((engine, "score"), (engine, "add"), (serve, "make_jobs"), (engine, "step")):
-            if name == "step":
-                assert text + "".join(event.choices[0].text for event in events) == alone[0]["text"]
-            with monkeypatch.context() as patch:
-                patch.setattr(owner, name, fail)
-                status, answer = server.complete(prompt="q", echo=True, logprobs=1)
-            assert (status, answer["error"]["type"]) == (500, "server_error")
-            assert "secret" not in json.dumps(answer)
-        assert server.complete(prompt="q")[0] == 200
         weight = model.lm_head.weight.detach().clone()
         with torch.no_grad():
             model.lm_head.weight.fill_(float("nan"))
@@ -440,13 +399,13 @@ def test_a_failure_ends_neither_other_requests_nor_the_server(monkeypatch: pytes
         with torch.no_grad():
             model.lm_head.weight.copy_(weight)
         assert server.complete(prompt="a")[0] == 200
+        assert server.ask("/health") == (200, {"status": "ok"})
 
 
 @pytest.mark.parametrize(
     ("owner", "name", "is_victims"),
     [
         (engine.Engine, "score", lambda _engine, _tokens, count: count == 7),
-        (serve, "choice_of", lambda job: job.request.logprobs == 7),
     ],
 )
 def test_a_fault_in_one_completion_ends_no_other(
@@ -464,73 +423,35 @@ def test_a_fault_in_one_completion_ends_no_other(
     with slowed(server, lambda: time.sleep(0.005)), ThreadPoolExecutor() as pool:
         alone = server.complete(**neighbour)[1]["choices"][0]["text"]
         monkeypatch.setattr(owner, name, fail)
-        answers = [pool.submit(server.complete, **neighbour) for _ in range(2)]
-        server.wait_for(running=2, waiting=0)
-        for stream in (False, True, False, False):
+        other = pool.submit(server.complete, **neighbour)
+        server.wait_for(running=1, waiting=0)
+        for stream in (False, True):
             status, answer = server.complete(stream=stream, **victim)
             assert status == (200 if stream else 500)
             told = answer.decode() if stream else json.dumps(answer)
             assert "server_error" in told
             assert "secret" not in told
-        assert [answer.result()[1]["choices"][0]["text"] for answer in answers] == [alone] * 2
+        assert other.result()[1]["choices"][0]["text"] == alone
         assert server.ask("/health") == (200, {"status": "ok"})
     server.wait_for(running=0, waiting=0)
 
 
-def test_an_echoed_prompt_is_scored_once_for_all_its_completions(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scored, works = list[int](), engine.Engine.score
-    monkeypatch.setattr(engine.Engine, "score", lambda *args: scored.append(len(args[1])) or works(*args))
-    _, answer = server.complete(prompt="a quick", n=3, echo=True, logprobs=1, max_tokens=2, temperature=0)
-    assert len(scored) == 1
-    assert [choice["logprobs"] for choice in answer["choices"]] == [answer["choices"][0]["logprobs"]] * 3
-
-
-def test_what_serving_needs_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.delitem(sys.modules, "nanogpt.serve")
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    with pytest.raises(SystemExit, match="2"):
-        cli.run("serve", [])
-    assert "pip install fastapi uvicorn" in capsys.readouterr().err
-
-
 @pytest.fixture
-def command(recipe: Callable[..., TrainConfig]) -> list[str]:
-    """The program with a model that was trained for two steps."""
-    config = recipe(max_iters=2, eval_interval=2)
-    train.train(config)
-    return [sys.executable, "-m", "nanogpt", "serve", config.out_dir, "--device=cpu", "--max_new_tokens=400000"]
+def program(trained: Path) -> tuple[Started, openai.OpenAI]:
+    """The program with a model that was trained for two steps, and a client of it."""
+    words = ["serve", str(trained), "--device=cpu", "--max_new_tokens=400000", "--port=0"]
+    started = Started(["-m", "nanogpt", *words])
+    started.wait_for("API at /v1")
+    [address] = re.findall(r"page at (\S+),", started.written(0))
+    return started, openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
 
 
-def start(command: list[str]) -> tuple["subprocess.Popen[str]", int]:
-    process = subprocess.Popen([*command, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout
-    line = next(line for line in process.stdout if line.startswith("page at"))
-    return process, int(line.split(",")[0].rsplit(":", 1)[1])
-
-
-def test_the_program_drains_and_ends(command: list[str]) -> None:
-    process, port = start(command)
-    second = subprocess.run([*command, f"--port={port}"], capture_output=True, text=True, check=False)
-    assert second.returncode == 2
-    assert "Traceback" not in second.stderr
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-    events = client.completions.create(model="out", prompt="the", max_tokens=400, stream=True)
-    text = next(events).choices[0].text
-    process.send_signal(signal.SIGTERM)
-    assert len(text + "".join(event.choices[0].text for event in events)) == 400
-    assert process.communicate(timeout=30)[1] == ""
-    assert process.returncode == 0
-
-
-def test_a_second_ctrl_c_cuts_clients_off(command: list[str]) -> None:
-    process, port = start(command)
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+def test_a_second_ctrl_c_cuts_clients_off(program: tuple[Started, openai.OpenAI]) -> None:
+    started, client = program
     next(client.completions.create(model="out", prompt="the", max_tokens=400_000, stream=True))
-    process.send_signal(signal.SIGINT)
+    started.send(signal.SIGINT)
     time.sleep(0.5)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=30)[1] == ""
-    assert process.returncode == 0
+    assert started.process.is_alive()
+    started.send(signal.SIGINT)
+    result = started.wait()
+    assert (result.returncode, result.stderr) == (0, "")

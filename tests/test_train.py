@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,8 @@ from nanogpt.files import locked
 from nanogpt.metrics import read_metrics
 from nanogpt.prepare import prepare
 from nanogpt.settings import EvalConfig, PrepareConfig
-from tests.conftest import ROOT, Program
+from tests.conftest import ROOT, Program, Recipe, full_disk
 
-Recipe = Callable[..., TrainConfig]
 GOLDEN = Path(__file__).parent / "golden" / "tiny_loss.json"
 
 
@@ -67,30 +65,24 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, function: str, call: int, sign
 
 
 def test_it_learns_and_leaves_a_whole_run(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    config = recipe(max_iters=60, lr_decay_iters=60, eval_interval=20, learning_rate=1e-2, min_lr=1e-3)
+    config = recipe(max_iters=57, lr_decay_iters=57, eval_interval=20, learning_rate=1e-2, min_lr=1e-3)
     assert train.train(config) == 0
     names = ["best.pt", "ckpt.prev.pt", "ckpt.pt", "config.json", "lock", "metrics.jsonl"]
     assert sorted(os.listdir(config.out_dir)) == names
-    assert json.loads(Path(config.out_dir, "config.json").read_text())["max_iters"] == 60
+    assert json.loads(Path(config.out_dir, "config.json").read_text())["max_iters"] == 57
     validation = rows(config, "val/loss")
-    assert sorted(validation) == [0, 20, 40, 60]
-    assert validation[60] < validation[0] - 1
-    assert sorted(rows(config, "train/loss")) == list(range(1, 61))
+    assert sorted(validation) == [0, 20, 40, 57]  # The end is always evaluated.
+    assert validation[57] < validation[0] - 1
+    assert sorted(rows(config, "train/loss")) == list(range(1, 58))
+    last = load_checkpoint(Path(config.out_dir, "ckpt.pt"))
+    assert (last.state.step, last.state.tokens) == (57, 57 * 4 * 16)
+    assert {int(state["step"]) for state in (last.optimizer or {})["state"].values()} == {57}
     out = capsys.readouterr().out
     assert "tokens per iteration will be: 64" in out
     assert "learning_rate = 0.01" in out.splitlines()  # what differs from the defaults
-    assert f"step 60: train loss {rows(config, 'train/eval_loss')[60]:.4f}, val loss {validation[60]:.4f}" in out
-    assert len([line for line in out.splitlines() if line.startswith("iter ")]) == 60
-
-
-def test_max_iters_is_the_number_of_steps_and_the_end_is_always_evaluated_and_saved(recipe: Recipe) -> None:
-    config = recipe(max_iters=7, eval_interval=5)
-    train.train(config)
-    last = load_checkpoint(Path(config.out_dir, "ckpt.pt"))
-    assert (last.state.step, last.state.tokens) == (7, 7 * 4 * 16)
-    assert last.optimizer is not None
-    assert {int(state["step"]) for state in last.optimizer["state"].values()} == {7}
-    assert sorted(rows(config, "val/loss")) == [0, 5, 7]
+    assert "weight_decay = 0.1" not in out.splitlines()
+    assert f"step 57: train loss {rows(config, 'train/eval_loss')[57]:.4f}, val loss {validation[57]:.4f}" in out
+    assert len([line for line in out.splitlines() if line.startswith("iter ")]) == 57
 
 
 def test_the_golden_loss_curve(recipe: Recipe) -> None:
@@ -109,13 +101,20 @@ def test_the_golden_loss_curve(recipe: Recipe) -> None:
     assert found["val"] == pytest.approx(expected["val"], abs=2e-3)
 
 
-def test_evaluating_more_often_changes_nothing(recipe: Recipe) -> None:
-    rarely, often = recipe(eval_interval=100, dropout=0.1), recipe(eval_interval=1, dropout=0.1, out_dir="often")
+def test_evaluating_and_showing_text_changes_nothing(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    rarely, often = (
+        recipe(dropout=0.1, eval_interval=100, sample_interval=0),
+        recipe(dropout=0.1, eval_interval=1, out_dir="often"),
+    )
     train.train(rarely)
     train.train(often)
     assert same(weights(rarely), weights(often))
     assert rows(rarely, "train/loss") == rows(often, "train/loss")
     assert rows(rarely, "val/loss").items() <= rows(often, "val/loss").items()
+    assert rows(rarely, "sample") == {}
+    texts = rows(often, "sample")
+    assert list(texts) == [1, 2, 3, 4, 5, 6]
+    assert texts[4].splitlines()[0] in capsys.readouterr().out
 
 
 def test_accumulated_micro_batches_equal_one_large_batch(recipe: Recipe) -> None:
@@ -126,12 +125,11 @@ def test_accumulated_micro_batches_equal_one_large_batch(recipe: Recipe) -> None
         assert list(rows(large, key).values()) == pytest.approx(list(rows(small, key).values()), rel=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adafactor", "adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adafactor"])
 def test_any_optimizer_of_torch_can_be_named(recipe: Recipe, optimizer: str) -> None:
-    config = recipe(optimizer=optimizer, max_iters=40, lr_decay_iters=40, learning_rate=3e-2)
+    config = recipe(optimizer=optimizer, max_iters=20, lr_decay_iters=20, learning_rate=3e-2)
     train.train(config)
-    assert rows(config, "val/loss")[40] < rows(config, "val/loss")[0]
-    train.train(dataclasses.replace(config, max_iters=42, init_from="resume"))
+    assert rows(config, "val/loss")[20] < rows(config, "val/loss")[0]
 
 
 @pytest.mark.parametrize("name", ["nonsense", "lbfgs", "sparseadam"])
@@ -139,17 +137,6 @@ def test_an_optimizer_that_cannot_be_used_is_refused(recipe: Recipe, name: str) 
     with pytest.raises(ConfigError, match="expected muon, or one of torch's"):
         train.train(recipe(optimizer=name))
     assert not Path(recipe().out_dir).exists()
-
-
-def test_text_is_shown_while_it_learns(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    config = recipe(max_iters=6, eval_interval=2, dropout=0.1)
-    train.train(config)
-    texts = rows(config, "sample")
-    assert list(texts) == [2, 4, 6]
-    assert texts[4].splitlines()[0] in capsys.readouterr().out
-    never = recipe(max_iters=6, eval_interval=2, dropout=0.1, sample_interval=0, out_dir="never")
-    train.train(never)
-    assert same(weights(config), weights(never))
 
 
 def test_wandb_gets_the_metrics(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,33 +166,17 @@ def test_wandb_gets_the_metrics(recipe: Recipe, monkeypatch: pytest.MonkeyPatch)
     assert ids[0] == ids[1] != ids[2]  # a resumed run is the same one
 
 
-def test_wandb_without_the_package_is_a_warning(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    assert train.train(recipe(wandb_log=True, max_iters=1)) == 0
-    assert "warning: WandB could not start (import of wandb halted" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("decays", [True, False])
-def test_a_run_that_ends_before_its_warm_up_is_warned_about(
-    recipe: Recipe, capsys: pytest.CaptureFixture[str], decays: bool
-) -> None:
-    train.train(recipe(dry_run=True, warmup_iters=100, decay_lr=decays))
-    shown = capsys.readouterr().err
-    assert ("warning: the run ends in its warm-up" in shown) == decays
-
-
 def test_a_dry_run_says_what_follows_and_writes_nothing(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.train(TrainConfig(dry_run=True, device="cpu", data_dir="/nowhere")) == 0
     out = capsys.readouterr().out
     assert "batch_size = 12" in out
     assert "model: 123.59M parameters" in out
     assert "tokens per iteration will be: 491,520" in out
-    train.train(recipe(dry_run=True, optimizer="muon", learning_rate=0.0, min_lr=0.0))
-    out = capsys.readouterr().out
-    assert "in all 384, 0.0768 epochs of 5,000" in out
-    assert "learning_rate = 0.0\n" not in out  # follows from the width
+    train.train(recipe(dry_run=True, optimizer="muon", learning_rate=0.0, min_lr=0.0, warmup_iters=100))
+    captured = capsys.readouterr()
+    assert "in all 384, 0.0768 epochs of 5,000" in captured.out
+    assert "learning_rate = 0.0\n" not in captured.out  # follows from the width
+    assert "warning: the run ends in its warm-up" in captured.err
     assert not Path(recipe().out_dir).exists()
 
 
@@ -219,15 +190,6 @@ def test_eval_only_writes_nothing(recipe: Recipe, capsys: pytest.CaptureFixture[
     train.train(recipe(eval_only=True, init_from="resume"))
     assert files_of(config) == before
     assert f"step 6: train loss {rows(config, 'train/eval_loss')[6]:.4f}" in capsys.readouterr().out
-
-
-def test_a_run_begins_with_the_settings_that_are_no_defaults(
-    recipe: Recipe, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train.train(recipe(max_iters=1))
-    lines = capsys.readouterr().out.splitlines()
-    assert "n_layer = 2" in lines
-    assert "weight_decay = 0.1" not in lines
 
 
 def test_a_slow_run_says_how_long_it_takes(
@@ -251,7 +213,7 @@ def test_documents_apart_train_and_evaluate(recipe: Recipe, data_dir: Path) -> N
     prepare(PrepareConfig(name="doc", data_dir=str(data_dir), input=["x.txt"], separator=r"\n\n", tokenizer="byte"))
     losses = {}
     for masked in (False, True):
-        config = recipe(dataset="doc", mask_documents=masked, max_iters=30, lr_decay_iters=30, block_size=64)
+        config = recipe(dataset="doc", mask_documents=masked, max_iters=10, lr_decay_iters=10, block_size=64)
         assert train.train(config) == 0
         losses[masked] = evaluate(EvalConfig(out_dir=config.out_dir, device="cpu", dtype="float32"))["loss"]
     assert losses[True] != losses[False]
@@ -271,7 +233,9 @@ def test_a_text_file_is_all_that_is_needed(program: Program, tmp_path: Path) -> 
     assert "preparing" in program("train.py", *words).stdout
 
 
-def test_a_data_set_that_needs_no_network_prepares_itself(recipe: Recipe) -> None:
+def test_a_data_set_that_needs_no_network_prepares_itself(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [str(path) for path in (ROOT / "nanogpt").glob("*.py")]
+    monkeypatch.setattr("nanogpt.prepare.known_sources", lambda *_: dict.fromkeys(sources, 1000))
     config = recipe(dataset="pystdlib", max_iters=1)
     assert train.train(config) == 0
     assert Path(config.data_dir, "pystdlib", "dataset.json").exists()
@@ -310,6 +274,7 @@ def test_what_only_data_and_machine_can_show_is_one_message(
         {"optimizer": "muon", "architecture": "qwen3"},
         {"sampling": "epoch", "dropout": 0.1},
         {"optimizer": "sgd", "dtype": "bfloat16"},
+        {"optimizer": "adafactor", "dtype": "float16"},  # with a gradient scaler
     ],
 )
 def test_a_resumed_run_equals_the_undisturbed_one(recipe: Recipe, settings: dict[str, Any]) -> None:
@@ -390,36 +355,11 @@ def test_resuming_names_what_has_changed(recipe: Recipe, capsys: pytest.CaptureF
     assert out.count("changed since") == 2
 
 
-def test_resuming_with_another_vocabulary_is_refused(recipe: Recipe, data_dir: Path) -> None:
-    train.train(recipe())
-    Path("abc.txt").write_text("abc" * 500)
-    prepare(PrepareConfig(name="other", data_dir=str(data_dir), input=["abc.txt"], tokenizer="char"))
-    with pytest.raises(DataError, match=r"ids of the char tokenizer \(3 entries\), but .* uses the char"):
-        train.train(recipe(init_from="resume", dataset="other"))
-
-
-def test_a_new_run_moves_earlier_ones_aside_and_destroys_none(
-    recipe: Recipe, capsys: pytest.CaptureFixture[str]
-) -> None:
-    runs = []
-    for seed in (1, 2, 3):
-        train.train(recipe(seed=seed))
-        runs.append(weights(recipe()))
-    for n in (1, 2):
-        assert same(weights(recipe(out_dir=f"{recipe().out_dir}/previous-{n}")), runs[n - 1])
-    assert not same(runs[0], runs[2])
-    assert "previous-2" in capsys.readouterr().out
-
-
-def test_a_second_run_in_the_same_folder_is_refused(recipe: Recipe) -> None:
-    train.train(recipe())
-    before = Path(recipe().out_dir, "ckpt.pt").read_bytes()
-    with (
-        locked(Path(recipe().out_dir, "lock"), "a run"),
-        pytest.raises(UserError, match=rf"process {os.getpid()} on "),
-    ):
+def test_a_second_run_in_the_same_folder_is_refused(trained: Path, recipe: Recipe) -> None:
+    before = files_of(recipe())
+    with locked(trained / "lock", "a run"), pytest.raises(UserError, match=rf"process {os.getpid()} on "):
         train.train(recipe())
-    assert Path(recipe().out_dir, "ckpt.pt").read_bytes() == before
+    assert files_of(recipe()) == before
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -455,20 +395,12 @@ def test_finetuning_that_only_gets_worse_still_leaves_its_best(recipe: Recipe) -
     assert best.state.best_val_loss == pytest.approx(min(losses[4], losses[6]))
 
 
-def test_a_disk_that_fills_up_is_one_message_and_keeps_the_old_checkpoint(recipe: Recipe) -> None:
-    resource = pytest.importorskip("resource", reason="no limits on file sizes here")
-    train.train(recipe(max_iters=2))
-    before = Path(recipe().out_dir, "ckpt.pt").read_bytes()
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        with pytest.raises(UserError, match=r"cannot write .*\.pt"):
-            train.train(recipe(init_from="resume", max_iters=3))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert Path(recipe().out_dir, "ckpt.pt").read_bytes() == before
-    assert list(Path(recipe().out_dir).glob("*.tmp")) == []
+def test_a_disk_that_fills_up_is_one_message_and_keeps_the_old_checkpoint(trained: Path, recipe: Recipe) -> None:
+    before = (trained / "ckpt.pt").read_bytes()
+    with full_disk(), pytest.raises(UserError, match=r"cannot write .*\.pt"):
+        train.train(recipe(init_from="resume", max_iters=3))
+    assert (trained / "ckpt.pt").read_bytes() == before
+    assert list(trained.glob("*.tmp")) == []
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -544,15 +476,6 @@ def test_float16_skips_a_norm_that_overflows_though_no_gradient_does(
     last = load_checkpoint(Path(recipe().out_dir, "ckpt.pt"))
     assert last.state.skipped == 2
     assert all((state["exp_avg"] == 0).all() for state in last.optimizer["state"].values())  # type: ignore[index]
-
-
-def test_float16_trains_with_a_scaler(recipe: Recipe) -> None:
-    config = recipe(dtype="float16", max_iters=8)
-    train.train(config)
-    losses = list(rows(config, "train/loss").values())
-    assert losses[-1] < losses[0]
-    train.train(recipe(dtype="float16", max_iters=10, init_from="resume"))
-    assert max(rows(config, "train/loss")) == 10
 
 
 def test_on_mps_nothing_needs_float64_pinned_memory_or_cuda(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
