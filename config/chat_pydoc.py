@@ -6,9 +6,9 @@
 # $ python train.py config/chat_pydoc.py --init_from=Qwen/Qwen3-0.6B --lora_rank=16 --learning_rate=1e-3
 
 out_dir = "out-chat-pydoc"
-eval_interval = 50
+eval_interval = 100
 eval_iters = 10
-log_interval = 10
+log_interval = 20
 always_save_checkpoint = False
 
 wandb_project = "pydoc"
@@ -20,7 +20,7 @@ block_size = 256  # rows hold whole conversations, as many as fit
 # 16 rows * 256 tokens = 4,096 tokens per iteration, of which a third are answers, which alone count in the loss
 batch_size = 16
 gradient_accumulation_steps = 1
-max_iters = 300
+max_iters = 600
 
 learning_rate = 3e-3  # for less than a million parameters; 1e-3 for adapters, 2e-5 for all weights of a large model
 warmup_iters = 20

@@ -18,7 +18,7 @@ from nanogpt.data import open_dataset
 from nanogpt.errors import CheckpointError, DataError
 from nanogpt.evaluate import evaluate
 from nanogpt.export import export
-from nanogpt.huggingface import FIELDS, OURS, SCALING, load_pretrained, read_config
+from nanogpt.huggingface import DEFAULTS, FIELDS, OURS, SCALING, load_pretrained, read_config
 from nanogpt.prepare import prepare
 from nanogpt.sample import sample
 from nanogpt.settings import EvalConfig, ExportConfig, PrepareConfig, SampleConfig
