@@ -102,7 +102,6 @@ def test_every_documented_command_is_understood(tmp_path: Path) -> None:
      ("train --learning_rate=1e-5", "min_lr=6e-05 is above learning_rate=1e-05: set --min_lr=1e-06 or --decay_lr=0"),
      ("export out", "output is missing"), ("export --output=x --dtype=q8_0", "dtype=q8_0: --to=hf cannot hold it"),
      ("export --output=x --to=flat --dtype=float16", "dtype=float16: --to=flat cannot hold it"),
-     ("export --output=x --push=here", "push='here': expected USER/NAME"),
      ("prepare", "which data set? for example"), ("prepare x --tokenizer=bpe:100", "bpe:N (from 257)"),
      ("prepare x --val_fraction=1", "val_fraction=1.0: expected auto or a value between 0 and 1"),
      ("prepare x --tokenizer=words", "tokenizer='words': expected char, byte, gpt2, bpe:N"),
@@ -164,7 +163,7 @@ def test_presets_have_the_parameters_of_their_models(name: str) -> None:
     ("settings", "message"),
     [({"activation": "relu"}, "activation='relu': expected gelu or gelu_tanh"),
      ({"n_layer": -1}, "n_layer=-1: expected a value >= 1"),
-     ({"n_embd": 10}, "n_embd=10 is not a multiple of n_head=4; n_embd=12 would be")],
+     ({"n_embd": 10}, "n_embd=10 is not a multiple of n_head=4")],
 )  # fmt: skip
 def test_a_shape_that_cannot_be_built_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
