@@ -280,6 +280,7 @@ class GPT(nn.Module):
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
+        self.head_loss = head_loss  # FSDP puts its compiled form here
         if not self.lm_head.weight.is_meta:
             self.init_weights(zero_init)
 
@@ -318,7 +319,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x[:, [-1]]), None
         if not return_logits:
-            return None, head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+            return None, self.head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
         logits = self.lm_head(x)
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
