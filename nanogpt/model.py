@@ -234,6 +234,7 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = make_norm(config, config.n_embd)
         self.gradient_checkpointing = False  # recompute each block in the backward pass, to save memory
+        self.has_compiled_blocks = False
 
     def forward(self, idx: Tensor, document_ids: Tensor | None = None, cache: Any = None) -> Tensor:
         T = idx.shape[1]
@@ -247,7 +248,8 @@ class Transformer(nn.Module):
             positions = positions_in(document_ids)
             # FlexAttention is fast only when compiled for CUDA, and supports neither dropout nor head sizes below 16.
             has_dropout = self.training and self.drop.p > 0 and self.config.is_gpt2
-            use_flex = idx.is_cuda and torch.compiler.is_compiling() and self.config.head_size >= 16 and not has_dropout
+            is_compiled = self.has_compiled_blocks or torch.compiler.is_compiling()
+            use_flex = idx.is_cuda and is_compiled and self.config.head_size >= 16 and not has_dropout
             mask = document_mask(document_ids, dense=not use_flex)
         x: Tensor = self.wte(idx)  # (B, T, C)
         rotary = None
@@ -280,7 +282,7 @@ class GPT(nn.Module):
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
-        self.head_loss = head_loss  # FSDP puts its compiled form here
+        self.head_loss = head_loss  # where blocks are compiled one by one, its compiled form
         if not self.lm_head.weight.is_meta:
             self.init_weights(zero_init)
 

@@ -55,6 +55,9 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Processes]:
     make_mesh = meshes.init_device_mesh
     monkeypatch.setattr(meshes, "init_device_mesh", lambda _, shape, **names: make_mesh("cpu", shape, **names))
     monkeypatch.setattr(Device, "total_memory", lambda _: 0)
+    # DDP's own exchange, of 4 bytes per parameter, would need answers.
+    ddp = type("DDP", (), {"__new__": lambda _, network, **__: network})
+    monkeypatch.setattr(distributed, "DistributedDataParallel", ddp)
 
     def start(count: int) -> Distributed:
         if count > 1:
@@ -97,11 +100,13 @@ def test_a_run_compiles_once_to_train_and_once_to_evaluate(
     assert len(graphs) == 2
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
-def test_fsdp_compiles_blocks_and_loss_once_each(architecture: Any, graphs: list[str], processes: Processes) -> None:
+@pytest.mark.parametrize(("architecture", "parallel"), [("gpt2", "ddp"), ("gpt2", "fsdp"), ("qwen3", "fsdp")])
+def test_several_processes_compile_block_and_loss_once_each(
+    architecture: Any, parallel: str, graphs: list[str], processes: Processes
+) -> None:
     device, ids = Device("cpu", "cuda", torch.bfloat16, compile=True), torch.zeros(2, 65, dtype=torch.int64)
     shape = GPTConfig(architecture=architecture, vocab_size=128, **SHAPE)
-    network = parallelize(GPT(shape), "fsdp", device, processes(8))
+    network = parallelize(GPT(shape), parallel, device, processes(8))
     for training in (True, True, False, True):
         network.train(training)
         with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16):
@@ -148,13 +153,9 @@ class Traffic(TorchDispatchMode):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_step_of_several_processes(
-    optimizer: str, parallel: str, count: int, processes: Processes, monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
-) -> None:  # fmt: skip
+    optimizer: str, parallel: str, count: int, processes: Processes, request: pytest.FixtureRequest
+) -> None:
     """What they send, and that none asks its GPU for a number."""
-    # DDP's own exchange, of 4 bytes per parameter, would need answers.
-    ddp = type("DDP", (), {"__new__": lambda _, network, **__: network})
-    monkeypatch.setattr(distributed, "DistributedDataParallel", ddp)
     step, network, _ = a_step(processes(count), parallel=parallel, optimizer=optimizer)
     step(0)
     with Traffic() as traffic:
