@@ -212,6 +212,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return this process's shard of a tensor that may be sharded."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def shard_like(parameter: Tensor, value: Tensor) -> Tensor:
     """Return a full tensor that belongs to a parameter, such as a moment of Adam, sharded as the parameter is."""
     if not is_sharded(parameter) or is_sharded(value) or value.shape != parameter.shape:

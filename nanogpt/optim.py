@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nanogpt.config import TrainConfig
 from nanogpt.device import without_compiler
-from nanogpt.distributed import full_tensor, shard_like
+from nanogpt.distributed import local_shard
 from nanogpt.errors import ConfigError
 from nanogpt.model import GPT, linear_maps
 
@@ -102,31 +102,54 @@ class Muon(AdamW):  # type: ignore[misc]
             state = self.state[matrix]
             if not state:  # torch's AdamW expects `step` when it loads a state
                 state.update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(matrix))
-            momentum = state["momentum_buffer"]
-            gradient = matrix.grad if is_bad is None else torch.where(is_bad > 0, momentum, matrix.grad)
+            momentum, gradient = local_shard(state["momentum_buffer"]), local_shard(matrix.grad)
+            gradient = gradient if is_bad is None else torch.where(is_bad > 0, momentum, gradient)
             momentum.lerp_(gradient, 1 - group["momentum"])
-            directions.append(gradient.lerp(momentum, group["momentum"]))  # Nesterov: where the momentum will be
+            # Nesterov: where the momentum will be.
+            directions.append(gradient.lerp(momentum, group["momentum"]).to(self.dtype))
             matrix.grad = None
-        # One matrix per process at a time, so that sharded models never need all full tensors at once.
-        n_processes = c10d.get_world_size() if c10d.is_initialized() else 1
-        size = n_processes if n_processes > 1 else len(matrices)
-        for first in range(0, len(matrices), size):
-            part = slice(first, first + size)
-            stack = torch.stack([full_tensor(each).to(self.dtype) for each in directions[part]])
-            for matrix, direction in zip(matrices[part], orthogonalize_together(stack, group["cuts"]), strict=True):
-                matrix.mul_(1 - rate * group["weight_decay"])
-                matrix.sub_(shard_like(matrix, direction.to(matrix.dtype)) * rate)
+        stack = torch.stack(directions)
+        del directions  # At billions of parameters, each copy counts.
+        stack = orthogonalize_together(stack, group["cuts"], getattr(matrices[0], "device_mesh", None))
+        for matrix, direction in zip(map(local_shard, matrices), stack, strict=True):
+            matrix.mul_(1 - rate * group["weight_decay"])
+            matrix.sub_(direction.to(matrix.dtype) * rate)
 
 
-def orthogonalize_together(stack: Tensor, cuts: list[int]) -> Tensor:
-    """Orthogonalize a stack (n, R, C), n <= number of processes, of which each computes the matrix of its rank."""
+def orthogonalize_together(stack: Tensor, cuts: list[int], mesh: Any) -> Tensor:
+    """Orthogonalize a stack of matrices (n, R, C), in place if there are several processes: each computes some of them.
+
+    mesh: over which FSDP shards the matrices; then the stack consists of this process's rows of each.
+    """
     if not c10d.is_initialized() or c10d.get_world_size() == 1:
         return orthogonalize(stack, cuts)
-    rank, n_processes = c10d.get_rank(), c10d.get_world_size()
-    mine = orthogonalize(stack[rank : rank + 1], cuts) if rank < len(stack) else torch.zeros_like(stack[:1])
-    everyone = torch.empty(n_processes, *stack.shape[1:], dtype=stack.dtype, device=stack.device)
-    c10d.all_gather_into_tensor(everyone, mine)
-    return everyone[: len(stack)]
+    group = mesh and mesh.get_group(mesh.ndim - 1)
+    rank, size, (n, r, C) = c10d.get_rank(group), c10d.get_world_size(group), stack.shape
+    owned, rows = chunk_sizes(n, size), chunk_sizes(sum(cuts), size)
+    if mesh is None:
+        mine = range(sum(owned[:rank]), sum(owned[: rank + 1]))
+        for k, matrix in enumerate(stack):
+            matrix.copy_(orthogonalize(matrix[None], cuts)[0] if k in mine else torch.zeros_like(matrix))
+        c10d.all_reduce(stack)
+        return stack
+    # One all-to-all brings each process all rows of its matrices, another takes the new rows back. If each process held
+    # all matrices of a shape, 8 billion parameters on 64 GPUs would take 10 GB more on each of them.
+    sent, received = [count * r for count in owned], [owned[rank] * count for count in rows]
+    whole = stack.new_empty(sum(received), C)
+    c10d.all_to_all_single(whole, stack.flatten(0, 1), received, sent, group)
+    parts = zip(whole.split_with_sizes(received), rows, strict=True)
+    whole = torch.cat([part.view(owned[rank], count, C) for part, count in parts], dim=1)  # (owned, R, C)
+    for matrix in whole:
+        matrix.copy_(orthogonalize(matrix[None], cuts)[0])
+    whole = torch.cat([part.flatten(0, 1) for part in whole.split_with_sizes(rows, dim=1)])
+    c10d.all_to_all_single(stack.flatten(0, 1), whole, sent, received, group)
+    return stack
+
+
+def chunk_sizes(count: int, processes: int) -> list[int]:
+    """Return how many of `count` items each process has, as FSDP divides rows."""
+    size = -(-count // processes)
+    return [min(size, max(0, count - n * size)) for n in range(processes)]
 
 
 def orthogonalize(stack: Tensor, cuts: list[int]) -> Tensor:
