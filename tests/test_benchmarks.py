@@ -56,6 +56,8 @@ for name in ("tqdm", "tokenizers", "safetensors", "huggingface_hub", "transforme
     sys.modules[name] = None  # importing it fails
 import bare, gpu, gpu_bytes, gpu_time_to_loss, nanogpt.train
 bare.python_sources(bare.Path({str(tmp_path / "python")!r}), megabytes=1)
+from nanogpt.tokenizer import ByteTokenizer
+assert ByteTokenizer().has_ids_of(ByteTokenizer())  # as resuming asks
 print(nanogpt.__file__)
 """
     result = subprocess.run(
