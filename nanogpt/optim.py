@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from nanogpt.config import TrainConfig
 from nanogpt.device import without_compiler
-from nanogpt.distributed import local_shard
 from nanogpt.errors import ConfigError
 from nanogpt.model import GPT, linear_maps
 
@@ -97,59 +96,46 @@ class Muon(AdamW):  # type: ignore[misc]
             return
         is_bad = getattr(self, "found_inf", None)
         rate = group["lr"] if is_bad is None else group["lr"] * (1 - is_bad)
+        mesh = getattr(matrices[0], "device_mesh", None)  # of FSDP; then this process has some rows of each matrix
         directions = []
         for matrix in matrices:
             state = self.state[matrix]
             if not state:  # torch's AdamW expects `step` when it loads a state
                 state.update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(matrix))
-            momentum, gradient = local_shard(state["momentum_buffer"]), local_shard(matrix.grad)
+            momentum, gradient = (t.to_local() if mesh else t for t in (state["momentum_buffer"], matrix.grad))
             gradient = gradient if is_bad is None else torch.where(is_bad > 0, momentum, gradient)
             momentum.lerp_(gradient, 1 - group["momentum"])
-            # Nesterov: where the momentum will be.
-            directions.append(gradient.lerp(momentum, group["momentum"]).to(self.dtype))
+            directions.append(gradient.lerp(momentum, group["momentum"]).to(self.dtype))  # Nesterov's
             matrix.grad = None
-        stack = torch.stack(directions)
-        del directions  # At billions of parameters, each copy counts.
-        stack = orthogonalize_together(stack, group["cuts"], getattr(matrices[0], "device_mesh", None))
-        for matrix, direction in zip(map(local_shard, matrices), stack, strict=True):
-            matrix.mul_(1 - rate * group["weight_decay"])
-            matrix.sub_(direction.to(matrix.dtype) * rate)
+        for matrix, direction in zip(matrices, orthogonalize_together(directions, group["cuts"], mesh), strict=True):
+            weight = matrix.to_local() if mesh else matrix
+            weight.mul_(1 - rate * group["weight_decay"])
+            weight.sub_(direction.to(weight.dtype) * rate)
 
 
-def orthogonalize_together(stack: Tensor, cuts: list[int], mesh: Any) -> Tensor:
-    """Orthogonalize a stack of matrices (n, R, C), in place if there are several processes: each computes some of them.
-
-    mesh: over which FSDP shards the matrices; then the stack consists of this process's rows of each.
-    """
+def orthogonalize_together(matrices: list[Tensor], cuts: list[int], mesh: Any) -> Tensor:
+    """Orthogonalize n matrices (R, C), of which each process computes some; with FSDP's mesh, each passes its rows."""
+    stack = torch.stack(matrices)
     if not c10d.is_initialized() or c10d.get_world_size() == 1:
         return orthogonalize(stack, cuts)
     group = mesh and mesh.get_group(mesh.ndim - 1)
-    rank, size, (n, r, C) = c10d.get_rank(group), c10d.get_world_size(group), stack.shape
-    owned, rows = chunk_sizes(n, size), chunk_sizes(sum(cuts), size)
+    rank, size, (n, r, C), R = c10d.get_rank(group), c10d.get_world_size(group), stack.shape, sum(cuts)
+    count, height = -(-n // size), -(-R // size)  # matrices that a process computes, rows that FSDP gives it
     if mesh is None:
-        mine = range(sum(owned[:rank]), sum(owned[: rank + 1]))
         for k, matrix in enumerate(stack):
-            matrix.copy_(orthogonalize(matrix[None], cuts)[0] if k in mine else torch.zeros_like(matrix))
+            matrix.copy_(orthogonalize(matrix[None], cuts)[0] if k // count == rank else torch.zeros_like(matrix))
         c10d.all_reduce(stack)
         return stack
     # One all-to-all brings each process all rows of its matrices, another takes the new rows back. If each process held
     # all matrices of a shape, 8 billion parameters on 64 GPUs would take 10 GB more on each of them.
-    sent, received = [count * r for count in owned], [owned[rank] * count for count in rows]
-    whole = stack.new_empty(sum(received), C)
-    c10d.all_to_all_single(whole, stack.flatten(0, 1), received, sent, group)
-    parts = zip(whole.split_with_sizes(received), rows, strict=True)
-    whole = torch.cat([part.view(owned[rank], count, C) for part, count in parts], dim=1)  # (owned, R, C)
+    shards = nn.functional.pad(stack, (0, 0, 0, height - r, 0, size * count - n))  # what all processes have alike
+    received = torch.empty_like(shards)
+    c10d.all_to_all_single(received, shards, group=group)
+    whole = received.view(size, count, height, C).transpose(0, 1).flatten(1, 2)  # (count, R and padding, C)
     for matrix in whole:
-        matrix.copy_(orthogonalize(matrix[None], cuts)[0])
-    whole = torch.cat([part.flatten(0, 1) for part in whole.split_with_sizes(rows, dim=1)])
-    c10d.all_to_all_single(stack.flatten(0, 1), whole, sent, received, group)
-    return stack
-
-
-def chunk_sizes(count: int, processes: int) -> list[int]:
-    """Return how many of `count` items each process has, as FSDP divides rows."""
-    size = -(-count // processes)
-    return [min(size, max(0, count - n * size)) for n in range(processes)]
+        matrix[:R] = orthogonalize(matrix[None, :R], cuts)[0]
+    c10d.all_to_all_single(shards, whole.view(count, size, height, C).transpose(0, 1).flatten(0, 1), group=group)
+    return shards[:n, :r]
 
 
 def orthogonalize(stack: Tensor, cuts: list[int]) -> Tensor:
