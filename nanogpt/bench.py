@@ -35,7 +35,7 @@ def make_step(
     model = GPT(config.model_config(vocab_size), config.zero_init)
     model.transformer.gradient_checkpointing = config.gradient_checkpointing
     run = Run(config, device, dist, dataset, model)
-    network = parallelize(model, config.parallel, device, dist)
+    network = parallelize(model, config, device, dist)
     optimizer = make_optimizer(model, config, device.dtype)
     rows = dist.my_rows(config.batch_size, config.gradient_accumulation_steps)
     n_micro = math.ceil(len(rows) / config.batch_size)
@@ -44,7 +44,7 @@ def make_step(
         x, y = (device.put(ids) for ids in get_batch(dataset, n, config, rows))
         loss = torch.zeros((), device=device.name)
         for k, (xb, yb) in enumerate(zip(x.tensor_split(n_micro), y.tensor_split(n_micro), strict=True), start=1):
-            with gradient_sync(network, is_last=k == n_micro):
+            with gradient_sync(network, k == n_micro, config):
                 micro_loss = compute_loss(run, network, xb, yb) * (len(xb) / len(x))
                 micro_loss.backward()  # type: ignore[no-untyped-call]
             loss += micro_loss.detach()

@@ -234,7 +234,7 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = make_norm(config, config.n_embd)
         self.gradient_checkpointing = False  # recompute each block in the backward pass, to save memory
-        self.has_compiled_blocks = False
+        self.is_compiled = False  # or the blocks are
 
     def forward(self, idx: Tensor, document_ids: Tensor | None = None, cache: Any = None) -> Tensor:
         T = idx.shape[1]
@@ -248,8 +248,7 @@ class Transformer(nn.Module):
             positions = positions_in(document_ids)
             # FlexAttention is fast only when compiled for CUDA, and supports neither dropout nor head sizes below 16.
             has_dropout = self.training and self.drop.p > 0 and self.config.is_gpt2
-            is_compiled = self.has_compiled_blocks or torch.compiler.is_compiling()
-            use_flex = idx.is_cuda and is_compiled and self.config.head_size >= 16 and not has_dropout
+            use_flex = idx.is_cuda and self.is_compiled and self.config.head_size >= 16 and not has_dropout
             mask = document_mask(document_ids, dense=not use_flex)
         x: Tensor = self.wte(idx)  # (B, T, C)
         rotary = None

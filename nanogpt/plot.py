@@ -29,7 +29,7 @@ _PANELS = [  # over what, which columns of metrics.jsonl, and what to write besi
 # Settings that do not change what a model learns.
 _WITHOUT_EFFECT = """out_dir model text resume eval_only log_interval always_save_checkpoint checkpoint_interval
     keep_checkpoints sample_interval plot dry_run wandb_log wandb_project wandb_run_name tensorboard_log backend
-    dist_timeout verbosity""".split()
+    shard_group gather_once dist_timeout verbosity""".split()
 
 
 class RunRecord:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as c10d
-import torch.distributed.device_mesh as meshes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.tensor import DTensor
@@ -52,8 +51,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Processes]:
     """Make this process the first of several; what it sends goes nowhere, what it receives is arbitrary."""
-    make_mesh = meshes.init_device_mesh
-    monkeypatch.setattr(meshes, "init_device_mesh", lambda _, shape, **names: make_mesh("cpu", shape, **names))
+    make_mesh = c10d.init_device_mesh
+    monkeypatch.setattr(c10d, "init_device_mesh", lambda _, shape, **names: make_mesh("cpu", shape, **names))
     monkeypatch.setattr(Device, "total_memory", lambda _: 0)
     # DDP's own exchange, of 4 bytes per parameter, would need answers.
     ddp = type("DDP", (), {"__new__": lambda _, network, **__: network})
@@ -106,7 +105,7 @@ def test_several_processes_compile_block_and_loss_once_each(
 ) -> None:
     device, ids = Device("cpu", "cuda", torch.bfloat16, compile=True), torch.zeros(2, 65, dtype=torch.int64)
     shape = GPTConfig(architecture=architecture, vocab_size=128, **SHAPE)
-    network = parallelize(GPT(shape), parallel, device, processes(8))
+    network = parallelize(GPT(shape), TrainConfig(parallel=parallel), device, processes(8))
     for training in (True, True, False, True):
         network.train(training)
         with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16):
