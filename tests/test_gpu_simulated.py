@@ -148,24 +148,33 @@ class Traffic(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("count", [1, 8, 64])
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("parallel", "count"), [("ddp", 1), ("ddp", 8), ("ddp", 64), ("fsdp", 8), ("fsdp", 64), ("groups", 64)]
+)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_of_several_processes(optimizer: str, parallel: str, count: int, processes: Processes) -> None:
-    """What they send, and that none asks its GPU for a number."""
-    step, network, _ = a_step(processes(count), parallel=parallel, optimizer=optimizer)
+def test_what_a_step_of_several_processes_sends(
+    optimizer: str, parallel: str, count: int, processes: Processes
+) -> None:
+    """And that none asks its GPU for a number."""
+    how = (
+        {"parallel": "fsdp", "shard_group": 8, "gather_once": True} if parallel == "groups" else {"parallel": parallel}
+    )
+    step, network, _ = a_step(processes(count), optimizer=optimizer, **how)
     step(0)
     with Traffic() as traffic:
         step(1)
     assert traffic.waits.total() == 0
     everything = network.get_num_params(non_embedding=False)
     blocks = sum(parameter.numel() for parameter in network.transformer.h.parameters())
-    expected = {}
-    if count > 1 and parallel == "fsdp":  # blocks travel in 16 bits, forward and backward, the rest in 32 bits
-        expected = {"allgather_base": 2 * (2 * 2 * blocks + 4 * (everything - blocks)),
-                    "reduce_scatter_base": 2 * 4 * everything}  # fmt: skip
+    others = everything - blocks
+    expected: dict[str, int] = {}
+    if parallel == "fsdp":  # blocks travel in 16 bits, forward and backward, the rest in 32 bits, both micro-batches
+        expected = {"allgather_base": 2 * (2 * 2 * blocks + 4 * others), "reduce_scatter_base": 2 * 4 * everything}
+    elif parallel == "groups":  # once per step, and between groups the shards of gradients
+        expected = {"allgather_base": 2 * blocks + 4 * others, "reduce_scatter_base": 4 * everything,
+                    "allreduce": 4 * everything // 8}  # fmt: skip
     if count > 1 and optimizer == "muon":  # directions in 16 bits: all of them, or those of one's own matrices, twice
-        of_one = 2 * blocks * -(-12 // count) // 12
+        of_one = 2 * blocks * -(-12 // (8 if parallel == "groups" else count)) // 12
         expected |= {"allreduce": 2 * blocks} if parallel == "ddp" else {"alltoall_base": 2 * of_one}
     sent = {name: size for name, size in traffic.bytes.items() if size > 5000}
     assert sent == pytest.approx(expected, rel=0.02)
