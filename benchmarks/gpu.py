@@ -43,7 +43,7 @@ CHECKS: dict[str, tuple[dict[str, Any], float]] = {
 }
 SMALL = {"compile": False, "n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128, "batch_size": 8,
          "gradient_accumulation_steps": 2, "warmup_iters": 5, "max_iters": 30, "eval_interval": 1000, "eval_iters": 2,
-         "log_interval": 1, "plot": False}  # fmt: skip
+         "log_interval": 1, "sample_interval": 0, "plot": False}  # fmt: skip
 
 
 def report(name: str, function: Callable[[], dict[str, Any]]) -> bool:

@@ -34,7 +34,7 @@ def make_step(
     model = GPT(config.model_config(vocab_size), config.zero_init)
     model.transformer.gradient_checkpointing = config.gradient_checkpointing
     run = Run(config, device, dist, dataset, model)
-    network = parallelize(model, config.parallel, device, dist)
+    network = parallelize(model, config, device, dist)
     optimizer = make_optimizer(model, config, device.dtype)
     rows = dist.my_rows(config.batch_size, config.gradient_accumulation_steps)
     n_micro = math.ceil(len(rows) / config.batch_size)
@@ -44,7 +44,7 @@ def make_step(
         loss = torch.zeros((), device=device.name)
         micro_batches = zip(*(tensor.tensor_split(n_micro) for tensor in batch), strict=True)
         for k, micro_batch in enumerate(micro_batches, start=1):
-            with gradient_sync(network, is_last=k == n_micro):
+            with gradient_sync(network, k == n_micro, config):
                 micro_loss = compute_loss(run, network, *micro_batch) * (len(micro_batch[0]) / len(rows))
                 micro_loss.backward()  # type: ignore[no-untyped-call]
             loss += micro_loss.detach()

@@ -200,6 +200,8 @@ class TrainConfig(Shape, Machine):
     # --- several processes (torchrun) ---
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # auto: nccl on CUDA, else gloo
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # auto: fsdp if weights, gradients and moments fill half a GPU
+    shard_group: int = 0  # fsdp: each so many processes, such as those of a machine, hold a model; 0: all hold one
+    gather_once: bool = False  # fsdp: exchange once per step, not per micro-batch, for 6 bytes per parameter more
     dist_timeout: float = 10.0  # minutes that a process waits for the others
     # --- data ---
     data_dir: str = "data"  # folder of the data sets

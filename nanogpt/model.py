@@ -234,6 +234,7 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = make_norm(config, config.n_embd)
         self.gradient_checkpointing = False  # recompute each block in the backward pass, to save memory
+        self.is_compiled = False  # or the blocks are
 
     def forward(self, idx: Tensor, document_ids: Tensor | None = None, cache: Any = None) -> Tensor:
         T = idx.shape[1]
@@ -247,7 +248,7 @@ class Transformer(nn.Module):
             positions = positions_in(document_ids)
             # FlexAttention is fast only when compiled for CUDA, and supports neither dropout nor head sizes below 16.
             has_dropout = self.training and self.drop.p > 0 and self.config.is_gpt2
-            use_flex = idx.is_cuda and torch.compiler.is_compiling() and self.config.head_size >= 16 and not has_dropout
+            use_flex = idx.is_cuda and self.is_compiled and self.config.head_size >= 16 and not has_dropout
             mask = document_mask(document_ids, dense=not use_flex)
         x: Tensor = self.wte(idx)  # (B, T, C)
         rotary = None
@@ -280,6 +281,7 @@ class GPT(nn.Module):
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
+        self.head_loss = head_loss  # where blocks are compiled one by one, its compiled form
         if not self.lm_head.weight.is_meta:
             self.init_weights(zero_init)
 
@@ -318,7 +320,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x[:, [-1]]), None
         if not return_logits:
-            return None, head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+            return None, self.head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
         logits = self.lm_head(x)
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 

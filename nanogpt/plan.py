@@ -29,10 +29,11 @@ _MEMORY = {"B200": 180, "GH200": 96, "H200": 141, "H100": 80, "A100": 80, "L40S"
 
 def memory(model: GPT, rows: int, *, dtype: torch.dtype, parallel: str = "none", processes: int = 1,
            accumulate: bool = False, gradient_checkpointing: bool = False, on_cpu: bool = False,
-           muon: bool = False) -> dict[str, float]:  # fmt: skip
+           muon: bool = False, gather_once: bool = False) -> dict[str, float]:  # fmt: skip
     """Return the bytes that training needs per device, by what they are for, in micro-batches of `rows` windows.
 
-    The model may consist of meta tensors. parallel: none, ddp or fsdp. accumulate: more than one micro-batch per step.
+    The model may consist of meta tensors. parallel: none, ddp or fsdp. processes: that share a model with fsdp.
+    accumulate: more than one micro-batch per step.
     """
     shape, d = model.config, dtype.itemsize
     C, F, V = shape.n_embd, shape.n_hidden, shape.vocab_size
@@ -63,8 +64,9 @@ def memory(model: GPT, rows: int, *, dtype: torch.dtype, parallel: str = "none",
 
     share = processes if parallel == "fsdp" else 1
     copies = 2 * total if d == 2 else 0  # of weights in 16 bits, or all-gathered by FSDP
-    if parallel == "fsdp":  # two blocks at a time, one of them with its gradient, and always what is outside of blocks
-        copies = 2 * d * in_block + (d + 4) * in_block + 8 * (total - shape.n_layer * in_block)
+    if parallel == "fsdp":  # three blocks at a time, one of them with its gradient; always what is outside of blocks
+        in_blocks = (shape.n_layer * (d + 4) if gather_once else 3 * d + 4) * in_block
+        copies = in_blocks + 8 * (total - shape.n_layer * in_block)
     weights = gradients = 4 * total / share
     optimizer = (8 * total - 4 * muon * shape.n_layer * in_block) / share  # Muon keeps one moment, AdamW two
 
@@ -122,7 +124,8 @@ def plan(config: PlanConfig) -> None:
     rows = min(config.batch_size, share)
     parallel = choose_parallel(config.parallel, n_parameters, size, dtype) if config.gpus > 1 else "none"
     how: dict[str, Any] = {
-        "dtype": dtype, "parallel": parallel, "processes": config.gpus, "muon": config.optimizer == "muon",
+        "dtype": dtype, "parallel": parallel, "processes": config.shard_group or config.gpus,
+        "muon": config.optimizer == "muon", "gather_once": config.gather_once,
         "accumulate": share > rows, "on_cpu": name == "cpu", "gradient_checkpointing": config.gradient_checkpointing,
     }  # fmt: skip
     needed = memory(model, rows, **how)

@@ -66,7 +66,7 @@ def train(config: TrainConfig) -> int:
         dataset = open_or_prepare(config, dist)
         config, model, resumed = build_or_resume(config, dataset, dist)
         # The model itself, compiled in place where that pays, or DDP around it.
-        network = distributed.parallelize(model, config.parallel, device, dist)
+        network = distributed.parallelize(model, config, device, dist)
         run = Run(config, device, dist, dataset, model, any(map(distributed.is_sharded, model.parameters())))
         optimizer = make_optimizer(model, config, device.dtype)
         scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
@@ -147,7 +147,7 @@ def train(config: TrainConfig) -> int:
                 micro_batches = zip(*(tensor.tensor_split(n_micro) for tensor in batch), strict=True)
                 for n, (x, y, *document_ids) in enumerate(micro_batches, start=1):
                     share = ((y >= 0).sum() if dataset.chats else y.numel()) / n_targets
-                    with distributed.gradient_sync(network, is_last=n == n_micro):
+                    with distributed.gradient_sync(network, n == n_micro, config):
                         micro_loss = compute_loss(run, network, x, y, *document_ids) * share
                         scaler.scale(micro_loss).backward()
                     loss += micro_loss.detach()

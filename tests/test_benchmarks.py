@@ -40,8 +40,10 @@ def test_the_gpu_benchmarks_start_with_torch_and_numpy_alone(tmp_path: Path) -> 
 import sys
 for name in ("tqdm", "tokenizers", "safetensors", "huggingface_hub", "transformers", "datasets", "matplotlib"):
     sys.modules[name] = None  # importing it fails
-import bare, gpu, gpu_time_to_loss, nanogpt.train
+import bare, gpu, gpu_bytes, gpu_time_to_loss, nanogpt.train
 bare.python_sources(bare.Path({str(tmp_path / "python")!r}), megabytes=1)
+from nanogpt.tokenizer import ByteTokenizer
+assert ByteTokenizer().has_ids_of(ByteTokenizer())  # as resuming asks
 print(nanogpt.__file__)
 """
     result = subprocess.run(

@@ -238,8 +238,9 @@ def test_the_mask_of_blocks_is_the_dense_one() -> None:
     torch.testing.assert_close(dense, blocks, atol=1e-5, rtol=1e-5)
 
 
-def test_the_mask_of_blocks_can_be_compiled_and_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way that CUDA goes, traced as one graph; only the kernels themselves are not there to be run."""
+@pytest.mark.parametrize("by_block", [False, True])
+def test_the_mask_of_blocks_can_be_compiled_and_trained(by_block: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way that CUDA goes, traced whole or block by block; only the kernels are not there to be run."""
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     idx = random_ids(2, 128, vocab_size=20)
 
@@ -248,8 +249,8 @@ def test_the_mask_of_blocks_can_be_compiled_and_trained(monkeypatch: pytest.Monk
         torch.manual_seed(0)
         model = GPT(GPTConfig(block_size=128, vocab_size=61, n_layer=2, n_head=2, n_embd=32))
         model.transformer.gradient_checkpointing = True
-        if in_blocks:
-            model.compile(backend="aot_eager", fullgraph=True)
+        for module in (model.transformer.h if by_block else [model]) if in_blocks else []:
+            module.compile(backend="aot_eager", fullgraph=True)
         with torch.autocast("cpu", torch.bfloat16):
             _, loss = model(idx, idx, document_ids=document_ids_of(idx, 0), return_logits=False)
         loss.backward()
