@@ -166,9 +166,9 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         self.last = time.monotonic()
         if not self.is_sharded and not self.dist.is_main:
             return
-        fields, (arguments, unknown) = asdict(model.config), original_arguments(model.config)
+        fields = asdict(model.config)
         content: dict[str, Any] = {
-            "model_args": fields if unknown else arguments, "iter_num": state.step,
+            "model_args": original_arguments(model.config), "iter_num": state.step,
             "best_val_loss": state.best_val_loss, "config": asdict(self.config),
             "nanogpt": {"format": FORMAT, "model_config": fields, "tokenizer": tokenizer.describe(),
                         "adapter": asdict(model.adapter) if model.adapter else None,
@@ -538,11 +538,11 @@ def load_model(
     return loaded.build_model(device, dropout), loaded.tokenizer
 
 
-def original_arguments(config: GPTConfig) -> tuple[dict[str, Any], list[str]]:
-    """Return the seven arguments of the original's GPTConfig, and the settings that it lacks for this network."""
+def original_arguments(config: GPTConfig) -> dict[str, Any]:
+    """Return the seven arguments of the original's GPTConfig, or all of ours for a network that it has not."""
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
     arguments = {name: getattr(config, name) for name in names}
     known = vars(GPTConfig(**arguments, rope_theta=config.rope_theta))
     # The tanh form of GELU, which OpenAI's weights have, is near enough to its own.
-    unknown = [name for name, value in vars(config).items() if value not in (known[name], "gelu_tanh")]
-    return arguments, [f"{name}={getattr(config, name)}" for name in unknown]
+    is_known = all(value in (known[name], "gelu_tanh") for name, value in vars(config).items())
+    return arguments if is_known else asdict(config)

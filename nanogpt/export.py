@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from nanogpt import __version__
-from nanogpt.checkpoint import TrainedModel, load_trained, original_arguments, write_file
+from nanogpt.checkpoint import TrainedModel, load_trained
 from nanogpt.device import Device
 from nanogpt.errors import ConfigError, UserError
 from nanogpt.files import atomic_write, sync_folder
@@ -19,7 +19,6 @@ from nanogpt.gguf import MARK, save_gguf
 from nanogpt.huggingface import save_pretrained
 from nanogpt.lora import save_peft
 from nanogpt.settings import ExportConfig
-from nanogpt.tokenizer import CharTokenizer, GPT2Tokenizer
 
 TAG = "tags: [nanogpt]"  # in the README.md of an exported folder
 FOLDERS = ("hf", "peft")  # forms of an export that are folders
@@ -42,11 +41,9 @@ def export(config: ExportConfig) -> None:
                 save_peft(folder, trained.model)
             else:
                 save_pretrained(folder, trained.model, trained.tokenizer, getattr(torch, config.dtype))
-    elif config.to == "gguf":
+    else:
         with atomic_write(output) as file:
             save_gguf(Path(file.name), output.stem, trained.model, trained.tokenizer, config.dtype)
-    else:
-        save_original(output, trained, settings)
     print(f"wrote {output} from {trained.name}")
 
 
@@ -70,18 +67,6 @@ def model_card(trained: TrainedModel, settings: dict[str, Any], name: str) -> st
     table = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items())
     head = f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{TAG}\n---\n\n# {name}\n"
     return f"{head}\nMade with nanoGPT {__version__}.\n\n| | |\n|---|---|\n{table}\n"
-
-
-def save_original(path: Path, trained: TrainedModel, settings: dict[str, Any]) -> None:
-    """Write what the original's sample.py loads. Raises `ConfigError` for a model or a tokenizer that it lacks."""
-    arguments, unknown = original_arguments(trained.model.config)
-    if unknown:
-        raise ConfigError(f"the original nanoGPT has no {', '.join(unknown)}; --to=hf carries this model")
-    if not isinstance(trained.tokenizer, (CharTokenizer, GPT2Tokenizer)):
-        raise ConfigError(f"the original nanoGPT knows characters and GPT-2's tokens, not the {trained.tokenizer}")
-    progress = {"iter_num": trained.state.step, "best_val_loss": trained.state.best_val_loss}
-    content = {"model_args": arguments, "model": trained.model.state_dict(), "optimizer": None, **progress}
-    write_file(path, {"config": {MARK: __version__, **settings}, **content})
 
 
 @contextmanager

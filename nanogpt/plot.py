@@ -84,7 +84,8 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 def plot(config: PlotConfig) -> None:
     """Draw the curves of the runs in `out_dir` into one picture; of several, print best losses and what differs."""
     runs = [RunRecord(Path(path)) for path in config.out_dir]
-    unit = use_one_unit(runs)
+    folders = {(run.config.get("data_dir"), run.config.get("dataset")) for run in runs}
+    unit = "nats per token" + ": different data, no comparison" * (len(folders) > 1)
     target = Path(config.output or ("comparison.png" if runs[1:] else Path(config.out_dir[0]) / "loss.png"))
     draw(runs, target, unit)
     print(f"drew {target}")
@@ -100,22 +101,6 @@ def plot(config: PlotConfig) -> None:
     settings = [(name, *(str(run.config.get(name)) for run in runs)) for name in runs[0].config if name != "out_dir"]
     print()
     print_table([("setting", *(run.name for run in runs)), *(row for row in settings if len(set(row[1:])) > 1)])
-
-
-def use_one_unit(runs: Sequence[RunRecord]) -> str:
-    """Make the losses of runs comparable, and return their unit: bits per byte if they have different data sets."""
-    folders = [Path(str(run.config.get("data_dir")), str(run.config.get("dataset"))) for run in runs]
-    if len(set(folders)) == 1:
-        return "nats per token"
-    abouts = [read_json(folder / "dataset.json") for folder in folders]
-    if not all("bytes" in about for about in abouts):
-        return "nats per token: different data, no comparison"
-    for run, about in zip(runs, abouts, strict=True):
-        tokens, n_bytes = about["tokens"], about["bytes"]
-        rates = {f"{split}/loss": tokens[split] / n_bytes[split] / math.log(2) for split in ("train", "val")}
-        for row in run.rows:
-            row.update({name: row[name] * rate for name, rate in rates.items() if row.get(name) is not None})
-    return "bits per byte"
 
 
 def draw(runs: Sequence[RunRecord], target: Path, unit: str = "nats per token") -> None:

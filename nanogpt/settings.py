@@ -113,10 +113,9 @@ class EvalConfig(SourceConfig, Machine):
 
 
 class ExportConfig(SourceConfig):
-    """Write a trained model for other programs: transformers and vLLM, llama.cpp, the original nanoGPT."""
+    """Write a trained model for other programs: transformers and vLLM, llama.cpp, peft."""
 
-    to: Literal["hf", "gguf", "flat", "peft"] = "hf"  # folder for transformers, file for llama.cpp, the original's
-    # ckpt.pt, folder for peft with the adapters alone
+    to: Literal["hf", "gguf", "peft"] = "hf"  # folder for transformers, file for llama.cpp, folder of adapters for peft
     output: str = ""  # folder or file to write
     dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = "float32"  # of matrices; q8_0: 8 bits, only for gguf
     force: bool = False  # replace an earlier export
@@ -125,7 +124,7 @@ class ExportConfig(SourceConfig):
         yield from super().problems()
         if not self.output:
             yield "output is missing: name the folder or file to write, --output=PATH"
-        if (self.dtype == "q8_0" and self.to != "gguf") or (self.dtype != "float32" and self.to == "flat"):
+        if self.dtype == "q8_0" and self.to != "gguf":
             yield f"dtype={self.dtype}: --to={self.to} cannot hold it; --dtype=float32 always works"
 
 

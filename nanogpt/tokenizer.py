@@ -216,7 +216,7 @@ class CharTokenizer(Tokenizer):
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
         if self.kind == "vocabulary":
-            raise DataError(f"how the {self} cuts text into tokens is known to its maker only; try --to=flat")
+            raise DataError(f"how the {self} cuts text into tokens is known to its maker only")
         engine = Tokenizer(models.WordLevel({token: i for i, token in enumerate(self.tokens)}))
         engine.pre_tokenizer, engine.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
         return engine

@@ -101,7 +101,6 @@ def test_every_documented_command_is_understood(tmp_path: Path) -> None:
      ("train --init_from=out/ckpt.pt", "an existing folder or checkpoint"),
      ("train --learning_rate=1e-5", "min_lr=6e-05 is above learning_rate=1e-05: set --min_lr=1e-06 or --decay_lr=0"),
      ("export out", "output is missing"), ("export --output=x --dtype=q8_0", "dtype=q8_0: --to=hf cannot hold it"),
-     ("export --output=x --to=flat --dtype=float16", "dtype=float16: --to=flat cannot hold it"),
      ("prepare", "which data set? for example"), ("prepare x --tokenizer=bpe:100", "bpe:N (from 257)"),
      ("prepare x --val_fraction=1", "val_fraction=1.0: expected auto or a value between 0 and 1"),
      ("prepare x --tokenizer=words", "tokenizer='words': expected char, byte, gpt2, bpe:N"),

@@ -66,7 +66,9 @@ def test_the_program_prints_a_line_of_json(recipe: Recipe, capsys: pytest.Captur
 
 def test_data_dir_is_where_an_originals_checkpoint_has_its_characters(recipe: Recipe, data_dir: Path) -> None:
     train.train(recipe(max_iters=1))
-    export(ExportConfig(out_dir="out", output="flat.pt", to="flat"))
+    content = torch.load("out/best.pt", weights_only=True)
+    del content["nanogpt"]
+    torch.save(content, "flat.pt")
     data_dir.rename("elsewhere")
     settings: dict[str, Any] = {"data_dir": "elsewhere", "device": "cpu"}
     for source in ({"init_from": "flat.pt", "dataset": "tiny"}, {"checkpoint": "flat.pt"}):

@@ -107,28 +107,7 @@ def test_rows_that_only_pad_the_vocabulary_stay_behind(tmp_path: Path) -> None:
         torch.testing.assert_close(again(x, x)[0], model(x, x)[0][..., : TOKENIZER.vocab_size])
 
 
-def test_flat_is_the_originals_dictionary(trained: Path, recipe: Recipe, data_dir: Path, tmp_path: Path) -> None:
-    export(ExportConfig(out_dir=str(trained), to="flat", output=str(tmp_path / "flat" / "ckpt.pt")))
-    content = torch.load(tmp_path / "flat" / "ckpt.pt", weights_only=True)
-    assert set(content) == {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"}
-    assert content["config"]["dataset"] == "tiny"
-    assert str(tmp_path) not in str(content["config"])  # what is given away tells nothing of this machine
-    best = load_checkpoint(trained / "best.pt")
-    assert all(torch.equal(content["model"][name], tensor) for name, tensor in best.weights.items())
-    again = load_checkpoint(tmp_path / "flat" / "ckpt.pt", str(data_dir))
-    assert again.tokenizer.describe() == best.tokenizer.describe()
-    write_dataset(data_dir / "fox", TOKENIZER, FOX[:500], FOX[500:])
-    for settings, message in (
-        ({"architecture": "llama"}, r"has no .*architecture=llama.*; --to=hf carries this model"),
-        ({"dataset": "fox"}, "knows characters and GPT-2's tokens, not the BPE"),
-    ):
-        train.train(recipe(**settings, max_iters=1, out_dir="other"))
-        with pytest.raises(ConfigError, match=message):
-            export(ExportConfig(out_dir="other", to="flat", output="x/ckpt.pt"))
-    assert not Path("x/ckpt.pt").exists()
-
-
-@pytest.mark.parametrize("to", ["hf", "gguf", "flat"])
+@pytest.mark.parametrize("to", ["hf", "gguf"])
 def test_only_an_earlier_export_is_ever_replaced(to: str, trained: Path) -> None:
     def run(output: str, **settings: Any) -> None:
         export(ExportConfig(**{"out_dir": str(trained), "output": output, "to": to, **settings}))
@@ -171,7 +150,7 @@ def test_what_others_lack_is_refused(architecture: str, option: str) -> None:
         list(tensors_of(model, 20))
 
 
-@pytest.mark.parametrize("to", ["hf", "gguf", "flat"])
+@pytest.mark.parametrize("to", ["hf", "gguf"])
 def test_a_full_disk_is_one_message_and_leaves_what_was_there(to: Any, trained: Path, tmp_path: Path) -> None:
     for force in (False, True):  # at first nothing is there, then an earlier export
         settings = ExportConfig(out_dir=str(trained), to=to, output=str(tmp_path / "m"), force=force)

@@ -271,7 +271,7 @@ def test_a_vocabulary_of_ones_own_is_looked_up_by_character() -> None:
     assert module.from_description(tokenizer.describe()).describe() == tokenizer.describe()
     with pytest.raises(DataError, match=r"vocabulary of 3 characters lacks '4' \(U\+0034\), 'e' \(U\+0065\)"):
         tokenizer.encode("e4")
-    with pytest.raises(DataError, match="try --to=flat"):
+    with pytest.raises(DataError, match="known to its maker only"):
         _ = tokenizer.definition
 
 
