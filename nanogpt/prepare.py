@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from nanogpt.chats import BEGINS, COUNTS, conversation_ids, with_template
 from nanogpt.config import TrainConfig
@@ -458,6 +457,8 @@ def read_units(work: Path, config: PrepareConfig, plan: State, sources: list[str
 
 def encode(work: Path, config: PrepareConfig, plan: State, sources: dict[str, int], tokenizer: Tokenizer) -> None:
     """Encode the units that are not done, and append their ids in order; `plan` and plan.json say how far that is."""
+    from tqdm import tqdm  # not on bare machines, where only training runs
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_proc = config.num_proc or cores
     pool: Executor = ThreadPoolExecutor(1)
