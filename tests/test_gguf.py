@@ -95,16 +95,14 @@ def test_how_a_tokenizer_cuts_text_comes_and_goes(name: str, tmp_path: Path) -> 
     again = load_gguf(tmp_path / "m.gguf")[1]
     for text in ("12345 the quick don't\n\n  brown", "e\u0301 FOX's"):
         assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
-    for change in ({"normalizer": {"type": "Lowercase"}}, {"pre_tokenizer": {"type": "Whitespace"}}):
-        other = BPETokenizer(json.dumps({**definition, **change}), BPE.end_of_text)
-        with pytest.raises(DataError, match=r"llama\.cpp can't cut text as the BPE"):
-            save_gguf(tmp_path / "m.gguf", "m", make("gpt2", BPE), other, "float32")
+    other = BPETokenizer(json.dumps({**definition, "normalizer": {"type": "Lowercase"}}), BPE.end_of_text)
+    with pytest.raises(DataError, match=r"llama\.cpp can't cut text as the BPE"):
+        save_gguf(tmp_path / "m.gguf", "m", make("gpt2", BPE), other, "float32")
 
 
 @pytest.mark.parametrize(
     ("architecture", "tokenizer"),
-    [("gpt2", GPT2Tokenizer()), ("gpt2", BPE), ("llama", CHAR), ("llama", BPE), ("qwen2", ByteTokenizer()),
-     ("qwen3", BPE)],
+    [("gpt2", BPE), ("llama", CHAR), ("qwen2", ByteTokenizer()), ("qwen3", BPE)],
     ids=str,
 )  # fmt: skip
 def test_out_and_in_again(architecture: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -186,11 +184,8 @@ def test_sentencepieces_vocabulary_becomes_merges() -> None:
     [(lambda w: w.add_string("general.architecture", "bert"), "its architecture is 'bert'; known: gpt2, llama"),
      (lambda w: w.add_string("qwen3.rope.scaling.type", "yarn"), "stretched in a way that is not known here: yarn"),
      (lambda w: w.add_string("tokenizer.ggml.pre", "tekken"), "not known here: tekken; known: gpt-2, llama-bpe"),
-     (lambda w: w.add_string("tokenizer.ggml.model", "t5"), "its tokenizer is of the kind 't5'"),
      (lambda w: w.add_uint32("qwen3.block_count", 3), "'blk.2.attn_norm.weight' is missing"),
-     (lambda w: w.add_uint32("qwen3.block_count", 1), "tensors have no place in the model, blk.1"),
-     (lambda w: w.add_uint32("qwen3.block_count", 10**9), "is missing"),
-     (lambda w: w.add_uint32("qwen3.embedding_length", 10**6), "tensors do not fit the shape")],
+     (lambda w: w.add_uint32("qwen3.block_count", 1), "tensors have no place in the model, blk.1")],
 )  # fmt: skip
 def test_an_unusable_file_is_one_message(
     change: Callable[[Any], None], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -242,13 +237,6 @@ def test_tokens_as_others_write_them(tmp_path: Path, monkeypatch: pytest.MonkeyP
     again = load_gguf(tmp_path / "m.gguf")[1]
     assert again.encode_prompt("the<think>the") == [*BPE.encode("the"), BPE.vocab_size, *BPE.encode("the")]
     assert (again.end_tokens, again.vocab_size) == ({BPE.end_of_text}, tokenizer.vocab_size)
-
-
-@pytest.mark.parametrize("content", [b"", b"GGUF", b"x" * 100])
-def test_a_damaged_file_is_one_message(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "m.gguf").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"m\.gguf cannot be read"):
-        load_gguf(tmp_path / "m.gguf")
 
 
 @pytest.mark.slow
