@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes and sends signals")
 @pytest.mark.parametrize(
-    ("kills", "others"), [(3, 0), pytest.param(300, 20, marks=[pytest.mark.slow, pytest.mark.faults])]
+    ("kills", "others"), [(5, 0), pytest.param(300, 20, marks=[pytest.mark.slow, pytest.mark.faults])]
 )
 def test_nothing_is_lost_and_no_bit_differs(kills: int, others: int) -> None:
     command = [sys.executable, "-m", "tests.faults.harness", f"--kills={kills}", f"--others={others}"]
