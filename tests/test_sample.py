@@ -12,39 +12,26 @@ from nanogpt import gguf, train
 from nanogpt import sample as module
 from nanogpt.checkpoint import TrainedModel, load_model, load_trained
 from nanogpt.cli import parse
-from nanogpt.config import GPTConfig, TrainConfig
+from nanogpt.config import GPTConfig
 from nanogpt.device import choose_device
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.export import export
-from nanogpt.huggingface import save_pretrained
 from nanogpt.model import GPT
 from nanogpt.sample import SEPARATOR, TextStream, prompt_ids, sample
 from nanogpt.settings import ExportConfig, SampleConfig
-from nanogpt.tokenizer import (
-    ByteTokenizer,
-    CharTokenizer,
-    Tokenizer,
-    from_description,
-    make_tokenizer,
-    read_tokenizer,
-)
-from tests.conftest import write_dataset, write_llama
+from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, from_description, make_tokenizer, read_tokenizer
+from tests.conftest import Recipe, write_dataset, write_llama
+
+Run = Callable[..., list[str]]
 
 
 @pytest.fixture
-def out_dir(recipe: Callable[..., TrainConfig]) -> str:
-    config = recipe(max_iters=30, lr_decay_iters=30, eval_interval=30, learning_rate=1e-2, min_lr=1e-3)
-    train.train(config)
-    return config.out_dir
-
-
-@pytest.fixture
-def run(out_dir: str, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
+def run(trained: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     """`run(start="the")`: the samples that the program prints."""
 
     def samples(**settings: Any) -> list[str]:
         capsys.readouterr()
-        defaults = {"out_dir": out_dir, "device": "cpu", "num_samples": 3, "max_new_tokens": 40}
+        defaults = {"out_dir": str(trained), "device": "cpu", "num_samples": 3, "max_new_tokens": 40}
         sample(SampleConfig(**{**defaults, **settings}))
         text = capsys.readouterr().out.split("parameters\n", 1)[1]
         return text.removesuffix(f"\n{SEPARATOR}\n").split(f"\n{SEPARATOR}\n")
@@ -52,38 +39,43 @@ def run(out_dir: str, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[
     return samples
 
 
-def test_samples_continue_the_prompt(run: Callable[..., list[str]], tmp_path: Path) -> None:
-    samples = run(start="the q")
-    assert [len(text) for text in samples] == [45] * 3
-    assert all(text.startswith("the q") for text in samples)
-    assert len(set(samples)) > 1
+def test_samples_continue_the_prompt(run: Run) -> None:
+    for precision in ({"dtype": "float32"}, {"dtype": "bfloat16"}, {"int8": True}):
+        samples = run(start="the q", **precision)
+        assert [len(text) for text in samples] == [45] * 3
+        assert all(text.startswith("the q") for text in samples)
+        assert len(set(samples)) > 1
     for encoding in ("utf-8", "utf-8-sig"):
-        (tmp_path / "prompt.txt").write_text("jumps over\n", encoding=encoding)
+        Path("prompt.txt").write_text("jumps over\n", encoding=encoding)
         assert run(start="FILE:prompt.txt", max_new_tokens=0) == ["jumps over\n"] * 3
 
 
-def test_the_seed_decides_and_greedy_needs_none(run: Callable[..., list[str]]) -> None:
+def test_the_seed_decides_and_greedy_needs_none(run: Run) -> None:
     assert run(seed=3) == run(seed=3) != run(seed=4)
-    assert run(seed=3, temperature=0) == run(seed=4, temperature=0)
-    assert len(run(temperature=0)) == 1
+    greedy = run(seed=3, temperature=0)
+    assert greedy == run(seed=4, temperature=0)
+    assert len(greedy) == 1
     assert run(temperature=0, window="slide", max_new_tokens=12) == run(temperature=0, max_new_tokens=12)
 
 
-def test_it_needs_no_data_and_no_particular_folder(run: Callable[..., list[str]], out_dir: str) -> None:
+def test_it_needs_no_data_and_no_particular_folder(run: Run, trained: Path) -> None:
     expected = run()
-    Path(out_dir).rename("moved")
+    trained.rename("moved")
     Path("data").rename("away")
     assert run(out_dir="moved") == expected
 
 
-def test_an_impossible_prompt_is_one_message(out_dir: str) -> None:
-    for start, error, message in (
+@pytest.mark.parametrize(
+    ("start", "error", "message"),
+    [
         ("thé", DataError, r"lacks 'é' \(U\+00E9\)"),
         ("FILE:missing.txt", OSError, "No such file or directory: 'missing.txt'"),
         ("the quick brown f", ConfigError, "the prompt has 17 tokens and the model sees 16 at a time"),
-    ):
-        with pytest.raises(error, match=message):
-            sample(SampleConfig(out_dir=out_dir, device="cpu", start=start))
+    ],
+)
+def test_an_impossible_prompt_is_one_message(run: Run, start: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        run(start=start)
 
 
 def test_the_empty_prompt() -> None:
@@ -92,7 +84,7 @@ def test_the_empty_prompt() -> None:
     assert prompt_ids("", CharTokenizer("\na")) == prompt_ids("\n", CharTokenizer("ab")) == [0]
 
 
-def test_stop_strings_end_a_sample(run: Callable[..., list[str]]) -> None:
+def test_stop_strings_end_a_sample(run: Run) -> None:
     ended = run(start="the", seed=5, stop=["qqq", "o"])
     assert ended == ["the" + text[3:].split("o")[0] for text in run(start="the", seed=5)]
     assert any(len(text) < 43 for text in ended)
@@ -115,22 +107,10 @@ def test_the_end_of_a_text_ends_a_sample(monkeypatch: pytest.MonkeyPatch, capsys
     assert samples("--stop_at_eos=False") == whole
 
 
-def test_logprobs_are_listed(run: Callable[..., list[str]]) -> None:
+def test_logprobs_are_listed(run: Run) -> None:
     lines = run(num_samples=1, start="the", max_new_tokens=6, logprobs=2)[1].splitlines()
     assert len(lines) == 6
     assert all(re.fullmatch(r" +-?\d\.\d{3} '.+' +( +'.+' -?\d\.\d{3}){2}", line) for line in lines)
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3"])
-def test_a_folder_in_hugging_faces_format(kind: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shape = GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16, architecture=kind)
-    save_pretrained(tmp_path, GPT(shape), ByteTokenizer(), torch.float32)
-    for precision in ("--dtype=float32", "--dtype=bfloat16", "--int8"):
-        words = [f"--init_from={tmp_path}", "--device=cpu", precision, "--start=hello", "--max_new_tokens=20"]
-        sample(parse(SampleConfig, [*words, "--num_samples=2"], ""))
-        text = capsys.readouterr().out
-        assert text.count("hello") == text.count(SEPARATOR) == 2
-        assert all(line.count(str(tmp_path)) <= 1 for line in text.splitlines())
 
 
 def streamed(tokenizer: Tokenizer, ids: Iterable[int], stop: Sequence[str] = (), prompt: str = "") -> list[str]:
@@ -142,13 +122,11 @@ def streamed(tokenizer: Tokenizer, ids: Iterable[int], stop: Sequence[str] = (),
 @pytest.mark.parametrize(
     ("text", "stop", "expected"),
     [
-        ("abcabd", ["abd"], "abc"),
         ("aaab", ["aab"], "a"),
         ("abab", ["abc"], "abab"),  # a beginning that never became one
         ("one two", ["two", "one t"], ""),
         ("one, two", ["wo", "two"], "one, "),  # the one that begins first, though both are there at once
         ("x€y€z", ["y€"], "x€"),
-        ("anything", [], "anything"),
     ],
 )
 def test_a_text_ends_before_its_stop_string(text: str, stop: list[str], expected: str) -> None:
@@ -189,9 +167,7 @@ def test_sentencepieces_bytes_and_spaces(tokens: list[str], expected: list[str],
 
 
 @pytest.mark.parametrize("kind", ["llama 2", "llama 3", "qwen"])
-def test_prompts_begin_as_transformers_begins_them(
-    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prompts_begin_as_transformers_begins_them(kind: str, tmp_path: Path) -> None:
     write_llama(tmp_path, starts=kind == "llama 2")
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     if kind == "llama 3":
@@ -206,15 +182,11 @@ def test_prompts_begin_as_transformers_begins_them(
     assert not make_tokenizer(str(tmp_path), "", []).adds_bos  # of a data set
     lengths = {}
     for setting in ("auto", "True", "False"):
-        words = [f"--init_from={tmp_path}", f"--add_bos={setting}", "--start=Hello world", "--max_new_tokens=1"]
-        config = parse(SampleConfig, [*words, "--num_samples=1", "--device=cpu"], "")
+        config = parse(SampleConfig, [f"--init_from={tmp_path}", f"--add_bos={setting}", "--device=cpu"], "")
         lengths[setting] = len(prompt_ids("x", load_trained(config, choose_device(config)).tokenizer))
-        sample(config)
-        assert "\nHello world" in capsys.readouterr().out
     assert lengths == {"auto": 2 if kind == "qwen" else 3, "True": 3, "False": 2}
-    exported = tmp_path / "exported"
-    export(ExportConfig(init_from=str(tmp_path), output=str(exported)))
-    assert AutoTokenizer.from_pretrained(exported)("Hello").input_ids == theirs("Hello").input_ids
+    export(ExportConfig(init_from=str(tmp_path), output="exported"))
+    assert AutoTokenizer.from_pretrained("exported")("Hello").input_ids == theirs("Hello").input_ids
 
 
 @pytest.mark.parametrize(
@@ -222,22 +194,19 @@ def test_prompts_begin_as_transformers_begins_them(
     [("llama", None, True), ("llama", False, False), ("gpt2", None, False), ("gpt2", True, True)],
 )
 def test_a_gguf_says_whether_prompts_have_a_start_token(model: str, said: bool | None, adds: bool) -> None:
-    keys = {"general.architecture": "llama", "tokenizer.ggml.model": model, "tokenizer.ggml.pre": "qwen2"}
-    keys |= {"tokenizer.ggml.tokens": ["<s>", "a", "b"], "tokenizer.ggml.token_type": [3, 1, 1]}  # type: ignore[dict-item]
-    keys |= {"tokenizer.ggml.merges": [], "tokenizer.ggml.scores": [0.0] * 3}  # type: ignore[dict-item]
-    keys |= {"tokenizer.ggml.bos_token_id": 0}  # type: ignore[dict-item]
-    tokenizer = gguf.read_tokenizer(keys | ({} if said is None else {"tokenizer.ggml.add_bos_token": said}))
+    about = {"model": model, "pre": "qwen2", "tokens": ["<s>", "a", "b"], "token_type": [3, 1, 1], "merges": [],
+             "scores": [0.0] * 3, "bos_token_id": 0} | ({} if said is None else {"add_bos_token": said})  # fmt: skip
+    keys = {f"tokenizer.ggml.{name}": value for name, value in about.items()}
+    tokenizer = gguf.read_tokenizer({"general.architecture": "llama", **keys})
     assert (tokenizer.adds_bos, tokenizer.bos) == (adds, 0)
 
 
-def test_a_start_token_stays_with_the_model_that_knows_it(recipe: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    write_llama(tmp_path / "llama")
-    tokenizer = make_tokenizer(str(tmp_path / "llama"), "", [])
+def test_a_start_token_stays_with_the_model_that_knows_it(recipe: Recipe, data_dir: Path) -> None:
+    write_llama(Path("llama"))
+    tokenizer = make_tokenizer("llama", "", [])
     ids = tokenizer.encode("Hello world is true " * 20)
-    write_dataset(tmp_path / "data" / "words", tokenizer, ids, ids)
-    found = []
-    for settings in ({"init_from": str(tmp_path / "llama")}, {"init_from": "resume"}, {"init_from": "scratch"}):
-        config = recipe(dataset="words", max_iters=1 + (settings["init_from"] == "resume"), **settings)
+    write_dataset(data_dir / "words", tokenizer, ids, ids)
+    for init_from, adds in (("llama", True), ("resume", True), ("scratch", False)):
+        config = recipe(dataset="words", max_iters=1 + (init_from == "resume"), init_from=init_from)
         train.train(config)
-        found.append(load_model(config.out_dir)[1].adds_bos)
-    assert found == [True, True, False]
+        assert load_model(config.out_dir)[1].adds_bos == adds
