@@ -5,13 +5,14 @@ import itertools
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanogpt import data, train
@@ -19,7 +20,7 @@ from nanogpt.checkpoint import Checkpoints, checkpoints_of, load_checkpoint
 from nanogpt.cli import parse
 from nanogpt.config import TrainConfig
 from nanogpt.device import Device
-from nanogpt.errors import CheckpointError, ConfigError, DataError, DivergedError, UserError
+from nanogpt.errors import ConfigError, DataError, DivergedError, UserError
 from nanogpt.evaluate import evaluate
 from nanogpt.files import locked
 from nanogpt.metrics import read_metrics
@@ -140,30 +141,16 @@ def test_an_optimizer_that_cannot_be_used_is_refused(recipe: Recipe, name: str) 
 
 
 def test_wandb_gets_the_metrics(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    logged: list[dict[str, float]] = []
-    ids: list[object] = []
-
-    class FakeRun:
-        def log(self, values: dict[str, float], step: int) -> None:
-            logged.append({**values, "step": step})
-
-        def finish(self, exit_code: int) -> None:
-            logged.append({"exit_code": exit_code})
-
-    class FakeWandb:
-        @staticmethod
-        def init(**settings: object) -> FakeRun:
-            assert (settings["project"], settings["resume"]) == ("p", "allow")
-            ids.append(settings["id"])
-            return FakeRun()
-
-    monkeypatch.setitem(__import__("sys").modules, "wandb", FakeWandb)
-    train.train(recipe(wandb_log=True, wandb_project="p", max_iters=2))
-    assert [row["step"] for row in logged if "val/loss" in row] == [0, 2]
-    assert logged[-1] == {"exit_code": 0}
-    train.train(recipe(wandb_log=True, wandb_project="p", max_iters=4, init_from="resume"))
-    train.train(recipe(wandb_log=True, wandb_project="p", max_iters=1))
-    assert ids[0] == ids[1] != ids[2]  # a resumed run is the same one
+    wandb = MagicMock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for settings in ({"max_iters": 2}, {"max_iters": 4, "init_from": "resume"}, {"max_iters": 1}):
+        train.train(recipe(wandb_log=True, wandb_project="p", **settings))
+    begun = [call.kwargs for call in wandb.init.call_args_list]
+    assert [(settings["project"], settings["resume"]) for settings in begun] == [("p", "allow")] * 3
+    assert begun[0]["id"] == begun[1]["id"] != begun[2]["id"]  # a resumed run is the same one
+    logged = wandb.init.return_value.log.call_args_list
+    assert [call.kwargs["step"] for call in logged if "val/loss" in call.args[0]] == [0, 2, 4, 0, 1]
+    assert [call.kwargs for call in wandb.init.return_value.finish.call_args_list] == [{"exit_code": 0}] * 3
 
 
 def test_a_dry_run_says_what_follows_and_writes_nothing(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,22 +231,16 @@ def test_a_data_set_that_needs_no_network_prepares_itself(recipe: Recipe, monkey
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"dataset": "nowhere"}, DataError, "python -m nanogpt prepare nowhere --data_dir="),
         ({"block_size": 9_999_999}, DataError, "the train split has 5,000 tokens, too few for block_size=9999999"),
         ({"block_size": 900}, DataError, "the val split has 720 tokens"),
         ({"mask_documents": True}, ConfigError, "no token of the char tokenizer"),
-        ({"init_from": "resume"}, CheckpointError, "train a model first"),
-        ({"device": "cuda"}, ConfigError, "finds none here"),
     ],
 )
-def test_what_only_data_and_machine_can_show_is_one_message(
+def test_what_only_data_can_show_is_one_message(
     recipe: Recipe, settings: dict[str, object], error: type[Exception], message: str
 ) -> None:
-    if settings.get("device") == "cuda" and torch.cuda.is_available():
-        pytest.skip("this machine has a CUDA GPU")
-    with pytest.raises(error) as caught:
+    with pytest.raises(error, match=message):
         train.train(recipe(**settings))
-    assert message in str(caught.value)
     assert not Path(recipe().out_dir).exists()
 
 
@@ -466,12 +447,7 @@ def test_a_run_that_diverges_says_so_and_keeps_its_checkpoints(recipe: Recipe) -
 def test_float16_skips_a_norm_that_overflows_though_no_gradient_does(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def overflowing(parameters: Any, max_norm: float) -> torch.Tensor:
-        for parameter in parameters:
-            parameter.grad.fill_(1e25)
-        return torch.tensor(float("inf"))
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflowing)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, max_norm: torch.tensor(float("inf")))
     train.train(recipe(dtype="float16", max_iters=2))
     last = load_checkpoint(Path(recipe().out_dir, "ckpt.pt"))
     assert last.state.skipped == 2
@@ -480,7 +456,7 @@ def test_float16_skips_a_norm_that_overflows_though_no_gradient_does(
 
 def test_on_mps_nothing_needs_float64_pinned_memory_or_cuda(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """No Mac is at hand: the CPU plays one, and everything that Metal can't do raises."""
-    import torch._dynamo.trace_rules as rules  # which the modes below need; lists torch's functions at first use
+    import torch._dynamo.trace_rules as rules  # which the mode below needs; lists torch's functions at first use
 
     rules.get_torch_obj_rule_map()  # not those that are put in their place here
 
@@ -491,26 +467,22 @@ def test_on_mps_nothing_needs_float64_pinned_memory_or_cuda(recipe: Recipe, monk
                 assert not (isinstance(value, torch.Tensor) and value.dtype == torch.float64), func
             return out
 
-    class NoPinning(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            assert getattr(func, "__name__", "") != "pin_memory"
-            return func(*args, **(kwargs or {}))
-
     def forbidden(*_: object, **__: object) -> None:
-        raise AssertionError("a CUDA call on mps")
+        raise AssertionError("Metal can't do this")
 
     for name in ("synchronize", "get_rng_state", "set_rng_state", "set_device", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, forbidden)
-    synchronized = list[str]()
-    monkeypatch.setattr(torch.accelerator, "synchronize", synchronized.append)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", forbidden)
+    synchronize = MagicMock()
+    monkeypatch.setattr(torch.mps, "synchronize", synchronize)
     monkeypatch.setattr(torch.mps, "get_rng_state", torch.get_rng_state)
     monkeypatch.setattr(torch.mps, "set_rng_state", torch.set_rng_state)
     monkeypatch.setattr(train, "choose_device", lambda *_: Device("cpu", "mps", torch.float32, False))
     config = recipe(dropout=0.1, sample_interval=0)  # drawing goes back to the CPU where the device says mps
-    with NoFloat64(), NoPinning():
+    with NoFloat64():
         assert train.train(config) == 0
         assert train.train(dataclasses.replace(config, max_iters=8, init_from="resume")) == 0
-    assert synchronized
+    assert synchronize.called
 
 
 @pytest.mark.slow
