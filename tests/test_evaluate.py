@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from nanogpt import train
-from nanogpt.config import GPTConfig, TrainConfig
+from nanogpt.config import GPTConfig
 from nanogpt.device import Device
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.evaluate import BENCHMARKS, Scorer, evaluate, read_examples, whole_split_loss
@@ -23,9 +22,8 @@ from nanogpt.export import export
 from nanogpt.model import GPT
 from nanogpt.settings import EvalConfig, ExportConfig
 from nanogpt.tokenizer import train_bpe
-from tests.conftest import random_ids, write_dataset, write_llama
+from tests.conftest import Recipe, random_ids, write_dataset, write_llama
 
-Recipe = Callable[..., TrainConfig]
 CPU = Device("cpu", "cpu", torch.float32, False)
 HELLASWAG = [
     {"activity_label": "Baking", "ctx_a": "A woman stands in a kitchen.", "ctx_b": "she", "label": "2",
@@ -39,12 +37,11 @@ HELLASWAG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("n_tokens", [2, 8, 9, 10, 50, 65])
-@pytest.mark.parametrize("batch_size", [1, 3, 100])
+@pytest.mark.parametrize("n_tokens", [2, 9, 10, 65])
+@pytest.mark.parametrize("batch_size", [1, 3])
 def test_every_target_counts_once(n_tokens: int, batch_size: int) -> None:
     model = GPT(GPTConfig(block_size=8, vocab_size=61, n_layer=1, n_head=2, n_embd=16))
-    tokens = random_ids(n_tokens)
-    total = 0.0
+    tokens, total = random_ids(n_tokens), 0.0
     model.eval()
     for start in range(0, n_tokens - 1, 8):  # window by window, plainly
         window = tokens[start : start + 9]
@@ -54,21 +51,16 @@ def test_every_target_counts_once(n_tokens: int, batch_size: int) -> None:
     assert loss == pytest.approx(total / count, abs=1e-5)
 
 
-def test_the_program_prints_a_line_of_json(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    config = recipe()
-    train.train(config)
-    result = evaluate(EvalConfig(out_dir=config.out_dir, data_dir=config.data_dir, device="cpu", dtype="float32"))
+def test_the_program_prints_a_line_of_json(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = evaluate(EvalConfig(out_dir=str(trained), data_dir="data", device="cpu", dtype="float32"))
     out = capsys.readouterr().out.splitlines()
     assert json.loads(out[-1]) == result
     assert (result["dataset"], result["split"], result["tokens"], result["block_size"]) == ("tiny", "val", 719, 16)
     assert out[-2].split()[:3] == ["loss", "perplexity", f"{math.exp(result['loss']):.4f}"]
 
 
-def test_data_dir_is_where_an_originals_checkpoint_has_its_characters(recipe: Recipe, data_dir: Path) -> None:
-    train.train(recipe(max_iters=1))
-    content = torch.load("out/best.pt", weights_only=True)
-    del content["nanogpt"]
-    torch.save(content, "flat.pt")
+def test_data_dir_is_where_an_originals_checkpoint_has_its_characters(trained: Path, data_dir: Path) -> None:
+    export(ExportConfig(out_dir=str(trained), output="flat.pt", to="flat"))
     data_dir.rename("elsewhere")
     settings: dict[str, Any] = {"data_dir": "elsewhere", "device": "cpu"}
     for source in ({"init_from": "flat.pt", "dataset": "tiny"}, {"checkpoint": "flat.pt"}):
@@ -79,46 +71,16 @@ def test_data_dir_is_where_an_originals_checkpoint_has_its_characters(recipe: Re
         evaluate(EvalConfig(**settings, dataset="nowhere"))
 
 
-@pytest.fixture
-def trained(recipe: Recipe, data_dir: Path, downloads: Path, tmp_path: Path) -> tuple[str, Path]:
-    """A model that knows some last words of LAMBADA by heart, exported: its run folder, and that of transformers."""
-    lines = (downloads / "lambada_test.jsonl").read_text().splitlines()[:12]
-    (tmp_path / "lambada.jsonl").write_text("\n".join(lines))
-    (tmp_path / "hellaswag.jsonl").write_text("\n".join(json.dumps(example) for example in HELLASWAG))
-    texts = [json.loads(line)["text"] for line in lines]
+def train_by_heart(recipe: Recipe, data_dir: Path) -> str:
+    """The folder of a run that knows some last words of LAMBADA."""
+    texts = [json.loads(line)["text"] for line in Path("lambada.jsonl").read_text().splitlines()]
     tokenizer = train_bpe(texts, 400)
     ids = np.concatenate([tokenizer.encode(text)[-40:] for text in texts])
     write_dataset(data_dir / "novels", tokenizer, ids, ids[:200])
     config = recipe(dataset="novels", max_iters=150, eval_interval=150, lr_decay_iters=150, batch_size=16, n_embd=64,
                     block_size=64, learning_rate=1e-2, log_interval=50)  # fmt: skip
     train.train(config)
-    export(ExportConfig(out_dir=config.out_dir, output=str(tmp_path / "exported")))
-    return config.out_dir, tmp_path / "exported"
-
-
-def test_scores_equal_transformers(trained: tuple[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    transformers = pytest.importorskip("transformers")
-    out_dir, folder = trained
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    tokenizer, results = transformers.AutoTokenizer.from_pretrained(folder), []
-    for line in Path("lambada.jsonl").read_text().splitlines():
-        text = json.loads(line)["text"]
-        ids, n = tokenizer(text).input_ids, len(tokenizer(text.rsplit(" ", 1)[0]).input_ids)
-        with torch.no_grad():
-            logprobs = model(torch.tensor([ids[-65:-1]])).logits[0, n - len(ids) :].log_softmax(dim=-1)
-        targets = torch.tensor(ids[n:])[:, None]
-        results.append((logprobs.gather(1, targets).sum().item(), bool((logprobs.argmax(-1) == targets[:, 0]).all())))
-    settings: Any = {"device": "cpu", "dtype": "float32", "lambada": "lambada.jsonl", "tasks": ["loss", "lambada"]}
-    found = evaluate(EvalConfig(out_dir=out_dir, batch_size=7, **settings))
-    accuracy = sum(is_right for _, is_right in results) / 12
-    assert 0 < accuracy < 1
-    assert found["lambada"]["accuracy"] == accuracy
-    assert found["lambada"]["perplexity"] == pytest.approx(math.exp(-sum(x for x, _ in results) / 12), rel=1e-4)
-    table = capsys.readouterr().out
-    assert json.loads(table.splitlines()[-1]) == found
-    assert re.search(r"lambada +accuracy +0\.\d{4} ± 0\.\d{4} +12 examples", table)
-    settings["tasks"] = ["lambada"]
-    assert evaluate(EvalConfig(init_from=str(folder), limit=9, **settings))["lambada"]["examples"] == 9
+    return config.out_dir
 
 
 @pytest.mark.parametrize(
@@ -138,10 +100,12 @@ def test_a_token_that_reaches_back_into_the_context(context: str, completion: st
 
 
 @pytest.fixture
-def task_files() -> None:
+def task_files(downloads: Path) -> None:
     """LAMBADA and HellaSwag as lm-eval defines them, a perplexity and a generation, all from files of this folder."""
     datasets = pytest.importorskip("datasets")
     theirs = pytest.importorskip("lm_eval.tasks.hellaswag.utils", reason="pip install lm-eval")
+    Path("lambada.jsonl").write_text("\n".join((downloads / "lambada_test.jsonl").read_text().splitlines()[:12]))
+    Path("hellaswag.jsonl").write_text("\n".join(json.dumps(example) for example in HELLASWAG))
     rows = [{**example, "label": str(example["label"])} for example in HELLASWAG]
     theirs.process_docs(datasets.Dataset.from_list(rows)).to_json("rows.jsonl")
     source = "dataset_path: json\ndataset_kwargs: {data_files: {test: lambada.jsonl}}\ntest_split: test\n"
@@ -171,38 +135,43 @@ def task_files() -> None:
 TASKS = ["my_lambada", "my_hellaswag", "my_rolling", "my_answers"]
 
 
+@pytest.mark.usefixtures("task_files")
 @pytest.mark.parametrize("starts", [False, True])
 def test_scores_equal_lm_evaluation_harness(
-    starts: bool, trained: tuple[str, Path], task_files: None, capsys: pytest.CaptureFixture[str], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """For a model of ours, and for one whose tokenizer adds a start token."""
+    starts: bool, recipe: Recipe, data_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On transformers with the same weights: a model of ours, and one whose tokenizer adds a start token."""
     lm_eval, tasks = (pytest.importorskip(name, reason="pip install lm-eval") for name in ("lm_eval", "lm_eval.tasks"))
     pytest.importorskip("accelerate", reason="pip install accelerate")
     # Without the thousands of tasks that come with it, which take 10 seconds to find.
     manager = functools.partial(tasks.TaskManager, include_path=".", include_defaults=False)
-    folder, length = trained[1], 64
     if starts:
-        folder, length = tmp_path / "llama", 512
-        write_llama(folder)
+        write_llama(Path("m"))
+    else:
+        export(ExportConfig(out_dir=train_by_heart(recipe, data_dir), output="m"))
     theirs = lm_eval.simple_evaluate(
-        model="hf", model_args=f"pretrained={folder},dtype=float32,max_length={length}", tasks=TASKS,
+        model="hf", model_args=f"pretrained=m,dtype=float32,max_length={512 if starts else 64}", tasks=TASKS,
         task_manager=manager(), device="cpu", bootstrap_iters=0,
     )["results"]  # fmt: skip
     monkeypatch.setattr(tasks, "TaskManager", lambda include_path: manager())
-    config = EvalConfig(init_from=str(folder), device="cpu", dtype="float32", lambada="lambada.jsonl",
+    config = EvalConfig(init_from="m", device="cpu", dtype="float32", lambada="lambada.jsonl", batch_size=7,
                         hellaswag="hellaswag.jsonl", tasks=["lambada", "hellaswag", ",".join(TASKS)])  # fmt: skip
     ours = evaluate(config)
-    assert re.search(r"my_lambada +acc +0\.\d{4} .*12 examples", capsys.readouterr().out)
+    table = capsys.readouterr().out
+    assert json.loads(table.splitlines()[-1]) == ours
+    assert starts or re.search(r"lambada +accuracy +0\.[1-9]\d* ± 0\.\d{4} +12 examples", table)
+    assert re.search(r"my_lambada +acc +0\.\d{4} .*12 examples", table)
     for task in TASKS:
         expected = {key.partition(",")[0]: value for key, value in theirs[task].items() if isinstance(value, float)}
         expected = {name: value for name, value in expected.items() if "stderr" not in name}
         assert {name: ours[task][name] for name in expected} == pytest.approx(expected, rel=1e-4)
     assert ours["my_lambada"]["acc"] == ours["lambada"]["accuracy"]
+
     assert ours["my_lambada"]["perplexity"] == pytest.approx(ours["lambada"]["perplexity"], rel=1e-4)
     assert ours["my_hellaswag"]["acc"] == ours["hellaswag"]["accuracy"]
     assert ours["my_hellaswag"]["acc_norm"] == ours["hellaswag"]["accuracy_normalised"]
-    with pytest.raises(ConfigError, match="no such task: foo; ours are loss, pydoc, lambada, hellaswag"):
+    assert evaluate(replace(config, tasks=["lambada"], limit=9))["lambada"]["examples"] == 9
+    with pytest.raises(ConfigError, match="no such task: foo; nanogpt's own tasks are loss, lambada, hellaswag"):
         evaluate(replace(config, tasks=["foo,my_lambada"]))
 
 
