@@ -127,16 +127,6 @@ def test_int8_in_float32_and_for_many_rows_is_the_same_matmul() -> None:
     torch.testing.assert_close(half(x[:2]), half(x)[:2], atol=0.02, rtol=0.02)  # two kernels
 
 
-def test_scores_need_few_logits_at_a_time(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = random_ids(1, 16)[0].tolist()
-    expected = [float(logprobs_of(model, tokens[:n])[tokens[n]]) for n in range(1, 16)]
-    monkeypatch.setattr("nanogpt.engine._CHUNK", 5)
-    heights: list[int] = []
-    model.lm_head.register_forward_hook(lambda _module, _inputs, logits: heights.append(logits.shape[-2]))
-    torch.testing.assert_close([score for score, _ in Engine(model, 1).score(tokens, 1)], expected, atol=1e-5, rtol=0)
-    assert heights == [5, 5, 5]
-
-
 def test_padded_entries_are_never_drawn() -> None:
     model = make()
     with torch.no_grad():
