@@ -9,10 +9,10 @@ from docs.imports import ARCHITECTURE, LAYERS, PACKAGE, drawn, imports, modules
 from tests.conftest import ROOT
 
 # Lines at most. These numbers only ever go down.
-TRAINING_STEP = 1780  # what a reader opens to understand one step
-TRAINING = 3390  # the training story with everything around it, and the settings of all programs
+TRAINING_STEP = 1735  # what a reader opens to understand one step
+TRAINING = 3250  # the training story with everything around it, and the settings of all programs
 WHOLE_PACKAGE = 7600  # Python and HTML together
-TESTS = 8150
+TESTS = 7800
 
 
 def lines_of(*names: str) -> int:

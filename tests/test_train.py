@@ -474,7 +474,7 @@ def test_on_mps_nothing_needs_float64_pinned_memory_or_cuda(recipe: Recipe, monk
         monkeypatch.setattr(torch.cuda, name, forbidden)
     monkeypatch.setattr(torch.Tensor, "pin_memory", forbidden)
     synchronize = MagicMock()
-    monkeypatch.setattr(torch.mps, "synchronize", synchronize)
+    monkeypatch.setattr(torch.accelerator, "synchronize", synchronize)
     monkeypatch.setattr(torch.mps, "get_rng_state", torch.get_rng_state)
     monkeypatch.setattr(torch.mps, "set_rng_state", torch.set_rng_state)
     monkeypatch.setattr(train, "choose_device", lambda *_: Device("cpu", "mps", torch.float32, False))
