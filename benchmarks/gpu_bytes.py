@@ -5,7 +5,7 @@
 GPT-2's shape (124M), rows of 1,024 tokens, forward and backward pass in bfloat16. Nothing is computed: fake tensors go
 through torch.compile as far as Inductor's scheduler, which says what each of its fused kernels reads and writes; what
 is not compiled counts the inputs and outputs of each operation. FOLDER is a checkout of karpathy/nanoGPT. A GPU of
-3 TB/s needs a millisecond for 3 GB. The last line is JSON. It reaches into torch's compiler: written for torch 2.13.
+3 TB/s needs a millisecond for 3 GB. The last line is JSON. Reaches into torch's compiler: works in 2.11 and 2.13.
 """
 
 import argparse
