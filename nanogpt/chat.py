@@ -17,7 +17,7 @@ from nanogpt.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-HELP = "/reset forgets what was said, /system TEXT says how to answer, Ctrl-C stops an answer, /exit or Ctrl-D ends"
+HELP = "/reset forgets what was said, /system TEXT says how to answer, Ctrl-C stops an answer, Ctrl-D ends"
 
 
 def chat(config: ChatConfig) -> None:
@@ -41,8 +41,6 @@ def chat(config: ChatConfig) -> None:
             print()
             return
         command, _, rest = text.partition(" ")
-        if command == "/exit":
-            return
         if command in ("/reset", "/system"):
             messages = []
             if command == "/system":
@@ -57,7 +55,7 @@ def chat(config: ChatConfig) -> None:
                     said += piece
                     print(piece, end="", flush=True)
             except KeyboardInterrupt:
-                pass
+                engine.rows.clear()
             except DataError as error:  # What was said before stays.
                 print(f"error: {error}")
                 messages.pop()
@@ -69,8 +67,8 @@ def chat(config: ChatConfig) -> None:
 def answer(
     engine: Engine, tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], config: ChatConfig
 ) -> Iterator[str]:
-    """Yield the answer to a conversation, piece by piece. One too long for the model loses its oldest exchange."""
-    kept, room = list(messages), engine.block_size - 1
+    """Yield the answer to a conversation, piece by piece. One that leaves it no room loses its oldest exchange."""
+    kept, room = list(messages), engine.block_size - min(config.max_new_tokens, engine.block_size // 4)
     while len(ids := prompt_of(tokenizer, kept)) > room:
         first = next(n for n, message in enumerate(kept) if message["role"] == "user")
         if len(kept) < first + 3:
@@ -78,14 +76,11 @@ def answer(
         del kept[first : first + 2]
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
     # Another seed for each answer: asking again may give another one.
-    request = Request(ids, config.max_new_tokens, sampling, config.seed + len(messages), tokenizer.end_tokens)
+    new = min(config.max_new_tokens, engine.block_size - len(ids))
+    request = Request(ids, new, sampling, config.seed + len(messages), tokenizer.end_tokens)
     [row], stream = engine.add([request]), TextStream(tokenizer, ids)
-    try:
-        while not row.end:
-            engine.step()
-            yield follow(engine, row, stream)
-        if row.end == "error":
-            raise DataError(NOT_FINITE)
-    finally:
-        if not row.end:
-            engine.finish(row)
+    while not row.end:
+        engine.step()
+        yield follow(engine, row, stream)
+    if row.end == "error":
+        raise DataError(NOT_FINITE)

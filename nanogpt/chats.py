@@ -29,20 +29,22 @@ CHATML = (
 
 
 def with_template(tokenizer: Tokenizer) -> Tokenizer:
-    """Return `tokenizer` if it has a chat template, else one that has the same ids, two more for ChatML, and that.
+    """Return `tokenizer` for conversations: with its chat template, or with ChatML and the two tokens that this needs.
 
-    Raises `DataError` for a vocabulary that cannot be extended.
+    <|im_end|> is one of its end tokens, also where the model's maker, as of base models, names another one only. Raises
+    `DataError` for a vocabulary that cannot be extended.
     """
-    if tokenizer.chat_template:
-        return tokenizer
-    from tokenizers import Tokenizer as Engine
+    import tokenizers
 
-    engine = Engine.from_str(tokenizer.definition)
-    engine.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    extended = BPETokenizer(engine.to_str(), tokenizer.end_of_text)
-    end = engine.token_to_id("<|im_end|>")
+    library = tokenizers.Tokenizer.from_str(tokenizer.definition)
+    if not tokenizer.chat_template:
+        library.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    end = library.token_to_id("<|im_end|>")
+    if tokenizer.chat_template and (end is None or end in tokenizer.end_tokens):
+        return tokenizer
+    extended = BPETokenizer(library.to_str(), tokenizer.end_of_text)
     extended.generation_config = {**tokenizer.generation_config, "eos_token_id": [end, *sorted(tokenizer.end_tokens)]}
-    extended.chat_template = CHATML
+    extended.chat_template, extended.adds_bos = tokenizer.chat_template or CHATML, tokenizer.adds_bos
     return extended
 
 
@@ -53,8 +55,6 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_pro
     """
     if not tokenizer.chat_template:
         raise DataError("this model has no chat template: it continues texts, and holds no conversations")
-    from jinja2 import TemplateError
-
     config = tokenizer.full_generation_config
     special = {}
     for name in ("bos_token", "eos_token", "pad_token"):
@@ -64,7 +64,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_pro
     context = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
     try:
         return compile_template(tokenizer.chat_template).render(**context, **special)  # type: ignore[no-any-return]
-    except (TemplateError, TypeError, AttributeError) as error:  # a role or a type that the template does not expect
+    except Exception as error:  # a template is a program: it can raise anything
         raise DataError(f"the model's chat template does not take these messages: {error}") from error
 
 
@@ -99,8 +99,8 @@ def compile_template(template: str) -> Any:
 def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
     """Return the ids of a conversation, and which of them count in the loss: the assistant's words and their ends.
 
-    Where an answer begins follows from rendering the messages before it, so that any template will do; it ends with
-    the first of the model's end tokens. Raises `DataError`.
+    Where an answer begins follows from rendering the messages before it, so that any template will do; behind its words
+    the first of the model's end tokens counts, if it comes before the next message's words. Raises `DataError`.
     """
     text = well_formed(render(tokenizer, messages))
     ends = [tokenizer.decode([i]) for i in tokenizer.end_tokens]
@@ -108,11 +108,14 @@ def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple
     for n, message in enumerate(messages):
         if message.get("role") != "assistant":
             continue
-        before = well_formed(render(tokenizer, messages[:n], add_generation_prompt=True))
-        start = len(os.path.commonprefix([text, before]))  # noqa: RUF071
-        stops = [place + len(end) for end in ends if (place := text.find(end, start)) >= 0]
-        spans.append((start, min(stops, default=len(text))))
-    tokenizer.engine.encode_special_tokens = False  # the library's words for: their names stand for them
+        before = render(tokenizer, messages[:n], add_generation_prompt=True) if n else ""
+        start = len(os.path.commonprefix([text, well_formed(before)]))  # noqa: RUF071
+        said, *others = [well_formed(each["content"]).strip() for each in messages[n : n + 2]]
+        behind = max(text.find(said, start) + len(said), start)
+        limit = text.find(others[0], behind) if others else len(text)
+        stops = [place + len(end) for end in ends if (place := text.find(end, behind, limit)) >= 0]
+        spans.append((start, min(stops, default=behind)))
+    tokenizer.engine.encode_special_tokens = False  # In the library, False lets their names stand for them.
     encoded = tokenizer.engine.encode(text, add_special_tokens=False)
     counted = [any(start <= begin < stop for start, stop in spans) for begin, _ in encoded.offsets]
     return list(encoded.ids), counted

@@ -200,8 +200,7 @@ class TrainConfig(Shape, Machine):
     # --- several processes (torchrun) ---
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # auto: nccl on CUDA, else gloo
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # auto: fsdp if weights, gradients and moments fill half a GPU
-    shard_group: int = 0  # fsdp: each so many processes, such as those of a machine, hold a model; 0: all hold one
-    gather_once: bool = False  # fsdp: exchange once per step, not per micro-batch, for 6 bytes per parameter more
+    shard_group: int = 0  # fsdp: shard within groups of so many processes, replicate between them (HSDP); 0: one group
     dist_timeout: float = 10.0  # minutes that a process waits for the others
     # --- data ---
     data_dir: str = "data"  # folder of the data sets
@@ -263,7 +262,9 @@ class TrainConfig(Shape, Machine):
         if self.text and not Path(self.text).is_file():
             yield f"text={self.text!r}: there is no such file"
         if self.lora_rank and (self.init_from == "scratch" or self.optimizer == "muon"):
-            yield "lora_rank: adapters change a trained model (--init_from) in low rank, for which Muon is not made"
+            yield "lora_rank: adapters belong to a trained model, --init_from=…, and train with --optimizer=adamw"
+        if self.lora_rank and Path(self.out_dir).resolve() in (base := Path(self.init_from).resolve(), *base.parents):
+            yield f"out_dir={self.out_dir} is where the adapters' model lies, and would be moved aside; choose another"
         rate = self.with_muon_rates().learning_rate if self.n_embd > 0 else 0.0
         if self.decay_lr and 0 < rate < self.min_lr:
             yield f"min_lr={self.min_lr:g} is above learning_rate={rate:g}: set --min_lr={rate / 10:g} or --decay_lr=0"

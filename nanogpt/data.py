@@ -50,29 +50,24 @@ class Dataset:
     description: dict[str, Any]  # dataset.json; empty where there is none
     chats: dict[str, Chats] = field(default_factory=dict)  # by split, if it consists of conversations
 
-    def split(self, name: str) -> Ids:
-        """Return the ids of `train` or `val`."""
-        return self.train if name == "train" else self.val
-
     def match_tokenizer(self, tokenizer: Tokenizer, owner: str) -> None:
         """Raise `DataError` unless this data set's ids are those of `tokenizer`, which `owner` uses.
 
         What concerns the model of `owner` is taken over: its prompts' start token, and how many ids it knows.
         """
-        if self.chats and self.tokenizer.has_ids_of(with_template(tokenizer)):
-            return  # It has the tokens of conversations, too.
-        if not self.tokenizer.has_ids_of(tokenizer):
+        expected = with_template(tokenizer) if self.chats else tokenizer  # with the tokens of conversations
+        if not self.tokenizer.has_ids_of(expected):
             raise DataError(
                 f"data set {self.folder.name} holds ids of the {self.tokenizer}, but {owner} uses the {tokenizer}; "
                 "prepare the data set again with --tokenizer=PATH of the model or of its data set"
             )
         self.tokenizer.adds_bos = tokenizer.adds_bos
-        self.tokenizer.vocab_size = min(self.tokenizer.vocab_size, tokenizer.vocab_size)
+        self.tokenizer.vocab_size = min(self.tokenizer.vocab_size, expected.vocab_size)
 
     def check_length(self, block_size: int) -> None:
         """Raise `DataError` unless each split holds at least one window and the token behind it."""
-        for name in SPLITS:
-            if (n := len(self.split(name))) <= block_size:
+        for name in () if self.chats else SPLITS:  # rows of conversations are filled up
+            if (n := len(getattr(self, name))) <= block_size:
                 hint = f"use --block_size={max(n - 1, 1)} or less, or more text"
                 raise DataError(f"the {name} split has {n:,} tokens, too few for block_size={block_size}: {hint}")
 
@@ -150,7 +145,7 @@ def evaluation_batch(dataset: Dataset, split: str, k: int, block_size: int, batc
         chats, draw = dataset.chats[split], generator(0, k, EVALUATION)
         numbers = draw.integers(len(chats.rows(block_size)), size=batch_size)
         return tuple(map(torch.from_numpy, chats.batch(numbers, block_size)))
-    n_tokens = len(dataset.split(split))
+    n_tokens = len(getattr(dataset, split))
     starts = window_starts(n_tokens, block_size, seed=0, step=k, rows=batch_size, stream=EVALUATION)
     return windows(dataset, split, starts, block_size)
 
@@ -160,7 +155,7 @@ def windows(dataset: Dataset, split: str, starts: Starts, block_size: int) -> Ba
 
     Raises `DataError` for an id outside the vocabulary, which on a GPU would end in an unreadable assertion.
     """
-    ids = sliding_window_view(dataset.split(split), block_size + 1)[starts]
+    ids = sliding_window_view(getattr(dataset, split), block_size + 1)[starts]
     if (largest := int(ids.max())) >= dataset.tokenizer.vocab_size:
         last = dataset.tokenizer.vocab_size - 1
         raise DataError(f"{dataset.folder / split}.bin holds token {largest}, but the vocabulary ends at {last}")

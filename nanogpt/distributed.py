@@ -185,7 +185,7 @@ def parallelize(model: GPT, config: TrainConfig, device: Device, dist: Distribut
     # Blocks are all-gathered in the dtype they compute in; gradients are reduced in float32.
     policy = MixedPrecisionPolicy(param_dtype=device.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not config.gather_once)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
     if is_meta:
         model.to_empty(device=device.name)
@@ -198,8 +198,6 @@ def gradient_sync(network: Any, is_last: bool, config: TrainConfig) -> AbstractC
     if isinstance(network, DistributedDataParallel) and not is_last:
         return network.no_sync()
     if hasattr(network, "set_requires_all_reduce"):  # FSDP
-        network.set_requires_gradient_sync(is_last or not config.gather_once)
-        network.set_reshard_after_backward(is_last or not config.gather_once)
         network.set_requires_all_reduce(is_last)  # between groups of processes
     return nullcontext()
 

@@ -123,7 +123,7 @@ def split_measures(config: EvalConfig, trained: TrainedModel, device: Device) ->
         return {"dataset": name, "split": config.split, "block_size": model.config.block_size,
                 **answers(scorer, dataset.chats[config.split], config.limit)}  # fmt: skip
     dataset.check_length(1)
-    tokens = dataset.split(config.split)
+    tokens = getattr(dataset, config.split)
     own = model.config.block_size if trained.config else min(model.config.block_size, LONGEST)
     block_size = min(config.block_size or own, len(tokens) - 1)
     if block_size > model.config.block_size:

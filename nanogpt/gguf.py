@@ -174,7 +174,7 @@ def read_definition(keys: dict[str, Any]) -> str:
             raise ValueError(f"it cuts text in a way that is not known here: {name}; known: {', '.join(CUTS)}")
         definition["normalizer"], steps, model["ignore_merges"] = CUTS[name]
         definition |= {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "decoder": _BYTES}
-        model["merges"] = [merge.split(" ") for merge in keys["tokenizer.ggml.merges"]]
+        model["merges"] = [merge.split(" ") for merge in keys.get("tokenizer.ggml.merges", [])]
     elif kind == "llama":
         # SentencePiece joins what makes the token of the highest score.
         normal = [i for i in vocabulary.values() if types[i] == TokenType.NORMAL]

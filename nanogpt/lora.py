@@ -58,14 +58,15 @@ class LoRALinear(nn.Module):
 def adapt(model: GPT, config: TrainConfig, before: Tokenizer, after: Tokenizer) -> None:
     """Make `model` ready for finetuning: with rows for tokens that only the tokenizer `after` has, with new adapters.
 
-    New tokens begin as the mean of the others.
+    New tokens begin near the mean of the others.
     """
     sha256 = digest(model) if config.lora_rank else ""
     if after.vocab_size > model.config.vocab_size:
         grow_vocab(model, after.padded_vocab_size)
     if config.lora_rank:
         alpha = config.lora_alpha or 2.0 * config.lora_rank
-        adapter = Adapter(config.lora_rank, alpha, config.lora_targets, config.init_from, sha256)
+        base = str(Path(config.init_from).resolve()) if Path(config.init_from).exists() else config.init_from
+        adapter = Adapter(config.lora_rank, alpha, config.lora_targets, base, sha256)
         add_adapters(model, adapter, after.vocab_size > before.vocab_size)
 
 
@@ -128,7 +129,7 @@ def save_peft(folder: Path, model: GPT) -> None:
     from safetensors.torch import save_file
 
     if not model.adapter or model.lm_head.weight.requires_grad:
-        raise ConfigError("--to=peft is for adapters alone (--lora_rank, of a model that can chat): use --to=hf")
+        raise ConfigError("--to=peft: this model has no adapters, or its embedding was trained with them; use --to=hf")
     parts = dict[str, tuple[Tensor, Tensor]]()
     for ours, layer in model.named_modules():
         if not isinstance(layer, LoRALinear):

@@ -29,7 +29,7 @@ _MEMORY = {"B200": 180, "GH200": 96, "H200": 141, "H100": 80, "A100": 80, "L40S"
 
 def memory(model: GPT, rows: int, *, dtype: torch.dtype, parallel: str = "none", processes: int = 1,
            accumulate: bool = False, gradient_checkpointing: bool = False, on_cpu: bool = False,
-           muon: bool = False, gather_once: bool = False) -> dict[str, float]:  # fmt: skip
+           muon: bool = False) -> dict[str, float]:  # fmt: skip
     """Return the bytes that training needs per device, by what they are for, in micro-batches of `rows` windows.
 
     The model may consist of meta tensors. parallel: none, ddp or fsdp. processes: that share a model with fsdp.
@@ -65,8 +65,7 @@ def memory(model: GPT, rows: int, *, dtype: torch.dtype, parallel: str = "none",
     share = processes if parallel == "fsdp" else 1
     copies = 2 * total if d == 2 else 0  # of weights in 16 bits, or all-gathered by FSDP
     if parallel == "fsdp":  # three blocks at a time, one of them with its gradient; always what is outside of blocks
-        in_blocks = (shape.n_layer * (d + 4) if gather_once else 3 * d + 4) * in_block
-        copies = in_blocks + 8 * (total - shape.n_layer * in_block)
+        copies = (3 * d + 4) * in_block + 8 * (total - shape.n_layer * in_block)
     weights = gradients = 4 * total / share
     optimizer = (8 * total - 4 * muon * shape.n_layer * in_block) / share  # Muon keeps one moment, AdamW two
 
@@ -125,7 +124,7 @@ def plan(config: PlanConfig) -> None:
     parallel = choose_parallel(config.parallel, n_parameters, size, dtype) if config.gpus > 1 else "none"
     how: dict[str, Any] = {
         "dtype": dtype, "parallel": parallel, "processes": config.shard_group or config.gpus,
-        "muon": config.optimizer == "muon", "gather_once": config.gather_once,
+        "muon": config.optimizer == "muon",
         "accumulate": share > rows, "on_cpu": name == "cpu", "gradient_checkpointing": config.gradient_checkpointing,
     }  # fmt: skip
     needed = memory(model, rows, **how)
@@ -158,6 +157,5 @@ def plan(config: PlanConfig) -> None:
         print(f"it does not fit; what would: {'; '.join(ways) or 'more GPUs, a smaller model or a smaller block_size'}")
     total = duration(seconds * config.max_iters)
     print(f"time at {config.mfu:.0%} of the peak: {seconds:.3g} s per step, {total} for {config.max_iters:,} steps")
-    ratio, chinchilla = tokens * config.max_iters / n_parameters, 20 * n_parameters / tokens
-    print(f"tokens: {tokens:,} per step, {ratio:.1f} per parameter; Chinchilla's 20 would take {chinchilla:,.0f} steps")
+    print(f"tokens: {tokens:,} per step, {tokens * config.max_iters / n_parameters:.1f} per parameter (Chinchilla: 20)")
     print(json.dumps(result))

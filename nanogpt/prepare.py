@@ -37,7 +37,7 @@ from typing import Any, TextIO, TypeVar
 import numpy as np
 
 from nanogpt.chats import BEGINS, COUNTS, conversation_ids, with_template
-from nanogpt.config import TrainConfig
+from nanogpt.config import GPT2_NAMES, TrainConfig
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.files import atomic_write, locked, parse_json, read_json, sync_folder, write_json
 from nanogpt.pydocs import pydoc_chats
@@ -101,7 +101,8 @@ def prepare_missing(config: TrainConfig) -> None:
     has_run = Path(config.out_dir, "config.json").exists()
     resumes = config.init_from == "resume" or (config.resume == "auto" and has_run)
     name, folder = config.dataset, Path(config.data_dir, config.dataset)
-    if is_prepared(folder) and (resumes or not config.text or is_made_of(folder, config.text)):
+    is_current = is_made_of(folder, config.text) if config.text else name != "pydoc"  # whose tokenizer is the model's
+    if is_prepared(folder) and (resumes or is_current):
         return
     if not config.text and name not in ("pystdlib", "pydoc"):
         own = "" if name in DATASETS else " --input=PATH"
@@ -112,7 +113,7 @@ def prepare_missing(config: TrainConfig) -> None:
     if config.text:
         chosen = replace(chosen, input=[config.text], tokenizer=recipe_for_text(config.text)[0])
     if name == "pydoc" and config.init_from not in ("scratch", "resume"):
-        chosen = replace(chosen, tokenizer=config.init_from)  # of the model that is to answer
+        chosen = replace(chosen, tokenizer="gpt2" if config.init_from in GPT2_NAMES else config.init_from)
     prepare(chosen)
 
 
@@ -336,7 +337,7 @@ def field_of(row: Any, field: str) -> Iterator[Piece]:
 def chat_of(row: Any) -> Iterator[Piece]:
     """Yield the messages of a row as JSON, or why there are none: OpenAI's form, or a prompt and its completion."""
     try:
-        if "prompt" in row:
+        if "messages" not in row:
             said = {"user": row["prompt"], "assistant": row["completion"]}
             row = {"messages": [{"role": role, "content": content} for role, content in said.items()]}
         is_text = all(isinstance(each["role"], str) and isinstance(each["content"], str) for each in row["messages"])
@@ -524,7 +525,11 @@ def encode_unit(unit: Unit, description: str, end_of_text: int | None, chat: boo
     closing = b"" if end_of_text is None else end_of_text.to_bytes(dtype.itemsize, "little")
     for split, text, ends in unit:
         if chat:
-            ids, counted = conversation_ids(tokenizer, json.loads(text))
+            try:
+                ids, counted = conversation_ids(tokenizer, json.loads(text))
+            except DataError as error:
+                log.warning(f"left out, {error}: {text[:100]}")
+                continue
             files[f"{split}.bin"] += np.array(ids, dtype).tobytes()
             files[f"{split}.marks"] += bytes([BEGINS | COUNTS * counted[0], *(COUNTS * each for each in counted[1:])])
         else:

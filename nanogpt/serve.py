@@ -246,7 +246,7 @@ class ChatRequest(Ask):
             raise HTTPException(400, f"messages: {error}") from error
         room = max(1, min(scheduler.config.max_new_tokens, scheduler.engine.block_size - len(prompt)))
         shared = {name: getattr(self, name) for name in Ask.model_fields}
-        max_tokens = self.max_completion_tokens or self.max_tokens or room
+        max_tokens = min(self.max_completion_tokens or self.max_tokens or room, room)
         logprobs = self.top_logprobs if self.logprobs else None
         return CompletionRequest(**shared, prompt=prompt, max_tokens=max_tokens, logprobs=logprobs)
 

@@ -153,6 +153,8 @@ class PrepareConfig(Settings):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
+        if self.chat and self.tokenizer == "char":
+            yield "tokenizer=char: templates of conversations need other characters, too; use --tokenizer=byte"
         if not self.name:
             yield "which data set? for example: nanogpt prepare pystdlib"
 

@@ -241,6 +241,8 @@ def build_or_resume(
 
     # A loaded model keeps its shape, whatever the settings say.
     shape = {name: value for name, value in vars(model.config).items() if hasattr(config, name)}
+    if resumed:
+        shape |= {name: resumed.config.get(name, value) for name, value in vars(config).items() if "lora_" in name}
     for name, value in shape.items():
         if (asked := getattr(config, name)) not in (value, getattr(TrainConfig, name)):
             log.warning(f"{name} = {asked!r} is ignored: the model that is loaded has {name} = {value!r}")

@@ -19,7 +19,7 @@ from nanogpt.engine import Engine, Request, Sampling
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.evaluate import evaluate
 from nanogpt.export import export
-from nanogpt.files import read_json
+from nanogpt.files import read_json, write_json
 from nanogpt.huggingface import save_pretrained
 from nanogpt.model import GPT
 from nanogpt.prepare import prepare
@@ -120,7 +120,7 @@ def test_the_terminal(
         return prompt_of(tokenizer, messages)
 
     monkeypatch.setattr(chat, "prompt_of", prompt)
-    lines = ["Hello", "Again", "x" * 200, "/reset", "/system Be brief.", "/what", "Hi", "/exit", "never"]
+    lines = ["Hello", "Again", "x" * 200, "/reset", "/system Be brief.", "/what", "Hi"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     settings = {"init_from": chat_model, "max_new_tokens": 5, "device": "cpu", "dtype": "float32"}
     chat.chat(ChatConfig(**settings))
@@ -166,6 +166,22 @@ def test_a_file_of_chats_becomes_ids_and_marks(tmp_path: Path, capsys: pytest.Ca
     config = TrainConfig(**settings)
     whole, half = get_batch(dataset, 5, config, range(8)), get_batch(dataset, 5, config, range(4, 8))
     assert all(torch.equal(a[4:], b) for a, b in zip(whole, half, strict=True))  # whoever asks
+
+
+def test_what_a_template_refuses_is_left_out_and_messages_come_before_a_prompt(chat_model: str, tmp_path: Path) -> None:
+    strict = (
+        "{% if messages[0].role != 'user' %}{{ raise_exception('no') }}{% endif %}{{ messages[-1].content }}<|im_end|>"
+    )
+    write_json(Path(chat_model, "tokenizer_config.json"), {"chat_template": strict})
+    talks = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": f"b{n}"}] for n in range(60)]
+    rows: list[Any] = [{"messages": talk[n % 10 == 0 :], "prompt": "of UltraChat"} for n, talk in enumerate(talks)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare(PrepareConfig(name="mine", input=[str(tmp_path / "chats.jsonl")], chat=True, tokenizer=chat_model,
+                          data_dir=str(tmp_path), val_fraction=0.3))  # fmt: skip
+    chats = open_dataset(tmp_path / "mine").chats
+    assert sum(int((chats[split].marks & BEGINS > 0).sum()) for split in ("train", "val")) == 54
+    with pytest.raises(ConfigError, match="use --tokenizer=byte"):
+        parse(PrepareConfig, ["x", "--chat", "--tokenizer=char", "--input=x"], "", "name")
 
 
 def test_finetuning_teaches_the_answers(recipe: Recipe, tmp_path: Path) -> None:
@@ -221,5 +237,5 @@ def test_peft_loads_the_adapters(shape: dict[str, Any], recipe: Recipe, tmp_path
     ours, _ = load_checkpoint(Path(config.out_dir, "best.pt")).build_model()(ids, ids)
     assert not torch.allclose(theirs, before, atol=1e-3)
     torch.testing.assert_close(theirs, ours[..., :259], atol=1e-5, rtol=1e-5)
-    with pytest.raises(ConfigError, match="adapters alone"):
+    with pytest.raises(ConfigError, match="this model has no adapters"):
         export(ExportConfig(init_from=str(tmp_path / "base"), to="peft", output=str(tmp_path / "none")))

@@ -88,6 +88,17 @@ def test_what_counts_is_each_answer_and_its_end(name: str) -> None:
     assert said == f"It is 4. 😀<|im_end|>{thought}That is 6.<|im_end|>"
 
 
+def test_an_answer_ends_with_its_turn_also_for_a_model_whose_maker_names_another_end() -> None:
+    tokenizer = with_text(TEMPLATES["system by default"])
+    tokenizer.generation_config = {}  # as of a base model: texts end with <|endoftext|>
+    ids, counted = conversation_ids(tokenizer, TALK)
+    said = tokenizer.decode([i for i, counts in zip(ids, counted, strict=True) if counts])
+    assert said == "It is 4. 😀That is 6."
+    extended = with_template(tokenizer)
+    assert extended.has_ids_of(tokenizer)
+    assert extended.decode([max(extended.end_tokens)]) == "<|im_end|>"
+
+
 def test_a_template_cannot_leave_its_sandbox() -> None:
     with pytest.raises(DataError, match="does not take"):
         render(with_text("{{ messages.__class__.__mro__[1].__subclasses__() }}"), TALK)

@@ -1,6 +1,7 @@
 """Low-rank adapters: what they add, what stays frozen, what merging gives."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,6 @@ def test_an_adapter_adds_b_a_x_for_each_linear_map() -> None:
     parts = [b[rows] @ a[3 * n : 3 * n + 3] for n, rows in enumerate([slice(0, 32), slice(32, 48), slice(48, 64)])]
     expected = x @ (layer.weight + 2.0 * torch.cat(parts)).T + layer.bias
     torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=0)
-
-
-def test_a_new_adapter_changes_nothing() -> None:
-    torch.manual_seed(0)
-    model, ids = GPT(GPTConfig(**TINY)).eval(), random_ids(2, 16)
-    before = model(ids)[0]
-    add_adapters(model, Adapter(4, 8.0, "all", "", ""))
-    assert torch.equal(model(ids)[0], before)
 
 
 @pytest.mark.parametrize("shape", [{}, {"architecture": "qwen3", "n_kv_head": 2, "bias": False}])
@@ -116,6 +109,17 @@ def test_a_run_of_adapters_resumes_bit_for_bit(
     name = "transformer.h.0.attn.c_attn.weight"
     assert not torch.equal(trained.get_parameter(name), before.get_parameter(name))
     assert torch.equal(whole.build_model(merge=False).get_parameter(name), before.get_parameter(name))
+
+
+def test_adapters_keep_their_settings_and_their_bases_folder(
+    chats: Path, base: str, recipe: Callable[..., TrainConfig]
+) -> None:
+    config = recipe(dataset="chats", data_dir=str(chats), block_size=128, lora_rank=2, init_from=base, max_iters=1)
+    assert train(config) == 0
+    assert train(replace(config, init_from="resume", lora_rank=5, max_iters=2)) == 0
+    assert load_checkpoint(Path(config.out_dir, "ckpt.pt")).config["lora_rank"] == 2
+    inside = replace(config, init_from=str(Path(config.out_dir, "best.pt")))
+    assert "is where the adapters' model lies" in "".join(inside.problems())
 
 
 def test_a_base_that_has_changed_is_named(chats: Path, base: str, recipe: Callable[..., TrainConfig]) -> None:

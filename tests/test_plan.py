@@ -103,7 +103,6 @@ def test_the_arithmetic_of_gpt2(capsys: pytest.CaptureFixture[str]) -> None:
     flops = (6 * 123_587_328 + 12 * 12 * 768 * 1024) * 491_520
     assert values["seconds_per_step"] == pytest.approx(flops / (16 * 989e12 * 0.4))
     assert "11 h for 600,000 steps" in printed
-    assert "5,061 steps" in printed
 
 
 def test_what_does_not_fit_comes_with_what_would(capsys: pytest.CaptureFixture[str]) -> None:

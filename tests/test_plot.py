@@ -67,14 +67,6 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         plot(PlotConfig(out_dir=["c"]))
 
 
-def test_different_data_sets_do_not_compare(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    for name in ("words", "letters"):
-        write_run(Path(f"of-{name}"), [2.0], data_dir="data", dataset=name)
-    plot(PlotConfig(out_dir=["of-words", "of-letters"]))
-    assert "losses in nats per token: different data, no comparison" in capsys.readouterr().out
-
-
 def test_several_runs_in_one_picture(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     write_run(Path("one"), [4.0, 3.0, 2.5], learning_rate=0.1, n_layer=2, out_dir="one", log_interval=1)
