@@ -109,7 +109,7 @@ def end_of(out_dir: str) -> tuple[int, dict[str, torch.Tensor], dict[int, Any]]:
         pytest.param(2, ["--gradient_accumulation_steps=1", "--batch_size=6", "--parallel=fsdp",
                          "--gradient_checkpointing", "--architecture=qwen3", "--tied_head=False"],
                      marks=pytest.mark.slow),
-        (4, ["--gradient_accumulation_steps=4", "--batch_size=3", "--parallel=fsdp", "--shard_group=2", "--gather_once",
+        (4, ["--gradient_accumulation_steps=4", "--batch_size=3", "--parallel=fsdp", "--shard_group=2",
              "--optimizer=muon"]),
         pytest.param(2, ["--gradient_accumulation_steps=2", "--parallel=fsdp", "--optimizer=sgd"],
                      marks=pytest.mark.slow),
