@@ -244,9 +244,10 @@ class ChatRequest(Ask):
             prompt = prompt_of(scheduler.tokenizer, [{**each, "content": text_of(each)} for each in self.messages])
         except (UserError, LookupError, TypeError) as error:
             raise HTTPException(400, f"messages: {error}") from error
-        room = max(1, min(scheduler.config.max_new_tokens, scheduler.engine.block_size - len(prompt)))
+        limit, fits = scheduler.config.max_new_tokens, max(1, scheduler.engine.block_size - len(prompt))
+        asked = self.max_completion_tokens or self.max_tokens or limit
+        max_tokens = min(asked, fits) if asked <= limit else asked  # which is refused
         shared = {name: getattr(self, name) for name in Ask.model_fields}
-        max_tokens = min(self.max_completion_tokens or self.max_tokens or room, room)
         logprobs = self.top_logprobs if self.logprobs else None
         return CompletionRequest(**shared, prompt=prompt, max_tokens=max_tokens, logprobs=logprobs)
 
