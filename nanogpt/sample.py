@@ -7,8 +7,6 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-import torch
-
 from nanogpt.checkpoint import load_trained
 from nanogpt.device import choose_device
 from nanogpt.engine import NOT_FINITE, Engine, Request, Row, Sampling, quantize
@@ -160,6 +158,5 @@ def short_sample(model: GPT, tokenizer: Tokenizer, tokens: int) -> str:
     """Return what a model writes by itself, always from the same seed, for a look at it during training."""
     ends, sampling = tokenizer.end_tokens, Sampling(temperature=0.8, top_k=200)
     engine = Engine(model, 1, vocab_size=tokenizer.vocab_size)
-    with torch.compiler.set_stance("force_eager"):  # Compiling again for these sizes would take minutes.
-        [row] = engine.complete([Request(prompt_ids("", tokenizer), tokens, sampling, stop=ends)])
+    [row] = engine.complete([Request(prompt_ids("", tokenizer), tokens, sampling, stop=ends)])
     return tokenizer.decode([token for token in row.new_tokens if token not in ends]).strip("\n")

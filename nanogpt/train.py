@@ -8,7 +8,7 @@ import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -351,4 +351,6 @@ def sample_of_text(run: Run, state: TrainState) -> str:
     is_due = state.step and interval and state.step // run.config.eval_interval % interval == 0
     if not is_due or not run.dist.is_main or run.is_sharded:
         return ""
-    return short_sample(run.model, run.dataset.tokenizer, tokens=100)
+    # Compiling again for its sizes would take minutes.
+    with torch.compiler.set_stance("force_eager") if run.device.compile else nullcontext():
+        return short_sample(run.model, run.dataset.tokenizer, tokens=100)
