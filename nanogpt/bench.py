@@ -44,7 +44,7 @@ def make_step(
         loss = torch.zeros((), device=device.name)
         micro_batches = zip(*(tensor.tensor_split(n_micro) for tensor in batch), strict=True)
         for k, micro_batch in enumerate(micro_batches, start=1):
-            with gradient_sync(network, k == n_micro, config):
+            with gradient_sync(network, is_last=k == n_micro):
                 micro_loss = compute_loss(run, network, *micro_batch) * (len(micro_batch[0]) / len(rows))
                 micro_loss.backward()  # type: ignore[no-untyped-call]
             loss += micro_loss.detach()

@@ -36,12 +36,11 @@ def with_template(tokenizer: Tokenizer) -> Tokenizer:
     """
     import tokenizers
 
-    library = tokenizers.Tokenizer.from_str(tokenizer.definition)
-    if not tokenizer.chat_template:
-        library.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    end = library.token_to_id("<|im_end|>")
-    if tokenizer.chat_template and (end is None or end in tokenizer.end_tokens):
+    if tokenizer.chat_template and tokenizer.engine.token_to_id("<|im_end|>") in (None, *tokenizer.end_tokens):
         return tokenizer
+    library = tokenizers.Tokenizer.from_str(tokenizer.definition)
+    library.add_special_tokens(["<|im_start|>", "<|im_end|>"] if not tokenizer.chat_template else [])
+    end = library.token_to_id("<|im_end|>")
     extended = BPETokenizer(library.to_str(), tokenizer.end_of_text)
     extended.generation_config = {**tokenizer.generation_config, "eos_token_id": [end, *sorted(tokenizer.end_tokens)]}
     extended.chat_template, extended.adds_bos = tokenizer.chat_template or CHATML, tokenizer.adds_bos

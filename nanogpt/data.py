@@ -39,7 +39,7 @@ Starts = npt.NDArray[np.int64]
 Batch = tuple[Tensor, ...]  # inputs x and targets y (-1: does not count); of conversations, also document ids: (B, T)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Dataset:
     """A data set, opened: the memory-mapped ids of its two splits, and what they mean."""
 

@@ -193,7 +193,7 @@ def parallelize(model: GPT, config: TrainConfig, device: Device, dist: Distribut
     return model
 
 
-def gradient_sync(network: Any, is_last: bool, config: TrainConfig) -> AbstractContextManager[None]:
+def gradient_sync(network: Any, is_last: bool) -> AbstractContextManager[None]:
     """Return a context in which processes exchange gradients in the last micro-batch of a step only, where they can."""
     if isinstance(network, DistributedDataParallel) and not is_last:
         return network.no_sync()

@@ -114,6 +114,7 @@ def split_measures(config: EvalConfig, trained: TrainedModel, device: Device) ->
         raise ConfigError(f"on which data set? {trained.name} does not say; for example --dataset=shakespeare")
     data_dir = config.data_dir or trained.config.get("data_dir", "data")
     source = config.out_dir if config.init_from == "resume" else config.init_from
+    source = "resume" if trained.config.get("dataset") == name else source  # What a run was trained on stays.
     prepare_missing(TrainConfig(dataset=name, data_dir=data_dir, init_from=source))  # pydoc has the model's tokenizer
     dataset = open_dataset(Path(data_dir, name))
     dataset.match_tokenizer(trained.tokenizer, trained.name)
@@ -256,7 +257,7 @@ def run_harness(scorer: Scorer, names: list[str], manager: Any, limit: int) -> d
 
     tokenizer, block_size = scorer.tokenizer, scorer.model.config.block_size
 
-    class Adapter(LM):  # type: ignore[misc]
+    class Harness(LM):  # type: ignore[misc]
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             return scorer.scores([each.args for each in requests])
 
@@ -285,7 +286,7 @@ def run_harness(scorer: Scorer, names: list[str], manager: Any, limit: int) -> d
             return texts
 
     found = simple_evaluate(
-        model=Adapter(), tasks=names, task_manager=manager, limit=limit or None, bootstrap_iters=1000, log_samples=False
+        model=Harness(), tasks=names, task_manager=manager, limit=limit or None, bootstrap_iters=1000, log_samples=False
     )
     measures: dict[str, Any] = {}
     for task, values in found["results"].items():

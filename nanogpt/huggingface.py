@@ -231,6 +231,8 @@ def read_tensor(part: Part, place: tuple[Path, str]) -> Tensor:
     path, name = place
     with safe_open(path, "pt") as file:  # opened for each tensor, so that the mapped memory of the last one is freed
         tensor: Tensor = file.get_tensor(name)
+    if not tensor.is_floating_point() or tensor.itemsize < 2:
+        raise ValueError(f"{name} is quantized ({tensor.dtype}), which can't be read; take the unquantized model")
     return tensor.t() if part.transposed else tensor
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt.config import TrainConfig
+from nanogpt.config import TrainConfig, is_hub_name
 from nanogpt.errors import ConfigError
 from nanogpt.files import write_json
 from nanogpt.huggingface import layout
@@ -139,14 +139,15 @@ def save_peft(folder: Path, model: GPT) -> None:
         if len(theirs) < len(maps):
             maps = [(layer.lora_a, torch.block_diag(*(b for _, b in maps)))]  # type: ignore[no-untyped-call]
         parts |= zip(theirs, maps, strict=True)
-    rank = max(len(a) for a, _ in parts.values())
+    rank, base = max(len(a) for a, _ in parts.values()), model.adapter.base
+    base = base if is_hub_name(base) else Path(base).name  # no path of this machine
     tensors = {}
     for name, (a, b) in parts.items():
         zeros = rank - len(a)  # which fill up the others
         tensors[f"base_model.model.{name}.lora_A.weight"] = F.pad(a.detach(), (0, 0, 0, zeros)).contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = F.pad(b.detach(), (0, zeros)).contiguous()
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.adapter.base,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
         "r": rank, "lora_alpha": rank * model.adapter.alpha / model.adapter.rank, "lora_dropout": 0.0, "bias": "none",
         "target_modules": sorted({name if model.config.is_gpt2 else name.rpartition(".")[2] for name in parts}),
         "fan_in_fan_out": model.config.is_gpt2,  # its matrices are (inputs, outputs)

@@ -448,7 +448,7 @@ def make_server(scheduler: Scheduler) -> uvicorn.Server:
     @app.post("/v1/chat/completions", openapi_extra=described(ChatRequest))
     async def chat(request: HTTPRequest) -> Response:
         body = await read_request(request, config.max_body, ChatRequest)
-        return await answer(request, body.as_completion(scheduler), scheduler, is_chat=True)
+        return await answer(request, await asyncio.to_thread(body.as_completion, scheduler), scheduler, is_chat=True)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

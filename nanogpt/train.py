@@ -147,7 +147,7 @@ def train(config: TrainConfig) -> int:
                 micro_batches = zip(*(tensor.tensor_split(n_micro) for tensor in batch), strict=True)
                 for n, (x, y, *document_ids) in enumerate(micro_batches, start=1):
                     share = ((y >= 0).sum() if dataset.chats else y.numel()) / n_targets
-                    with distributed.gradient_sync(network, n == n_micro, config):
+                    with distributed.gradient_sync(network, is_last=n == n_micro):
                         micro_loss = compute_loss(run, network, x, y, *document_ids) * share
                         scaler.scale(micro_loss).backward()
                     loss += micro_loss.detach()

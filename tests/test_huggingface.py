@@ -100,6 +100,7 @@ def change_config(**changes: Any) -> Callable[[Path], None]:
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "a pickle can run any code"),
         (lambda f: os.truncate(f / "model.safetensors", 5000), "model.safetensors is damaged"),
         (change_config(quantization_config={"quant_method": "fp8"}), "it has a quantization_config"),
+        (lambda f: save_file({"wte.weight": torch.ones(9).char()}, f / "model.safetensors"), "quantized (torch.int8)"),
         (change_config(model_type="bert"), "model_type is 'bert'; known: gpt2, llama, mistral, qwen2, qwen3"),
         (change_config(model_type="llama"), "'max_position_embeddings' is missing"),
         (change_config(vocab_size=50000), "transformers writes one with AutoTokenizer"),
