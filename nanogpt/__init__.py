@@ -1,3 +1,3 @@
 """nanoGPT: train, finetune, evaluate, sample and ship GPT-style language models."""
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
