@@ -19,15 +19,7 @@ from nanogpt.config import GPTConfig
 from nanogpt.errors import CheckpointError, ConfigError, DataError
 from nanogpt.huggingface import Part, build_model, model_type, tensors_of
 from nanogpt.model import GPT, rotary_frequencies
-from nanogpt.tokenizer import (
-    LLAMA3_PATTERN,
-    QWEN2_PATTERN,
-    ByteTokenizer,
-    CharTokenizer,
-    Tokenizer,
-    from_definition,
-    keep_generation_config,
-)
+from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, from_definition, keep_generation_config
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +28,8 @@ KEYS = {  # below the name of the architecture, and our fields
     "context_length": "block_size", "embedding_length": "n_embd", "block_count": "n_layer",
     "feed_forward_length": "n_hidden", "attention.head_count": "n_head", "attention.head_count_kv": "n_kv_head",
 }  # fmt: skip
-GPT2 = {**KEYS, "attention.layer_norm_epsilon": "norm_eps"}
-LLAMA = {
+GPT2_KEYS = {**KEYS, "attention.layer_norm_epsilon": "norm_eps"}
+LLAMA_KEYS = {
     **KEYS, "attention.layer_norm_rms_epsilon": "norm_eps", "rope.freq_base": "rope_theta",
     "rope.dimension_count": "head_size", "attention.value_length": "head_size", "attention.key_length": "head_size",
 }  # fmt: skip
@@ -50,8 +42,13 @@ TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 _SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 _WORDS = {**_BYTES, "use_regex": True}
-_LLAMA3 = [{**_SPLIT, "pattern": {"Regex": LLAMA3_PATTERN}}, _BYTES]
-_QWEN2 = [{**_SPLIT, "pattern": {"Regex": QWEN2_PATTERN}}, _BYTES]
+# How Llama 3 and Qwen 2 split text: they differ in how many digits stay together.
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_MARKS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3_PATTERN = _LETTERS + r"|\p{N}{1,3}" + _MARKS
+_QWEN2_PATTERN = _LETTERS + r"|\p{N}" + _MARKS
+_LLAMA3 = [{**_SPLIT, "pattern": {"Regex": _LLAMA3_PATTERN}}, _BYTES]
+_QWEN2 = [{**_SPLIT, "pattern": {"Regex": _QWEN2_PATTERN}}, _BYTES]
 CUTS: dict[str, tuple[dict[str, str] | None, list[dict[str, Any]], bool]] = {
     "gpt-2": (None, [_WORDS], False),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (None, _LLAMA3, True)),
@@ -77,7 +74,7 @@ def load_gguf(path: str | Path, device: str = "cpu", *, dropout: float = 0.0) ->
         shape = replace(read_shape(keys, tensors), dropout=dropout)
         tensors.pop("rope_freqs.weight", None)
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[model_type(shape).upper()], min(shape.n_layer, len(tensors)))
-        tokenizer = read_tokenizer(keys)
+        tokenizer = tokenizer_of_keys(keys)
         tokenizer.vocab_size = min(tokenizer.vocab_size, shape.vocab_size)  # it may know more than the model
 
         def read(part: Part) -> Tensor:
@@ -98,7 +95,7 @@ def read_shape(keys: dict[str, Any], tensors: dict[str, Any]) -> GPTConfig:
         raise ValueError(f"its architecture is {kind!r}; known: gpt2, llama, qwen2, qwen3")
     if (scaling := keys.get(f"{kind}.rope.scaling.type", "none")) != "none":
         raise ValueError(f"its positions are stretched in a way that is not known here: {scaling}")
-    names = {f"{kind}.{key}": field for key, field in (GPT2 if kind == "gpt2" else LLAMA).items()}
+    names = {f"{kind}.{key}": field for key, field in (GPT2_KEYS if kind == "gpt2" else LLAMA_KEYS).items()}
     values = {field: keys[name] for name, field in names.items() if name in keys}
     values["norm_eps"] = float(f"{values['norm_eps']:.6g}")  # the shortest decimal fraction; the file has float32
     shape = GPTConfig(
@@ -133,10 +130,10 @@ def swap_channels(tensor: Tensor, shape: GPTConfig, part: Part, order: tuple[int
     return tensor.view(-1, *order, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
-def read_tokenizer(keys: dict[str, Any]) -> Tokenizer:
+def tokenizer_of_keys(keys: dict[str, Any]) -> Tokenizer:
     """Return the tokenizer of a GGUF file, with its end tokens and its chat template. Raises `ValueError`."""
     texts = keys["tokenizer.ggml.tokens"]
-    ends = [keys[name] for name in ENDS if keys.get(name, len(texts)) < len(texts)]  # others are left out, as there
+    ends = [keys[name] for name in ENDS if keys.get(name, len(texts)) < len(texts)]  # llama.cpp ignores others, too
     if keys["tokenizer.ggml.model"] != "rwkv":
         tokenizer = from_definition(read_definition(keys), texts[ends[0]] if ends else "")
     elif not texts[-1].startswith(r"\x"):  # its end of a document; all else is escaped bytes
@@ -209,7 +206,7 @@ def save_gguf(path: Path, name: str, model: GPT, tokenizer: Tokenizer, dtype: st
     writer.add_string(MARK, __version__)
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType[("ALL_" if TYPES[dtype] == "F32" else "MOSTLY_") + TYPES[dtype]])
-    for key, field in (GPT2 if kind == "gpt2" else LLAMA).items():
+    for key, field in (GPT2_KEYS if kind == "gpt2" else LLAMA_KEYS).items():
         add = writer.add_float32 if field in ("norm_eps", "rope_theta") else writer.add_uint32
         add(f"{kind}.{key}", getattr(shape, field))
     if shape.rope_scaling:

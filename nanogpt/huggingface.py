@@ -25,7 +25,7 @@ from nanogpt.tokenizer import TOKENIZER_FILES, GPT2Tokenizer, Tokenizer, read_to
 log = logging.getLogger(__name__)
 
 # Hugging Face's names of activations, and ours. An export writes the last name of each.
-ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+ACTIVATION_NAMES = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # Our fields, and their names in the config.json of GPT-2 and of the others.
 OURS = """vocab_size block_size n_embd n_layer n_head n_hidden norm_eps tied_head
@@ -94,9 +94,9 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
     shape = {ours: values[theirs] for theirs, ours in zip(FIELDS[kind], OURS, strict=False)}
     shape |= {"architecture": "llama" if kind in ("mistral", "qwen2") else kind, **IMPLIED.get(kind, {})}
     if kind == "gpt2":
-        if (activation := config.get("activation_function", "gelu_new")) not in ACTIVATIONS:
-            raise ValueError(f"activation_function is {activation!r}; known: {', '.join(ACTIVATIONS)}")
-        return GPTConfig(**shape, activation=ACTIVATIONS[activation])  # type: ignore[arg-type]
+        if (activation := config.get("activation_function", "gelu_new")) not in ACTIVATION_NAMES:
+            raise ValueError(f"activation_function is {activation!r}; known: {', '.join(ACTIVATION_NAMES)}")
+        return GPTConfig(**shape, activation=ACTIVATION_NAMES[activation])  # type: ignore[arg-type]
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if rope_type not in ("default", "llama3"):
@@ -117,7 +117,7 @@ def config_of(shape: GPTConfig) -> dict[str, Any]:
     config = {theirs: getattr(shape, ours) for theirs, ours in zip(FIELDS[kind], OURS, strict=False)}
     config |= {"model_type": kind, "architectures": [f"{kind.capitalize()}ForCausalLM"]}
     if kind == "gpt2":
-        names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+        names = {ours: theirs for theirs, ours in ACTIVATION_NAMES.items()}
         config |= {"architectures": ["GPT2LMHeadModel"], "activation_function": names[shape.activation]}
         config |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), shape.dropout)
     else:

@@ -29,14 +29,9 @@ log = logging.getLogger(__name__)
 warn_once = lru_cache(log.warning)
 
 END_OF_TEXT = "<|endoftext|>"
-# Of a model's folder: the vocabulary in its new or old form, what ends a text, how a conversation is laid out.
-TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
-                   "tokenizer_config.json", "generation_config.json", "chat_template.jinja"]  # fmt: skip
-# How Llama 3 and Qwen 2 split text: they differ in how many digits stay together.
-LETTERS_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-MARKS_PATTERN = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-LLAMA3_PATTERN = LETTERS_PATTERN + r"|\p{N}{1,3}" + MARKS_PATTERN
-QWEN2_PATTERN = LETTERS_PATTERN + r"|\p{N}" + MARKS_PATTERN
+# Of a model's folder: the vocabulary, what ends a text, how a conversation is laid out.
+TOKENIZER_FILES = ["tokenizer.json", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json",
+                   "generation_config.json", "chat_template.jinja"]  # fmt: skip
 MERGES_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 GPT2_IDENTITY = "d9e61ed7050bce01a078bcd7b85ab214d12c6c1fa7862753d16394d030d514eb"
@@ -397,22 +392,10 @@ def content_of(token: Any) -> str:
 
 
 def folder_engine(file: Path, settings: dict[str, Any], model: dict[str, Any]) -> Any:
-    """Return the library's tokenizer for `file`, or for the older vocab.json and merges.txt, with all added tokens."""
-    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+    """Return the library's tokenizer for `file`, with all added tokens."""
+    from tokenizers import AddedToken, Tokenizer
 
-    if file.exists():
-        engine = Tokenizer.from_str(file.read_text(encoding="utf-8-sig"))
-    else:
-        usual = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
-        kind = str(settings.get("tokenizer_class") or usual.get(model.get("model_type", ""))).removesuffix("Fast")
-        if kind not in usual.values():
-            raise DataError(f"there is none, and how {kind} cuts text is not known here")
-        files = [str(file.with_name(name)) for name in ("vocab.json", "merges.txt")]
-        engine, prefix = byte_level_engine(*models.BPE.read_file(*files)), bool(settings.get("add_prefix_space"))
-        engine.pre_tokenizer = pre_tokenizers.ByteLevel(prefix, use_regex=kind != "Qwen2Tokenizer")
-        if kind == "Qwen2Tokenizer":
-            engine.normalizer, cut = normalizers.NFC(), pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated")
-            engine.pre_tokenizer = pre_tokenizers.Sequence([cut, engine.pre_tokenizer])
+    engine = Tokenizer.from_str(file.read_text(encoding="utf-8-sig"))
     # Tokens that were added since lie beside it, in the newer or the older form.
     added = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
     named = read_json(file.with_name("special_tokens_map.json")) | settings
