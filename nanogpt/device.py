@@ -22,12 +22,13 @@ from nanogpt.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-# Dense bfloat16/float16 peak in FLOP/s, from the vendors' data sheets; the first match counts.
-PEAK_FLOPS = {
-    "GB300": 2500e12, "B300": 2250e12, "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200": 989e12,
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H20": 148e12, "A100": 312e12, "L40S": 362e12,
-    "L4": 121e12, "A40": 150e12, "A10G": 70e12, "A10": 125e12, "RTX PRO 6000": 504e12, "RTX 5090": 210e12,
-    "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12,
+# Dense bfloat16/float16 peak in TFLOP/s and GB of memory, from the vendors' data sheets; the first match counts.
+GPUS = {
+    "GB300": (2500, 279), "B300": (2250, 270), "GB200": (2500, 186), "B200": (2250, 180), "GH200": (989, 96),
+    "H200": (989, 141), "H100 PCIe": (756, 80), "H100 NVL": (835, 94), "H100": (989, 80), "H20": (148, 96),
+    "A100": (312, 80), "L40S": (362, 48), "L4": (121, 24), "A40": (150, 48), "A10G": (70, 24), "A10": (125, 24),
+    "RTX PRO 6000": (504, 96), "RTX 5090": (210, 32), "RTX 4090": (165, 24), "RTX 3090": (71, 24), "V100": (125, 32),
+    "T4": (65, 16),
 }  # fmt: skip
 
 
@@ -72,7 +73,7 @@ class Device:
         if self.type != "cuda" or self.dtype == torch.float32:
             return None
         name = torch.cuda.get_device_name(self.name)
-        return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
+        return next((peak * 1e12 for key, (peak, _) in GPUS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def choose_device(config: Machine, local_rank: int | None = None) -> Device:
@@ -89,7 +90,10 @@ def choose_device(config: Machine, local_rank: int | None = None) -> Device:
         raise ConfigError(f"--device={config.device}, but torch {torch.__version__} finds none here; use --device=cpu")
     name = kind
     if kind == "cuda":
-        name = f"cuda:{index or (local_rank or 0) % torch.cuda.device_count()}"
+        count = torch.cuda.device_count()
+        if local_rank is not None and count > 1 and (index or local_rank >= count):
+            raise ConfigError(f"--device={config.device}, {count} GPUs: each process needs its own; use --device=cuda")
+        name = f"cuda:{index or (local_rank or 0) % count}"
         torch.cuda.set_device(name)
         torch.set_float32_matmul_precision("high")  # TF32 where a matmul stays in float32
     elif kind == "cpu":
@@ -101,8 +105,8 @@ def choose_device(config: Machine, local_rank: int | None = None) -> Device:
     chosen = getattr(torch, config.dtype) if config.dtype != "auto" else fast if has_fast else torch.float32
     if kind == "mps" and chosen == torch.float16:
         raise ConfigError("--dtype=float16 is not supported on mps; use float32 or bfloat16")
-    compiled = bool(config.compile)
-    if config.compile == "auto":
+    compiled = getattr(config, "compile", False)
+    if compiled == "auto":
         compiled = isinstance(config, TrainConfig) and compiling_pays(kind, config)
     if not local_rank:
         log.info(f"device {name}, dtype {str(chosen).removeprefix('torch.')}, compile {compiled}")

@@ -15,16 +15,13 @@ from torch.utils.benchmark import Timer
 from nanogpt.checkpoint import load_latest, load_model
 from nanogpt.config import GPT2_NAMES, GPTConfig
 from nanogpt.data import open_if_prepared
-from nanogpt.device import PEAK_FLOPS, choose_device
+from nanogpt.device import GPUS, choose_device
 from nanogpt.distributed import Distributed, choose_parallel
 from nanogpt.errors import ConfigError
+from nanogpt.lora import Adapter, add_adapters
 from nanogpt.metrics import duration
 from nanogpt.model import GPT, loss_chunk
 from nanogpt.settings import PlanConfig
-
-# GB of memory, from the vendors' data sheets
-_MEMORY = {"B200": 180, "GH200": 96, "H200": 141, "H100": 80, "A100": 80, "L40S": 48, "L4": 24, "A40": 48, "A10G": 24,
-           "RTX 5090": 32, "RTX 4090": 24, "RTX 3090": 24, "V100": 32, "T4": 16}  # fmt: skip
 
 
 def memory(model: GPT, rows: int, *, dtype: torch.dtype, parallel: str = "none", processes: int = 1,
@@ -38,6 +35,7 @@ def memory(model: GPT, rows: int, *, dtype: torch.dtype, parallel: str = "none",
     shape, d = model.config, dtype.itemsize
     C, F, V = shape.n_embd, shape.n_hidden, shape.vocab_size
     total = model.get_num_params(non_embedding=False)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     in_block = sum(parameter.numel() for parameter in model.transformer.h[0].parameters())
     tokens, heads = rows * shape.block_size, shape.n_head * shape.head_size
 
@@ -66,8 +64,8 @@ def memory(model: GPT, rows: int, *, dtype: torch.dtype, parallel: str = "none",
     copies = 2 * total if d == 2 else 0  # of weights in 16 bits, or all-gathered by FSDP
     if parallel == "fsdp":  # three blocks at a time, one of them with its gradient; always what is outside of blocks
         copies = (3 * d + 4) * in_block + 8 * (total - shape.n_layer * in_block)
-    weights = gradients = 4 * total / share
-    optimizer = (8 * total - 4 * muon * shape.n_layer * in_block) / share  # Muon keeps one moment, AdamW two
+    weights, gradients = 4 * total / share, 4 * trained / share
+    optimizer = (8 * trained - 4 * muon * shape.n_layer * in_block) / share  # Muon keeps one moment, AdamW two
 
     # Memory peaks at the loss, in the backward pass of the last block (only the head has its gradient yet), or in
     # that of the first block (all other gradients exist).
@@ -97,16 +95,18 @@ def plan(config: PlanConfig) -> None:
     elif config.init_from in GPT2_NAMES:  # needs no download
         shape = GPTConfig.preset(config.init_from, block_size=config.block_size, vocab_size=50257)
     else:
-        shape = replace(load_model(config.init_from)[0].config, block_size=config.block_size)
+        shape = replace(load_model(config.init_from).model.config, block_size=config.block_size)
     with torch.device("meta"):
         model = GPT(shape)
+        if config.lora_rank:
+            add_adapters(model, Adapter(config.lora_rank, 1.0, config.lora_targets, "", ""))
     n_parameters = model.get_num_params(non_embedding=False)
 
     # The machine.
     if config.gpu:
-        if config.gpu not in _MEMORY:
-            raise ConfigError(f"gpu={config.gpu!r}: known are {', '.join(_MEMORY)}; others: take one and --gpu_memory")
-        name, size, flops = config.gpu, _MEMORY[config.gpu] * 1e9, PEAK_FLOPS[config.gpu]
+        if config.gpu not in GPUS:
+            raise ConfigError(f"gpu={config.gpu!r}: known are {', '.join(GPUS)}; others: take one and --gpu_memory")
+        name, flops, size = config.gpu, GPUS[config.gpu][0] * 1e12, GPUS[config.gpu][1] * 1e9
         fast = "float16" if config.gpu in ("V100", "T4") else "bfloat16"  # as device.choose_device decides
         dtype = getattr(torch, fast if config.dtype == "auto" else config.dtype)
     else:

@@ -138,5 +138,5 @@ def test_fsdp_shards_the_optimizer_but_not_activations() -> None:
 
 def test_this_machine_and_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert planned(capsys, "--n_layer=2", "--n_embd=64", "--n_head=2", "--device=cpu")[1]["fits"]
-    with pytest.raises(ConfigError, match="known are B200"):
+    with pytest.raises(ConfigError, match="known are GB300"):
         planned(capsys, "--gpu=H900")
