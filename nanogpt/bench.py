@@ -15,12 +15,12 @@ from torch import Tensor
 from nanogpt.config import TrainConfig
 from nanogpt.data import Dataset, get_batch
 from nanogpt.device import Device, choose_device
-from nanogpt.distributed import Distributed, full_tensor, gradient_sync, parallelize
+from nanogpt.distributed import Distributed, full_tensor, parallelize
 from nanogpt.model import GPT
 from nanogpt.optim import make_optimizer, step_if_finite
 from nanogpt.settings import BenchConfig
 from nanogpt.tokenizer import GPT2Tokenizer
-from nanogpt.train import Run, compute_loss, open_or_prepare
+from nanogpt.train import Run, forward_backward, open_or_prepare
 
 log = logging.getLogger(__name__)
 
@@ -28,28 +28,21 @@ log = logging.getLogger(__name__)
 def make_step(
     config: TrainConfig, dataset: Dataset, vocab_size: int, device: Device, dist: Distributed | None = None
 ) -> tuple[Callable[[int], Tensor], GPT, torch.optim.Optimizer]:
-    """Return a function that does step n as the loop in train.py does it, without logging; model and optimizer."""
+    """Return a function that does step n as the loop in train.py does it, without loss scale; model and optimizer."""
     dist = dist or Distributed()
     torch.manual_seed(config.seed)
     model = GPT(config.model_config(vocab_size), config.zero_init)
     model.transformer.gradient_checkpointing = config.gradient_checkpointing
-    run = Run(config, device, dist, dataset, model)
+    run, scaler = Run(config, device, dist, dataset, model), torch.amp.GradScaler(device.type, enabled=False)
     network = parallelize(model, config, device, dist)
     optimizer = make_optimizer(model, config, device.dtype)
     rows = dist.my_rows(config.batch_size, config.gradient_accumulation_steps)
     n_micro = math.ceil(len(rows) / config.batch_size)
 
     def step(n: int) -> Tensor:
-        batch = get_batch(dataset, n, config, rows, device.put)
-        loss = torch.zeros((), device=device.name)
-        micro_batches = zip(*(tensor.tensor_split(n_micro) for tensor in batch), strict=True)
-        for k, micro_batch in enumerate(micro_batches, start=1):
-            with gradient_sync(network, is_last=k == n_micro):
-                micro_loss = compute_loss(run, network, *micro_batch) * (len(micro_batch[0]) / len(rows))
-                micro_loss.backward()  # type: ignore[no-untyped-call]
-            loss += micro_loss.detach()
+        loss = forward_backward(run, network, scaler, get_batch(dataset, n, config, rows, device.put), n_micro)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        step_if_finite(optimizer, dist.all(torch.isfinite(full_tensor(grad_norm))))
+        step_if_finite(optimizer, dist.all(torch.isfinite(loss + full_tensor(grad_norm))))
         optimizer.zero_grad(set_to_none=True)
         return loss
 

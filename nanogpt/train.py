@@ -94,7 +94,6 @@ def train(config: TrainConfig) -> int:
             model.train()
             if network is not model:
                 warm_up_ddp(run, network, optimizer, *get_batch(state.step))
-            save = partial(checkpoints.save, model, optimizer, scaler, state, dataset.tokenizer)
             # state.step counts the steps done, so it is also the number of the next one.
             saved_step = state.step if resumed else -1  # of the newest checkpoint
             # Counted on the device, since `.item()` makes the CPU wait for a GPU.
@@ -103,14 +102,12 @@ def train(config: TrainConfig) -> int:
 
             while True:
                 # Evaluate where that is due, and save the newest and perhaps the best model.
-                is_done = state.step >= config.max_iters
-                stopped = is_best = False
+                is_done, is_best = state.step >= config.max_iters, False
                 save_is_due = state.step not in (0, saved_step) and checkpoints.is_due(state.step)
+                losses = {}
                 if (state.step % config.eval_interval == 0 or is_done) and state.evaluated != state.step:
                     losses = estimate_loss(run, stop_requested)
-                    if losses is None:  # a signal came
-                        stopped = True
-                        break
+                if losses:
                     state.evaluated = state.step
                     metrics.log_evaluation(state, losses, sample_of_text(run, state))
                     if config.plot and dist.is_main:
@@ -121,15 +118,16 @@ def train(config: TrainConfig) -> int:
                     if state.step > 0 or is_done:
                         is_best = losses["val"] < state.best_val_loss
                         state.best_val_loss = min(losses["val"], state.best_val_loss)
-                        save_is_due |= is_best or is_done or config.always_save_checkpoint
-                if save_is_due:
+                        save_is_due |= is_best or config.always_save_checkpoint
+                # A signal breaks off an evaluation, and ends the run after a step.
+                stopped = losses is None or (not is_done and dist.any(stop_requested()))
+                if save_is_due or ((is_done or stopped) and state.step != saved_step):
                     state.skipped, saved_step = int(skipped), state.step
+                    if stopped and metrics.step != state.step:
+                        metrics.log(state, {})  # so that `nanogpt runs` shows this step
                     metrics.sync()  # metrics.jsonl must not lag behind a checkpoint
-                    save(is_best=is_best)
-                if is_done:
-                    break
-                if dist.any(stop_requested()):
-                    stopped = True
+                    checkpoints.save(model, optimizer, scaler, state, dataset.tokenizer, is_best=is_best)
+                if is_done or stopped:
                     break
 
                 began = time.perf_counter()
@@ -139,18 +137,8 @@ def train(config: TrainConfig) -> int:
                 if config.dropout:  # a function of (seed, step, rank), so that a resumed run repeats it
                     torch.manual_seed(data.dropout_seed(config.seed, state.step, dist.rank))
 
-                # Forward and backward: this process's rows of the global batch, in micro-batches that fit into memory.
-                # Each weighs as much as it has targets: in a text all tokens are targets, in conversations the answers.
-                batch = get_batch(state.step)
-                n_targets = dist.all_reduce_mean((batch[1] >= 0).sum().float()) if dataset.chats else batch[1].numel()
-                loss = torch.zeros((), device=device.name)
-                micro_batches = zip(*(tensor.tensor_split(n_micro) for tensor in batch), strict=True)
-                for n, (x, y, *document_ids) in enumerate(micro_batches, start=1):
-                    share = ((y >= 0).sum() if dataset.chats else y.numel()) / n_targets
-                    with distributed.gradient_sync(network, is_last=n == n_micro):
-                        micro_loss = compute_loss(run, network, x, y, *document_ids) * share
-                        scaler.scale(micro_loss).backward()
-                    loss += micro_loss.detach()
+                # Forward and backward: this process's rows of the global batch.
+                loss = forward_backward(run, network, scaler, get_batch(state.step), n_micro)
 
                 # Clip and step; without grad_clip, only measure the norm. If loss or gradient of any process is not
                 # finite, all skip the step: scaler.step would let each decide for itself.
@@ -166,7 +154,7 @@ def train(config: TrainConfig) -> int:
                 state.step += 1
                 state.tokens += config.global_batch_size * config.block_size
 
-                # Log. The GPU finishes first, so that the clock counts these steps, without the evaluation after them.
+                # Log. Wait for the GPU first, so that the clock counts these steps and not the evaluation after them.
                 log_is_due = (state.step - 1) % config.log_interval == 0 or state.step == config.max_iters
                 if log_is_due or state.step % config.eval_interval == 0:
                     device.synchronize()
@@ -178,16 +166,9 @@ def train(config: TrainConfig) -> int:
                 count_is_due = log_is_due or state.step % config.max_bad_steps == 0
                 if count_is_due and (n_bad := int(skipped_in_a_row)) >= config.max_bad_steps:
                     raise DivergedError(f"{n_bad} steps in a row, up to {state.step}, were not finite; {ADVICE}")
-
-            # Checkpoints are written in a thread. Save again if that failed, or if a signal came after an unsaved step.
-            state.skipped = int(skipped)
-            if dist.any(saved_step != state.step or not checkpoints.wait()):
-                if metrics.step != state.step:
-                    metrics.log(state, {})  # so that `nanogpt runs` shows this step
-                metrics.sync()
-                save(is_best=is_best)
     if stopped:
-        log.info(f"stopped after {state.step} steps and saved; to resume, repeat the command with --init_from=resume")
+        how = "" if config.resume == "auto" else " with --init_from=resume"
+        log.info(f"stopped after {state.step} steps and saved; to resume, repeat the command{how}")
         return STOPPED
     if config.plot and dist.is_main:
         draw_if_possible(config.out_dir)
@@ -233,10 +214,11 @@ def build_or_resume(
         if config.init_from == "scratch":
             model = GPT(config.model_config(dataset.tokenizer.padded_vocab_size), config.zero_init)
         else:
-            model, tokenizer = load_model(config.init_from, dropout=config.dropout, data_dir=config.data_dir)
-            dataset.match_tokenizer(tokenizer, config.init_from)
+            source = load_model(config.init_from, dropout=config.dropout, data_dir=config.data_dir)
+            model = source.model
+            dataset.match_tokenizer(source.tokenizer, config.init_from)
             model.crop_block_size(config.block_size)
-            adapt(model, config, tokenizer, dataset.tokenizer)
+            adapt(model, config, source.tokenizer, dataset.tokenizer)
     model.transformer.gradient_checkpointing = config.gradient_checkpointing
 
     # A loaded model keeps its shape, whatever the settings say.
@@ -251,7 +233,7 @@ def build_or_resume(
         for name, value in dataclasses.asdict(config).items():
             if resumed.config.get(name, value) != value and name not in ("init_from", "resume", "out_dir"):
                 log.info(f"changed since the checkpoint: {name} = {value!r}, was {resumed.config[name]!r}")
-        # What is recorded is where the weights first came from.
+        # config.json keeps the init_from with which the run was first started.
         config = dataclasses.replace(config, init_from=resumed.config.get("init_from", "scratch"))
     return config, model, resumed
 
@@ -265,6 +247,8 @@ def dry_run(config: TrainConfig) -> int:
         shape = config.model_config(dataset.tokenizer.padded_vocab_size if dataset else GPTConfig.vocab_size)
         with torch.device("meta"):
             log_sizes(config, GPT(shape), None, len(dataset.train) if dataset else 0)
+    else:
+        print(f"the shape is that of the model that init_from={config.init_from} loads, whatever is printed above")
     return 0
 
 
@@ -307,6 +291,22 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
 # ---------------------------------------------------------------------------------------------------
 # Loss, evaluation, log lines
+
+
+def forward_backward(run: Run, network: Any, scaler: Any, batch: data.Batch, n_micro: int) -> Tensor:
+    """Add up the gradients of a batch in micro-batches that fit into memory, and return its loss.
+
+    Each micro-batch weighs as much as it has targets: in a text all tokens are targets, in conversations the answers.
+    """
+    n_targets = run.dist.all_reduce_mean((batch[1] >= 0).sum().float())
+    loss = torch.zeros((), device=run.device.name)
+    micro_batches = zip(*(tensor.tensor_split(n_micro) for tensor in batch), strict=True)
+    for n, (x, y, *document_ids) in enumerate(micro_batches, start=1):
+        with distributed.gradient_sync(network, is_last=n == n_micro):
+            micro_loss = compute_loss(run, network, x, y, *document_ids) * ((y >= 0).sum() / n_targets)
+            scaler.scale(micro_loss).backward()
+        loss += micro_loss.detach()
+    return loss
 
 
 def compute_loss(run: Run, network: Any, x: Tensor, y: Tensor, document_ids: Tensor | None = None) -> Tensor:
