@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 from nanogpt.chats import prompt_of
@@ -22,7 +21,7 @@ HELP = "/reset forgets what was said, /system TEXT says how to answer, Ctrl-C st
 
 def chat(config: ChatConfig) -> None:
     """Read messages from standard input and print the model's answers. Raises `DataError` for a model without chat."""
-    device = choose_device(replace(config, compile=False))
+    device = choose_device(config)
     trained = load_trained(config, device)
     model, tokenizer = trained.model, trained.tokenizer
     prompt_of(tokenizer, [{"role": "user", "content": ""}])

@@ -102,6 +102,10 @@ def _read_words(cls: Class, arguments: Sequence[str], positional: str, problems:
         elif positional in hints and not (equals and name in hints):
             is_text = issubclass(cls, config.TrainConfig) and not os.path.isdir(word)
             key = "text" if is_text and (os.path.isfile(word) or word.endswith((".txt", ".md"))) else positional
+            if cls is config.TrainConfig and list(Path(word).glob("*.txt")) and not Path(word, "config.json").exists():
+                problems.append(
+                    f"{word} is a folder of texts: nanogpt prepare NAME --input={word}, then --dataset=NAME"
+                )
             is_list = get_origin(hints[key]) is list
             if key in options and not is_list:
                 problems.append(f"{word}: {key} is {options[key]} already, and takes one value")

@@ -41,9 +41,9 @@ def is_hub_name(text: str) -> bool:
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text)) and not is_file
 
 
-def steps_and_seconds(interval: str) -> tuple[int, float] | None:
+def steps_and_seconds(interval: int | str) -> tuple[int, float] | None:
     """Return (500, 0.0) for "500", steps, and (0, 1800.0) for "30m", minutes; None for anything else."""
-    match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)m", interval)
+    match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)m", str(interval))
     return (int(match[1] or 0), 60 * float(match[2] or 0)) if match else None
 
 
@@ -52,7 +52,7 @@ def is_there(name: str) -> bool:
     return bool(name) and (Path(name).exists() or is_hub_name(name))
 
 
-# What a setting must be, by its name, in every program: a test, and words for the message. A default always passes.
+# What a setting must be, by its name, in every program: a test, and words for the message. Defaults are not tested.
 CHECKS: dict[str, tuple[Callable[[Any], object], str]] = {
     **dict.fromkeys("dropout beta1 beta2 muon_momentum".split(), (lambda v: 0 <= v < 1, "a value in [0, 1)")),
     **dict.fromkeys(
@@ -167,7 +167,6 @@ class Machine(Settings):
     device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto: the first available of cuda, mps, cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matmuls; auto: bfloat16 where fast,
     # float16 on older GPUs, else float32; trained weights are always float32
-    compile: bool | Literal["auto"] = False  # torch.compile; decoding is faster without
     seed: int = 1337  # of all random numbers
     verbosity: Literal["quiet", "normal", "debug"] = "normal"  # of log lines; quiet: only results and warnings
 
@@ -186,7 +185,7 @@ class TrainConfig(Shape, Machine):
     eval_only: bool = False  # evaluate once and exit; writes nothing
     log_interval: int = 1  # print and record every so many steps; reading the loss makes a GPU wait
     always_save_checkpoint: bool = True  # save at every evaluation; False: when the loss improved, and at the end
-    checkpoint_interval: str = "30m"  # save also every so many steps (500) or minutes (30m); 0: only at evaluations
+    checkpoint_interval: int | str = "30m"  # save also every so many steps (500) or minutes (30m); 0: at evaluations
     keep_checkpoints: int = 2  # how many: ckpt.pt, ckpt.prev.pt, …; an older one is used if the newest is damaged
     max_bad_steps: int = 20  # stop after so many steps in a row, at most twice as many, of non-finite loss or gradient
     sample_interval: int = 1  # print a short sample at every so many-th evaluation; 0: never
@@ -261,6 +260,8 @@ class TrainConfig(Shape, Machine):
         yield from self.model_config(vocab_size=1).problems()
         if self.text and not Path(self.text).is_file():
             yield f"text={self.text!r}: there is no such file"
+        if self.shard_group and self.parallel != "fsdp":
+            yield "shard_group: groups share a model with --parallel=fsdp"
         if self.lora_rank and (self.init_from == "scratch" or self.optimizer == "muon"):
             yield "lora_rank: adapters belong to a trained model, --init_from=…, and train with --optimizer=adamw"
         if self.lora_rank and Path(self.out_dir).resolve() in (base := Path(self.init_from).resolve(), *base.parents):

@@ -54,10 +54,12 @@ def log_sizes(config: TrainConfig, model: Any, optimizer: Any, train_tokens: int
         f"{config.batch_size} x {config.block_size}); in all {tokens * config.max_iters:,}{epochs}"
     )
     if config.decay_lr and config.warmup_iters > config.max_iters:
-        log.warning(f"the run ends in its warm-up, after max_iters={config.max_iters} of {config.warmup_iters} steps")
-    for group in optimizer.param_groups if optimizer else []:
-        sizes = [parameter.numel() for parameter in group["params"]]
-        log.info(f"{len(sizes)} tensors with {sum(sizes):,} parameters, weight decay {group['weight_decay']:g}")
+        log.warning(f"warmup_iters={config.warmup_iters} is longer than the run, max_iters={config.max_iters}: "
+                    "the learning rate never reaches its peak")  # fmt: skip
+    groups = optimizer.param_groups if optimizer else []
+    for decay in sorted({group["weight_decay"] for group in groups}):
+        sizes = [each.numel() for group in groups if group["weight_decay"] == decay for each in group["params"]]
+        log.info(f"weight decay {decay:g}: {len(sizes)} tensors with {sum(sizes):,} parameters")
 
 
 class Metrics(AbstractContextManager["Metrics"]):
@@ -129,8 +131,12 @@ class Metrics(AbstractContextManager["Metrics"]):
             self.file.write(json.dumps(finite).encode() + b"\n")
         except OSError as error:  # a full disk costs these rows, not the run
             log.warning(f"cannot write {self.path}: {error}; training continues")
-        for tracker in self.trackers:
-            tracker.log(state, values)
+        for tracker in list(self.trackers):
+            try:
+                tracker.log(state, values)
+            except Exception as error:  # such as a network that is gone: it costs the tracker, not the run
+                log.warning(f"{type(tracker).__name__} failed ({error}); training goes on without it")
+                self.trackers.remove(tracker)
 
     def sync(self) -> None:
         """Bring all rows to the disk: a checkpoint must not be ahead of them, even after a power cut."""

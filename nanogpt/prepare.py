@@ -76,9 +76,9 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 def prepare(config: PrepareConfig) -> None:
     """Build the data set `config.name`. Raises `ConfigError` and `DataError`."""
     folder = Path(config.data_dir, config.name)
-    if config.name not in DATASETS and not config.input:
-        known = ", ".join(DATASETS)
-        raise ConfigError(f"{config.name!r} is no known data set ({known}); for your own text, add --input=PATH")
+    if config.name not in DATASETS and not config.input and not (folder / "input.txt").is_file():
+        known = f"{config.name!r} is no known data set ({', '.join(DATASETS)})"
+        raise ConfigError(f"{known}; for your own text, add --input=PATH, or put it there as {folder / 'input.txt'}")
     defaults = {"input": [], "tokenizer": "gpt2", "val_fraction": 0.05, "chat": False, **DATASETS.get(config.name, {})}
     unset = {key: value for key, value in defaults.items() if getattr(config, key) in ([], "", "auto", False)}
     config = replace(config, **unset)
@@ -101,8 +101,11 @@ def prepare_missing(config: TrainConfig) -> None:
     has_run = Path(config.out_dir, "config.json").exists()
     resumes = config.init_from == "resume" or (config.resume == "auto" and has_run)
     name, folder = config.dataset, Path(config.data_dir, config.dataset)
-    is_current = is_made_of(folder, config.text) if config.text else name != "pydoc"  # whose tokenizer is the model's
+    # pydoc is made anew for each run, since its tokenizer is the model's.
+    is_current = is_made_of(folder, config.text) if config.text else name != "pydoc"
     if is_prepared(folder) and (resumes or is_current):
+        if config.text and not is_current:
+            log.warning(f"{config.text} has changed; this run resumes with the text as it was")
         return
     if not config.text and name not in ("pystdlib", "pydoc"):
         own = "" if name in DATASETS else " --input=PATH"
@@ -239,7 +242,9 @@ def documents(source: str, config: PrepareConfig, work: Path) -> Iterator[Piece]
             yield piece
     except UnicodeError as error:
         if piece or source in config.input:
-            raise DataError(f"{path} is not UTF-8 text: {error}") from error
+            raise DataError(
+                f"{path} is not UTF-8 text ({error}); iconv converts it, such as with -f latin1 -t utf-8"
+            ) from error
         yield "file without UTF-8 text"
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
@@ -369,7 +374,7 @@ def build(folder: Path, config: PrepareConfig, sources: dict[str, int]) -> dict[
     if min(tokens.values()) < 2:
         reasons = "".join(f"; skipped {count:,} x {reason}" for reason, count in skipped.items())
         counts = f"{tokens['train']} in train and {tokens['val']} in val"
-        raise DataError(f"too few tokens, {counts}: take more text, or another --val_fraction{reasons}")
+        raise DataError(f"too few tokens, {counts}: take more text, or prepare it with another val_fraction{reasons}")
     (work / "plan.json").unlink()
     listed = [{"path": path, "bytes": size} for path, size in itertools.islice(sources.items(), 1000)]
     about = {"version": 1, "dtype": tokenizer.dtype.name, **plan["counts"], "chat": config.chat, "skipped": skipped}
@@ -410,7 +415,7 @@ def make_plan(work: Path, config: PrepareConfig, sources: dict[str, int]) -> dic
     if setting.endswith((".pt", ".gguf")) or Path(setting, "metrics.jsonl").exists():  # a run
         from nanogpt.checkpoint import load_model  # with torch, which building does without
 
-        tokenizer = load_model(setting)[1]
+        tokenizer = load_model(setting).tokenizer
     else:
         tokenizer = make_tokenizer(setting, characters, texts)
     if config.chat:

@@ -480,7 +480,7 @@ def serve(config: ServeConfig) -> None:
     """Answer requests until SIGINT or SIGTERM, then finish those under way. A second Ctrl-C cuts them off."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.create_server((config.host, config.port), family=family, backlog=2048)
-    device = choose_device(replace(config, compile=False))
+    device = choose_device(config)
     trained = load_trained(config, device)
     model, tokenizer = trained.model, trained.tokenizer
     if config.block_size:

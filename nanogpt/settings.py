@@ -1,4 +1,4 @@
-"""The settings of the programs beside training, and what a setting implies; config.py says what follows from them."""
+"""The settings of the programs beside training, and which settings imply others; training has its own in config.py."""
 
 import re
 from collections.abc import Iterator
@@ -65,6 +65,7 @@ class SampleConfig(SourceConfig, Machine):
     window: Literal["half", "slide"] = "half"  # a full context loses its older half; slide: one token (slow, exact)
     logprobs: int = -1  # list the logprob of each new token and of this many alternatives; -1: no
     int8: bool = False  # quantize weights to 8 bits with a scale per row
+    compile: bool = False  # has no effect: decoding is faster without; the original's command lines have it
 
 
 class ChatConfig(SourceConfig, Machine):
@@ -108,6 +109,7 @@ class EvalConfig(SourceConfig, Machine):
     data_dir: str = ""  # folder of the data sets; empty: as in training
     dataset: str = ""  # empty: as in training
     split: Literal["train", "val"] = "val"  # part of the data set
+    compile: bool = False  # torch.compile
     batch_size: int = 32  # windows or examples at a time; changes the speed, not the result
     block_size: int = 0  # window length; 0: the model's
 
@@ -204,22 +206,27 @@ _BY_SIZE = [
 ]
 
 
-def recipe_for_text(path: str) -> tuple[str, dict[str, Any]]:
-    """Return the vocabulary, and the settings of a small model that suits the length of a text file."""
+def recipe_for_text(path: str, max_iters: object = None) -> tuple[str, dict[str, Any]]:
+    """Return the vocabulary, and the settings of a small model that suits the length of a text file.
+
+    max_iters: as asked for, from which schedule and evaluations follow; None: as many as suit the text.
+    """
     n_bytes = Path(path).stat().st_size if Path(path).is_file() else 0
     tokenizer, sizes = next((tokenizer, sizes) for most, tokenizer, sizes in _BY_SIZE if n_bytes <= most)
+    if str(max_iters).isdecimal():  # What is no number is reported elsewhere.
+        sizes = {**sizes, "max_iters": int(str(max_iters))}
     out_dir = f"out-{Path(path).name.partition('.')[0]}"
     return tokenizer, {
         **_MUON, **sizes, "optimizer": "muon", "lr_decay_iters": sizes["max_iters"], "architecture": "qwen3",
         "zero_init": True, "out_dir": out_dir, "data_dir": out_dir, "dataset": "data", "sampling": "epoch",
         "batch_size": 32, "gradient_accumulation_steps": 1, "log_interval": 20, "eval_iters": 10,
-        "eval_interval": sizes["max_iters"] // 4, "always_save_checkpoint": False,
+        "eval_interval": sizes["max_iters"] // 4 or 1, "always_save_checkpoint": False,
     }  # fmt: skip
 
 
 def implied_settings(found: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     """Return what text, model and optimizer in `found` also set: a recipe, a shape, the rates that suit Muon."""
-    implied = recipe_for_text(found["text"])[1] if found.get("text") else {}
+    implied = recipe_for_text(found["text"], found.get("max_iters"))[1] if found.get("text") else {}
     implied |= PRESETS.get(str(found.get("model")), {})
     optimizer = {**before, **implied}["optimizer"]
     chosen = found.get("optimizer", optimizer)
