@@ -18,6 +18,7 @@ install: $(INSTALLED)
 $(RUNS) $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "nanoGPT needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 2; }
+	@echo "installing torch and other libraries into .venv; this takes some minutes"
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt \
 		-e '.[$(if $(filter $(RUNS),$@),plot,dev)]'
@@ -29,6 +30,7 @@ demo: $(RUNS)
 	$(PY) sample.py --out_dir=out-pystdlib-fast --num_samples=2 --max_new_tokens=400 --start='def '
 	$(PY) -m nanogpt plot out-pystdlib-fast
 	@echo
+	@echo "That text is what so small a model writes after a minute: the shape of Python, without its meaning."
 	@echo "You have trained a GPT on the Python library of this machine: 0.7M parameters with rotary positions and"
 	@echo "normalised queries and keys, by Muon, in 250 steps of 4,096 bytes. Where things lie:"
 	@echo "  data/pystdlib/                 the text as token ids, and which files it came from"

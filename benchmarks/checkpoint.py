@@ -65,14 +65,13 @@ def main() -> None:
             without = [seconds(take_step) for _ in range(arguments.steps)]
             copying = seconds(lambda: checkpoints.save(model, optimizer, scaler, state, tokenizer))
             times = [seconds(take_step) for _ in range(arguments.steps)]
-            waited = seconds(checkpoints.wait)
+            waited = seconds(checkpoints.written.exception)
             usual = statistics.median(times[arguments.steps // 2 :])
             overhead = (sum(times) + waited) / (usual * arguments.steps) - 1
             rows.append((sum(without), sum(times), copying, overhead))
             print(f"run {n + 1}: {sum(without):.2f} s without, {sum(times):.2f} s with, copy {copying:.2f} s, "
                   f"first steps {', '.join(f'{t:.2f}' for t in times[:4])} s, others {usual:.2f} s: {overhead:+.2%}",
                   flush=True)  # fmt: skip
-        checkpoints.wait()
         size = Path(folder, "ckpt.pt").stat().st_size
     without_saving, with_saving, copy, median = (statistics.median(column) for column in zip(*rows, strict=True))
     spread = [min(row[3] for row in rows), max(row[3] for row in rows)]

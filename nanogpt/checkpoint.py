@@ -51,7 +51,7 @@ FORMAT = 1  # of what lies under `nanogpt`
 # What torch's .metadata consists of, beside dtypes: classes of torch and pathlib.
 METADATA_NAMES = """Metadata MetadataIndex StorageMeta TensorStorageMetadata ChunkStorageMetadata TensorProperties
     _MEM_FORMAT_ENCODING _StorageInfo _get_layout Size PosixPath""".split()
-RUN_FILES = "ckpt*.pt best.pt ckpt.dcp metrics.jsonl config.json wandb_id wandb tensorboard logs loss.png".split()
+RUN_FILES = "ckpt*.pt best.pt ckpt.dcp metrics.jsonl config.json wandb_id wandb tensorboard loss.png".split()
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Checkpoint:
 
     def build_adapted(self, adapter: Adapter, dropout: float) -> GPT:
         """Return the base with its adapters. Raises `CheckpointError` if it is not the base of the training."""
-        model, _ = load_model(adapter.base, dropout=dropout)
+        model = load_model(adapter.base, dropout=dropout, data_dir=self.config.get("data_dir", "data")).model
         model.crop_block_size(self.model_config.block_size)
         if digest(model) != adapter.sha256:
             raise CheckpointError(f"{self.path} holds adapters for {adapter.base}, whose weights have changed since")
@@ -127,7 +127,7 @@ class Checkpoint:
                 states[number][name] = shard_like(parameter, value)
         optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
         if self.path.is_dir():
-            load_shards(self.path, tensors_of(model, optimizer))
+            load_shards(self.path, run_tensors(model, optimizer))
         if self.scaler and scaler.is_enabled():
             scaler.load_state_dict(self.scaler)
         self.weights, self.optimizer = {}, None  # model and optimizer own them now
@@ -162,7 +162,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
 
         Waits until the checkpoint before it is written: there is one copy at a time.
         """
-        self.wait()
+        self.written.exception()  # waits
         self.last = time.monotonic()
         if not self.is_sharded and not self.dist.is_main:
             return
@@ -191,7 +191,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
 
                 # Copying ahead would open a CUDA context on GPU 0 in the writing thread of every process.
                 writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
-                shards = async_save(tensors_of(model, optimizer), storage_writer=writer, process_group=self.group)
+                shards = async_save(run_tensors(model, optimizer), storage_writer=writer, process_group=self.group)
         else:
             content["optimizer"] = on_cpu(optimizer.state_dict())
         self.written = self.executor.submit(self.write, content, weights, shards, is_best)
@@ -214,14 +214,10 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
                 write_file(newest, {"model": weights, **content}, keep)
             for path in [path for path in checkpoints_of(self.folder) if path != newest][keep - 1 :]:
                 remove(path)
-        except BaseException as error:  # torch's CheckpointException is no Exception
+        except BaseException as error:  # torch's CheckpointException is a BaseException
             failure = error if isinstance(error, UserError) else UserError(f"cannot write a checkpoint: {error}")
             log.warning(f"{failure}; training continues, and earlier checkpoints stay")
             raise failure from None
-
-    def wait(self) -> bool:
-        """Wait until nothing is being written. Returns whether the last checkpoint could be written."""
-        return self.written.exception() is None
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         """Wait until the last checkpoint is written. Raises `UserError` if that failed and nothing else did."""
@@ -231,7 +227,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
 
 def trained_weights(model: GPT) -> dict[str, Tensor]:
     """Return the weights that a checkpoint holds: those that are trained, with a tied head once."""
-    weights = model.state_dict(keep_vars=True)  # FSDP shards here what it left whole after an evaluation
+    weights = model.state_dict(keep_vars=True)  # keep_vars: FSDP still holds some full after an evaluation
     if model.config.tied_head:
         del weights["lm_head.weight"]
     return {name: weight for name, weight in weights.items() if weight.requires_grad}
@@ -301,7 +297,7 @@ def find_checkpoint(out_dir: str | Path, which: str) -> Path:
     best, kept = list(Path(out_dir).glob("best.pt")), checkpoints_of(out_dir)
     found = {"auto": best + kept, "best": best, "last": kept}.get(which, [Path(which)])
     if not found:
-        raise CheckpointError(f"no checkpoint ({which}) in {out_dir}; train a model first, or name its --out_dir")
+        raise CheckpointError(f"{out_dir} holds no trained model; train one first, or name another folder")
     return found[0]
 
 
@@ -311,14 +307,14 @@ def use_out_dir(config: TrainConfig, dist: Distributed, resumed_from: Path | Non
     folder, lock = Path(config.out_dir), ExitStack()
 
     def prepare() -> None:
+        if (path := folder / "config.json").exists() and "out_dir" not in read_json(path) and resumed_from is None:
+            raise ConfigError(f"out_dir={folder} holds files of another program; choose another folder")
         lock.enter_context(locked(folder / "lock", f"a run in {folder}"))
         for path in [*folder.glob("*.[0-9]*.tmp"), *folder.glob("ckpt.dcp/[0-9]*")]:
             if not (path / "run.json").exists():  # left by a process that was killed
                 remove(path)
         earlier = [path for pattern in RUN_FILES for path in folder.glob(pattern)]
         if earlier and resumed_from is None:
-            if (folder / "config.json").exists() and "out_dir" not in read_json(folder / "config.json"):
-                raise ConfigError(f"out_dir={folder} holds files of another program; choose another folder")
             aside = next(path for n in itertools.count(1) if not (path := folder / f"previous-{n}").exists())
             aside.mkdir()
             for path in earlier:
@@ -343,18 +339,19 @@ def use_out_dir(config: TrainConfig, dist: Distributed, resumed_from: Path | Non
 def load_latest(
     out_dir: str | Path, data_dir: str = "data", dist: Distributed | None = None, *, sharded: bool = False
 ) -> Checkpoint:
-    """Return the newest checkpoint in `out_dir` that is not damaged; the main process finds out for all which it is."""
-
-    def newest_good() -> Path:
-        for path in checkpoints_of(out_dir) or [find_checkpoint(out_dir, "last")]:
-            try:
-                verify_checksums(path)
-                return path
-            except DamagedError as error:
-                log.warning(f"{error}; trying the one before it")
+    """Return the newest checkpoint in `out_dir` that is not damaged; the processes verify it together."""
+    dist = dist or Distributed()
+    for path in dist.broadcast_from_main(lambda: checkpoints_of(out_dir) or [find_checkpoint(out_dir, "last")]):
+        is_damaged = False
+        try:
+            verify_checksums(path, dist.rank, dist.world_size)
+        except DamagedError as error:
+            log.warning(f"{error}; trying the one before it")
+            is_damaged = True
+        if not dist.any(is_damaged):
+            break
+    else:
         raise DamagedError(f"all checkpoints in {out_dir} are damaged; to use its best model: --init_from={out_dir}")
-
-    path = dist.broadcast_from_main(newest_good) if dist else newest_good()
     loaded = load_checkpoint(path, data_dir, sharded=sharded, verify=False)
     if not Path(out_dir, "best.pt").exists():
         loaded.state.best_val_loss = math.inf  # so that the next evaluation writes it
@@ -401,15 +398,18 @@ def load_checkpoint(path: Path, data_dir: str = "data", *, sharded: bool = False
         raise CheckpointError(f"{path} cannot be read as a checkpoint of a GPT: {error!r}") from error
 
 
-def verify_checksums(path: Path) -> None:
-    """Raise `DamagedError` if bytes are not what was written; torch.load alone lets a flipped bit pass."""
+def verify_checksums(path: Path, rank: int = 0, world_size: int = 1) -> None:
+    """Raise `DamagedError` if bytes are not what was written; torch.load alone lets a flipped bit pass.
+
+    Each process verifies its share of a folder: one alone would let the others wait beyond `dist_timeout`.
+    """
     try:
         archives: Any = [path]
         if path.is_dir():  # each tensor is an archive in the file of the process that had it
             parts = shard_reader(path).read_metadata().storage_data.values()
             files = {part.relative_path: np.memmap(path / part.relative_path) for part in parts}
             archives = (io.BytesIO(files[p.relative_path][p.offset : p.offset + p.length].tobytes()) for p in parts)
-        for archive in archives:
+        for archive in itertools.islice(archives, rank, None, world_size):
             with zipfile.ZipFile(archive) as file:
                 if wrong := file.testzip():
                     raise zipfile.BadZipFile(f"the checksum of {wrong} is wrong")
@@ -423,7 +423,7 @@ def verify_checksums(path: Path) -> None:
 # Folders of torch.distributed.checkpoint, which is imported where it is needed: that takes half a second
 
 
-def tensors_of(model: GPT, optimizer: Optimizer) -> dict[str, Any]:
+def run_tensors(model: GPT, optimizer: Optimizer) -> dict[str, Any]:
     """Return all tensors of a run; on disk they are model.NAME and optimizer.NUMBER.NAME."""
     return {"model": trained_weights(model), "optimizer": optimizer.state_dict()["state"]}
 
@@ -436,7 +436,7 @@ def load_shards(folder: Path, tensors: dict[str, Any], no_dist: bool = False) ->
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns if there is only one process
             load(tensors, storage_reader=shard_reader(folder), no_dist=no_dist)
-    except CheckpointException as error:  # no Exception
+    except CheckpointException as error:  # a BaseException
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
 
 
@@ -503,14 +503,9 @@ def load_trained(config: SourceConfig, device: Device, merge: bool = True) -> Tr
     merge: add a run's adapters to the weights.
     """
     data_dir = getattr(config, "data_dir", "") or "data"
-    if config.init_from == "resume":
-        loaded = load_checkpoint(find_checkpoint(config.out_dir, config.checkpoint), data_dir)
-        name = f"{loaded.path}, {loaded.state.step} steps"
-        model = loaded.build_model(device.name, merge=merge)
-        trained = TrainedModel(model, loaded.tokenizer, name, loaded.config, loaded.state)
-    else:
-        found = load_model(config.init_from, device.name, data_dir=data_dir, which=config.checkpoint)
-        trained = TrainedModel(*found, config.init_from)
+    is_run = config.init_from == "resume"
+    source = str(find_checkpoint(config.out_dir, config.checkpoint)) if is_run else config.init_from
+    trained = load_model(source, device.name, data_dir=data_dir, which=config.checkpoint, merge=merge)
     if config.add_bos != "auto":
         if config.add_bos and trained.tokenizer.bos is None:
             raise ConfigError(f"add_bos=True: the {trained.tokenizer} has no start token")
@@ -521,21 +516,24 @@ def load_trained(config: SourceConfig, device: Device, merge: bool = True) -> Tr
 
 
 def load_model(
-    init_from: str, device: str = "cpu", *, dropout: float = 0.0, data_dir: str = "data", which: str = "auto"
-) -> tuple[GPT, Tokenizer]:
+    init_from: str, device: str = "cpu", *, dropout: float = 0.0, data_dir: str = "data", which: str = "auto",
+    merge: bool = True,
+) -> TrainedModel:  # fmt: skip
     """Return a model: of a run folder or a checkpoint, ours or the original's, Hugging Face's format or a GGUF file.
 
-    which: of a run folder's checkpoints, see `find_checkpoint`.
+    which: of a run folder's checkpoints, see `find_checkpoint`. merge: add a run's adapters to the weights.
     """
     path = Path(init_from)
     if path.is_dir() and (checkpoints_of(path) or (path / "best.pt").exists()):
         path = find_checkpoint(path, which)
-    if path.suffix != ".pt" and not (path / "run.json").exists():
-        load = load_gguf if path.suffix == ".gguf" else load_pretrained
-        return load(init_from, device, dropout=dropout)
+    if path.suffix == ".gguf":
+        return TrainedModel(*load_gguf(path, device, dropout=dropout), init_from)
+    if not path.is_file() and not (path / "run.json").exists():
+        return TrainedModel(*load_pretrained(init_from, device, dropout=dropout), init_from)
     log.info(f"loading {path}")
     loaded = load_checkpoint(path, data_dir)
-    return loaded.build_model(device, dropout), loaded.tokenizer
+    model, name = loaded.build_model(device, dropout, merge), f"{path}, {loaded.state.step} steps"
+    return TrainedModel(model, loaded.tokenizer, name, loaded.config, loaded.state)
 
 
 def original_arguments(config: GPTConfig) -> dict[str, Any]:
@@ -543,6 +541,6 @@ def original_arguments(config: GPTConfig) -> dict[str, Any]:
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
     arguments = {name: getattr(config, name) for name in names}
     known = vars(GPTConfig(**arguments, rope_theta=config.rope_theta))
-    # The tanh form of GELU, which OpenAI's weights have, is near enough to its own.
+    # OpenAI's weights expect the tanh form of GELU; the original computes the exact one, which differs by 0.1 %.
     is_known = all(value in (known[name], "gelu_tanh") for name, value in vars(config).items())
     return arguments if is_known else asdict(config)

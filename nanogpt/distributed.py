@@ -167,7 +167,8 @@ def parallelize(model: GPT, config: TrainConfig, device: Device, dist: Distribut
         by_block = dist.world_size > 1 or device.type == "cpu"
         for module in model.transformer.h if by_block else [model]:
             module.compile(dynamic=False)
-        model.transformer.is_compiled, torch._dynamo.config.optimize_ddp = True, False
+        model.transformer.is_compiled = True
+        torch._dynamo.config.optimize_ddp = False
         if by_block and device.type != "cpu":  # compiled, the loss of 12 x 1,024 tokens moves 6 in place of 25 GB
             model.head_loss = torch.compile(model.head_loss, dynamic=False)
     if dist.world_size == 1 or parallel == "ddp":

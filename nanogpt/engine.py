@@ -93,7 +93,7 @@ class KVCache:
         self.mask: Tensor | None = None
 
     def decode(self, starts: Sequence[int]) -> None:
-        """Announce one more token for each of the first rows, which hold `starts` tokens."""
+        """Announce one more token for rows 0 to len(starts) - 1; row n holds starts[n] tokens."""
         self._rows, self._end = torch.arange(len(starts), device=self.device)[:, None], max(starts) + 1
         self.positions, self.mask = torch.tensor(starts, device=self.device)[:, None], None  # (B, 1)
         if min(starts) < max(starts):  # (B, 1, 1, end): which positions each token sees; None is faster
@@ -211,10 +211,12 @@ class Engine:
         """Run requests, at most `room`, to their ends, with the model in evaluation mode."""
         training = self.model.training
         self.model.eval()
-        rows = self.add(requests)
-        while self.rows:
-            self.step()
-        self.model.train(training)
+        try:
+            rows = self.add(requests)
+            while self.rows:
+                self.step()
+        finally:
+            self.model.train(training)
         return rows
 
     def finish(self, row: Row, reason: str = "cancelled") -> None:

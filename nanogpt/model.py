@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from nanogpt.config import GPTConfig
 from nanogpt.errors import ConfigError
 
-Rotary = tuple[Tensor, Tensor]  # cosines and sines
+Rotary = tuple[Tensor, Tensor] | None  # cosines and sines
 # Takes a layer's new keys and values and returns all of its keys and values so far: see engine.KVCache.
-UpdateCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+UpdateCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
 
 # Of GPT-2's MLP: exact GELU, or the tanh form that OpenAI's weights expect. Llama and Qwen3 have SwiGLU instead.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
@@ -92,7 +92,7 @@ def rotary_frequencies(config: GPTConfig, device: torch.device | None = None) ->
     return frequencies
 
 
-def rotations(positions: Tensor, config: GPTConfig) -> Rotary:
+def rotations(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines of rotary positions: (T,) or (B, T) to two of (1 or B, 1, T, D / 2)."""
     angles = positions[..., None].float() * rotary_frequencies(config, positions.device)
     angles = angles.view(-1, 1, positions.shape[-1], config.head_size // 2)
@@ -167,14 +167,14 @@ class CausalSelfAttention(nn.Module):
         self.q_norm = RMSNorm(D, eps=config.norm_eps) if has_qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, eps=config.norm_eps) if has_qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rotary: Rotary | None, mask: Any, update_cache: UpdateCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary = None, mask: Any = None, update_cache: UpdateCache = None) -> Tensor:
         B, T, _ = x.shape
         qkv = self.c_attn(x).view(B, T, sum(self.qkv_heads), -1)
         q, k, v = qkv.transpose(1, 2).split(self.qkv_heads, dim=1)  # (B, H, T, D); keys and values (B, H_kv, T, D)
         if rotary:  # in float32, which the angles of far positions need
             q = rotate(self.q_norm(q.float()), *rotary).to(q.dtype)
             k = rotate(self.k_norm(k.float()), *rotary).to(k.dtype)
-        uses_flash = q.is_cuda and mask is None and q.dtype != torch.float32
+        uses_flash = q.is_cuda and mask is None and q.dtype == torch.bfloat16
         if update_cache:
             k, v = update_cache(k, v)  # with those of the tokens before
         elif k.shape[1] < q.shape[1] and not uses_flash:  # other kernels are faster with copies of the shared heads
@@ -216,7 +216,7 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: Rotary | None, mask: Any, update_cache: UpdateCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary = None, mask: Any = None, update_cache: UpdateCache = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), rotary, mask, update_cache)
         return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
 
@@ -281,7 +281,7 @@ class GPT(nn.Module):
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
-        self.head_loss = head_loss  # where blocks are compiled one by one, its compiled form
+        self.head_loss = head_loss  # `parallelize` puts its compiled form here
         if not self.lm_head.weight.is_meta:
             self.init_weights(zero_init)
 
@@ -358,7 +358,8 @@ class GPT(nn.Module):
         config = self.config
         embedding = 0 if config.tied_head else config.vocab_size * config.n_embd  # looked up, not multiplied
         attention = 12 * config.n_layer * config.n_head * config.head_size * config.block_size
-        return 6 * (self.get_num_params() - embedding) + attention
+        frozen = sum(parameter.numel() for parameter in self.parameters() if not parameter.requires_grad)
+        return 6 * (self.get_num_params() - embedding) - 2 * frozen + attention  # no gradient of what is frozen
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float, peak_flops: float = 312e12) -> float:
         """Return the share of `peak_flops` that is reached when `fwdbwd_per_iter` rows take `dt` seconds."""
@@ -373,7 +374,7 @@ class GPT(nn.Module):
 
         if others := set(override_args or {}) - {"dropout"}:
             raise ConfigError(f"override_args: {', '.join(sorted(others))} can't be overridden; dropout can")
-        return load_model(model_type, dropout=(override_args or {}).get("dropout", 0.0))[0]
+        return load_model(model_type, dropout=(override_args or {}).get("dropout", 0.0)).model
 
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
         """Append `max_new_tokens` sampled tokens to each row of idx (B, T): see `nanogpt.engine`."""
@@ -436,14 +437,15 @@ class ChunkedLoss(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, chunk: int, needs_gradients: bool
     ) -> Tensor:
         head, loss = weight.to(dtype), torch.zeros((), device=x.device)
-        grad_x, grad_head = (torch.zeros_like(t) if needs_gradients else None for t in (x, weight))
+        grad_x = torch.zeros_like(x) if needs_gradients else None
+        grad_head = torch.zeros_like(weight) if needs_gradients and ctx.needs_input_grad[1] else None
         for n in range(0, len(x), chunk):
             x_chunk, y = x[n : n + chunk].to(dtype), targets[n : n + chunk, None]
             is_target, y = y >= 0, y.clamp(min=0)  # -1 does not count
             # In float32 whatever the matmuls compute in: a sum over V terms needs the digits.
             logprobs = F.log_softmax(x_chunk @ head.T, dim=1, dtype=torch.float32)
             loss -= (logprobs.gather(1, y) * is_target).sum()
-            if grad_x is None or grad_head is None:
+            if grad_x is None:
                 continue
             if torch.compiler.is_compiling():  # Inductor fuses a comparison, but no scatter: 16 % less memory traffic
                 grad = (logprobs.exp() - (torch.arange(len(weight), device=x.device) == y).float()) * is_target
@@ -451,9 +453,9 @@ class ChunkedLoss(torch.autograd.Function):
                 grad = logprobs.exp_().scatter_add_(1, y, -torch.ones_like(y, dtype=torch.float32)).mul_(is_target)
             grad = grad.to(dtype)
             grad_x[n : n + chunk] = grad @ head
-            if dtype == weight.dtype:
+            if grad_head is not None and dtype == weight.dtype:
                 grad_head.addmm_(grad.T, x_chunk)
-            else:
+            elif grad_head is not None:  # it is not frozen
                 grad_head += grad.T @ x_chunk
             del logprobs, grad  # or they stay while the next chunk is computed: 6 bytes per logit
         n_targets = (targets >= 0).sum().clamp(min=1)
@@ -464,4 +466,4 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_head, n_targets = ctx.saved_tensors
         factor = grad / n_targets
-        return grad_x * factor, grad_head.mul_(factor), None, None, None, None
+        return grad_x * factor, None if grad_head is None else grad_head.mul_(factor), None, None, None, None

@@ -63,7 +63,7 @@ class Muon(AdamW):  # type: ignore[misc]
     which gradients are small and rare. It needs one tensor of state in place of two.
 
     Parameter groups: AdamW's two, then one for each matrix of a block. Queries, keys and values, and the two halves of
-    SwiGLU, are linear maps of their own that share a tensor; `cuts` says where.
+    SwiGLU, are linear maps of their own that share a tensor; `cuts` are the rows of each.
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
     """
@@ -129,7 +129,7 @@ def orthogonalize_together(matrices: list[Tensor], cuts: list[int], mesh: Any) -
         return stack
     # One all-to-all brings each process all rows of its matrices, another takes the new rows back. If each process held
     # all matrices of a shape, 8 billion parameters on 64 GPUs would take 10 GB more on each of them.
-    shards = nn.functional.pad(stack, (0, 0, 0, height - r, 0, size * count - n))  # what all processes have alike
+    shards = nn.functional.pad(stack, (0, 0, 0, height - r, 0, size * count - n))  # equal sizes in all processes
     received = torch.empty_like(shards)
     c10d.all_to_all_single(received, shards, group=group)
     whole = received.view(size, count, height, C).transpose(0, 1).flatten(1, 2)  # (count, R and padding, C)

@@ -250,7 +250,7 @@ def test_what_cannot_be_written_is_a_warning_and_at_the_end_an_error(
 ) -> None:
     writer = Writer()
     writer.save(1)
-    writer.checkpoints.wait()
+    writer.checkpoints.written.exception()
 
     def full(*_: object) -> None:
         raise RuntimeError("[enforce fail at inline_container.cc:672] . No space left\nmore")
@@ -258,7 +258,7 @@ def test_what_cannot_be_written_is_a_warning_and_at_the_end_an_error(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         writer.save(2, is_best=True)
-        assert not writer.checkpoints.wait()
+        assert writer.checkpoints.written.exception()
         assert "No space left); training continues" in caplog.text
         with pytest.raises(UserError, match=r"cannot write out/best\.pt: .*No space left\)$"):
             writer.checkpoints.__exit__(None, None, None)
@@ -284,7 +284,7 @@ def test_a_run_killed_between_two_renames_has_no_checkpoint_less(renames: int, m
     monkeypatch.setattr(os, "replace", killed)
     left[0] = renames
     writer.save(4)
-    assert not writer.checkpoints.wait()
+    assert writer.checkpoints.written.exception()
     kept = [torch.load(path)["iter_num"] for path in checkpoints_of("out")]
     assert kept == [3, 2, 1][: 3 if renames == 0 else 2]  # the oldest may go
     left[0] = 99

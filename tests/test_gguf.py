@@ -111,7 +111,8 @@ def test_out_and_in_again(architecture: str, tokenizer: Tokenizer, tmp_path: Pat
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     save_gguf(tmp_path / "m.gguf", "m", model, tokenizer, "float32")
-    loaded, again = load_model(str(tmp_path / "m.gguf"))
+    opened = load_model(str(tmp_path / "m.gguf"))
+    loaded, again = opened.model, opened.tokenizer
     different = {key for key, value in vars(model.config).items() if getattr(loaded.config, key) != value}
     assert different <= {"vocab_size"}  # rows that only pad stay behind
     assert (again.end_of_text, again.vocab_size) == (tokenizer.end_of_text, tokenizer.vocab_size)
@@ -169,13 +170,13 @@ def test_sentencepieces_vocabulary_becomes_merges() -> None:
         "tokenizer.ggml.scores": [-float(i) for i in range(len(texts))], "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * (len(texts) - 259)],
     }  # fmt: skip
-    tokenizer = module.read_tokenizer(keys)
+    tokenizer = module.tokenizer_of_keys(keys)
     engine.no_truncation(), engine.no_padding()
     for text in ("the quick brown fox", "naïve café — 日本語 🎉 x", " a  b\n"):
         assert tokenizer.encode(text).tolist() == engine.encode(text, add_special_tokens=False).ids
         assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
     assert tokenizer.end_tokens == {2}
-    first = module.read_tokenizer({**keys, "tokenizer.ggml.add_space_prefix": True}).encode("the")
+    first = module.tokenizer_of_keys({**keys, "tokenizer.ggml.add_space_prefix": True}).encode("the")
     assert first.tolist() == tokenizer.encode(" the").tolist()
 
 
@@ -211,9 +212,9 @@ def test_a_split_file_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(files) == 3
     x = random_ids(1, 20, vocab_size=BPE.vocab_size)
     for file in files:
-        loaded, tokenizer = load_model(str(file))
-        torch.testing.assert_close(loaded(x, x)[0], model(x, x)[0][..., : BPE.vocab_size])
-        assert tokenizer.encode(TEXT).tolist() == BPE.encode(TEXT).tolist()
+        loaded = load_model(str(file))
+        torch.testing.assert_close(loaded.model(x, x)[0], model(x, x)[0][..., : BPE.vocab_size])
+        assert loaded.tokenizer.encode(TEXT).tolist() == BPE.encode(TEXT).tolist()
     files[1].unlink()
     with pytest.raises(CheckpointError, match=r"No such file.*m-00002-of-00003"):
         load_gguf(files[0])
@@ -249,7 +250,8 @@ def test_a_real_file_answers(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("accelerate", reason="transformers needs accelerate to read GGUF: pip install accelerate")
     import transformers
 
-    ours, tokenizer = load_model(str(path))
+    opened = load_model(str(path))
+    ours, tokenizer = opened.model, opened.tokenizer
     theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     question = [{"role": "user", "content": "What is the capital of France?"}]
     assert tokenizer.chat_template == theirs.chat_template

@@ -196,7 +196,7 @@ def test_a_gguf_says_whether_prompts_have_a_start_token(model: str, said: bool |
     about = {"model": model, "pre": "qwen2", "tokens": ["<s>", "a", "b"], "token_type": [3, 1, 1], "merges": [],
              "scores": [0.0] * 3, "bos_token_id": 0} | ({} if said is None else {"add_bos_token": said})  # fmt: skip
     keys = {f"tokenizer.ggml.{name}": value for name, value in about.items()}
-    tokenizer = gguf.read_tokenizer({"general.architecture": "llama", **keys})
+    tokenizer = gguf.tokenizer_of_keys({"general.architecture": "llama", **keys})
     assert (tokenizer.adds_bos, tokenizer.bos) == (adds, 0)
 
 
@@ -208,4 +208,4 @@ def test_a_start_token_stays_with_the_model_that_knows_it(recipe: Recipe, data_d
     for init_from, adds in (("llama", True), ("resume", True), ("scratch", False)):
         config = recipe(dataset="words", max_iters=1 + (init_from == "resume"), init_from=init_from)
         train.train(config)
-        assert load_model(config.out_dir)[1].adds_bos == adds
+        assert load_model(config.out_dir).tokenizer.adds_bos == adds
