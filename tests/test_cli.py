@@ -60,11 +60,9 @@ def test_command_line_means_what_it_says(words: str, name: str, value: object) -
 @pytest.mark.parametrize(
     ("words", "message"),
     [("--stepps=3", "--stepps=3: there is no setting 'stepps'; the nearest is steps"),
-     ("-steps=3", "the nearest is steps"), ("--steps=1.5", "--steps=1.5: expected a whole number"),
+     ("--steps=1.5", "--steps=1.5: expected a whole number"),
      ("one two", "two: out_dir is one already, and takes one value"),
-     ("--steps", "--steps: a value is missing: --steps=…"),
-     ("--rate=nan", "--rate=nan: expected a number"), ("--fast=maybe", "--fast=maybe: expected True or False"),
-     ("--kind=gren", "--kind=gren: expected red, green"),
+     ("--rate=nan", "--rate=nan: expected a number"), ("--steps", "--steps: a value is missing: --steps=…"),
      ("--compile=always", "--compile=always: expected True or False or auto"),
      ("steps=3", "steps=3: expected config files (*.py) and --key=value only"),
      ("missing.py", "config file missing.py: FileNotFoundError")],
@@ -100,7 +98,6 @@ def test_config_files_may_import_and_define_helpers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [("stepps = 3", "a.py: stepps = 3: there is no setting 'stepps'; the nearest is steps"),
-     ("steps = True", "a.py: steps = True: expected a whole number"), ("start = 3", "expected text"),
      ("steps = = 3", "SyntaxError"), ("\nsteps = x", "a.py, line 2: NameError")],
 )  # fmt: skip
 def test_a_mistake_in_a_config_file_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -144,8 +141,6 @@ def test_sampling_ignores_what_only_training_knows(capsys: pytest.CaptureFixture
     ("command", "shown"),
     [
         ("train.py --help", "usage: python train.py"),
-        ("sample.py --help", "usage: "),
-        ("bench.py --help", "usage: "),
         ("data/pystdlib/prepare.py --help", "usage: "),
         ("-m nanogpt eval --help", "usage: nanogpt eval"),
         ("-m nanogpt", "  train     Train a GPT from scratch, resume a run"),
@@ -170,9 +165,7 @@ def test_help_and_the_table_of_runs_need_no_torch(command: str, shown: str) -> N
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [(ModuleNotFoundError("No module named 'tiktoken'", name="tiktoken"), 2, "pip install tiktoken"),
-     (ModuleNotFoundError("No module named 'uvicorn'", name="uvicorn"), 2, "pip install fastapi uvicorn"),
-     (MemoryError(), 2, "out of memory; reduce batch_size"),
-     (RuntimeError("CUDA out of memory."), 2, "reduce batch_size"),
+     (RuntimeError("CUDA out of memory."), 2, "out of memory; reduce batch_size"),
      (OSError(28, "No space left on device"), 2, "No space left on device"), (KeyboardInterrupt(), 130, "interrupted"),
      (DivergedError("no finite loss"), 3, "error: no finite loss"), (RuntimeError("a bug"), None, "")],
 )  # fmt: skip
@@ -192,11 +185,9 @@ def test_what_the_user_can_mend_is_one_message_and_an_exit_code(
 
 @pytest.mark.parametrize(
     ("command", "message"),
-    [("train", "python -m nanogpt prepare openwebtext"),
-     ("train --dataset=shakespeare_char", "python -m nanogpt prepare shakespeare_char"),
-     ("sample", "no checkpoint (auto) in out; train a model first"), ("eval somewhere", "(auto) in somewhere"),
-     ("plot", "missing or empty"), ("bake", "unknown verb 'bake'; known: prepare, train"),
-     ("bench --device=cpu", "prepare the data set with"), ("prepare pystdlib --data_dir=file", "file")],
+    [("train", "python -m nanogpt prepare openwebtext"), ("plot", "missing or empty"),
+     ("sample", "no checkpoint (auto) in out; train a model first"),
+     ("bake", "unknown verb 'bake'; known: prepare, train"), ("prepare pystdlib --data_dir=file", "file")],
 )  # fmt: skip
 def test_what_is_missing_is_said_with_what_to_do(
     command: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -209,7 +200,7 @@ def test_what_is_missing_is_said_with_what_to_do(
     assert message in capsys.readouterr().err
 
 
-def test_train_stop_resume_eval_sample_plot(program: Program, data_dir: Path) -> None:
+def test_a_stopped_run_says_how_to_go_on_and_does(program: Program, data_dir: Path) -> None:
     started = Started([str(ROOT / "train.py"), *TINY, "--max_iters=100000", "--eval_interval=100000"])
     started.wait_for("iter 20:")
     started.send(signal.SIGINT)
@@ -217,21 +208,11 @@ def test_train_stop_resume_eval_sample_plot(program: Program, data_dir: Path) ->
     assert result.returncode == 75
     assert "repeat the command with --init_from=resume" in result.stdout
     stopped = int(re.findall(r"stopped after (\d+) steps", result.stdout)[0])
-
-    def run(*words: str) -> str:
-        result = program(*words)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
-    resumed = run("train.py", *TINY, f"--max_iters={stopped + 3}", "--init_from=resume")
-    assert f"resuming out/ckpt.pt after {stopped} steps" in resumed
+    result = program("train.py", *TINY, f"--max_iters={stopped + 3}", "--init_from=resume")
+    assert result.returncode == 0, result.stderr
+    assert f"resuming out/ckpt.pt after {stopped} steps" in result.stdout
     steps = [json.loads(line)["step"] for line in Path("out/metrics.jsonl").read_text().splitlines()]
     assert steps == [0, *range(1, stopped + 4), stopped + 3]  # evaluations at both ends
-    evaluated = run("nanogpt", "eval", "out", "--device=cpu")
-    assert json.loads(evaluated.splitlines()[-1])["model"] == f"out/best.pt, {stopped + 3} steps"
-    sampled = run("sample.py", "--device=cpu", "--num_samples=2", "--max_new_tokens=5", "--start=the")
-    assert sampled.count("---------------") == 2
-    assert run("nanogpt", "plot", "out") == "drew out/loss.png\n"
 
 
 def test_a_script_with_the_old_configurator_still_works() -> None:

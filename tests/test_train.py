@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -16,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanogpt import data, train
-from nanogpt.checkpoint import Checkpoints, checkpoints_of, load_checkpoint
+from nanogpt.checkpoint import checkpoints_of, load_checkpoint
 from nanogpt.cli import parse
 from nanogpt.config import TrainConfig
 from nanogpt.device import Device
@@ -24,6 +23,7 @@ from nanogpt.errors import ConfigError, DataError, DivergedError, UserError
 from nanogpt.evaluate import evaluate
 from nanogpt.files import locked
 from nanogpt.metrics import read_metrics
+from nanogpt.plot import RunRecord
 from nanogpt.prepare import prepare
 from nanogpt.settings import EvalConfig, PrepareConfig
 from tests.conftest import ROOT, Program, Recipe, full_disk
@@ -79,9 +79,6 @@ def test_it_learns_and_leaves_a_whole_run(recipe: Recipe, capsys: pytest.Capture
     assert (last.state.step, last.state.tokens) == (57, 57 * 4 * 16)
     assert {int(state["step"]) for state in (last.optimizer or {})["state"].values()} == {57}
     out = capsys.readouterr().out
-    assert "tokens per iteration will be: 64" in out
-    assert "learning_rate = 0.01" in out.splitlines()  # what differs from the defaults
-    assert "weight_decay = 0.1" not in out.splitlines()
     assert f"step 57: train loss {rows(config, 'train/eval_loss')[57]:.4f}, val loss {validation[57]:.4f}" in out
     assert len([line for line in out.splitlines() if line.startswith("iter ")]) == 57
 
@@ -102,20 +99,16 @@ def test_the_golden_loss_curve(recipe: Recipe) -> None:
     assert found["val"] == pytest.approx(expected["val"], abs=2e-3)
 
 
-def test_evaluating_and_showing_text_changes_nothing(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    rarely, often = (
-        recipe(dropout=0.1, eval_interval=100, sample_interval=0),
-        recipe(dropout=0.1, eval_interval=1, out_dir="often"),
-    )
+def test_evaluating_and_showing_text_changes_nothing(recipe: Recipe) -> None:
+    rarely = recipe(dropout=0.1, eval_interval=100, sample_interval=0)
+    often = recipe(dropout=0.1, eval_interval=1, out_dir="often")
     train.train(rarely)
     train.train(often)
     assert same(weights(rarely), weights(often))
     assert rows(rarely, "train/loss") == rows(often, "train/loss")
     assert rows(rarely, "val/loss").items() <= rows(often, "val/loss").items()
     assert rows(rarely, "sample") == {}
-    texts = rows(often, "sample")
-    assert list(texts) == [1, 2, 3, 4, 5, 6]
-    assert texts[4].splitlines()[0] in capsys.readouterr().out
+    assert list(rows(often, "sample")) == [1, 2, 3, 4, 5, 6]
 
 
 def test_accumulated_micro_batches_equal_one_large_batch(recipe: Recipe) -> None:
@@ -126,17 +119,9 @@ def test_accumulated_micro_batches_equal_one_large_batch(recipe: Recipe) -> None
         assert list(rows(large, key).values()) == pytest.approx(list(rows(small, key).values()), rel=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adafactor"])
-def test_any_optimizer_of_torch_can_be_named(recipe: Recipe, optimizer: str) -> None:
-    config = recipe(optimizer=optimizer, max_iters=20, lr_decay_iters=20, learning_rate=3e-2)
-    train.train(config)
-    assert rows(config, "val/loss")[20] < rows(config, "val/loss")[0]
-
-
-@pytest.mark.parametrize("name", ["nonsense", "lbfgs", "sparseadam"])
-def test_an_optimizer_that_cannot_be_used_is_refused(recipe: Recipe, name: str) -> None:
+def test_an_optimizer_that_cannot_be_used_is_refused(recipe: Recipe) -> None:
     with pytest.raises(ConfigError, match="expected muon, or one of torch's"):
-        train.train(recipe(optimizer=name))
+        train.train(recipe(optimizer="sparseadam"))
     assert not Path(recipe().out_dir).exists()
 
 
@@ -146,7 +131,6 @@ def test_wandb_gets_the_metrics(recipe: Recipe, monkeypatch: pytest.MonkeyPatch)
     for settings in ({"max_iters": 2}, {"max_iters": 4, "init_from": "resume"}, {"max_iters": 1}):
         train.train(recipe(wandb_log=True, wandb_project="p", **settings))
     begun = [call.kwargs for call in wandb.init.call_args_list]
-    assert [(settings["project"], settings["resume"]) for settings in begun] == [("p", "allow")] * 3
     assert begun[0]["id"] == begun[1]["id"] != begun[2]["id"]  # a resumed run is the same one
     logged = wandb.init.return_value.log.call_args_list
     assert [call.kwargs["step"] for call in logged if "val/loss" in call.args[0]] == [0, 2, 4, 0, 1]
@@ -156,39 +140,23 @@ def test_wandb_gets_the_metrics(recipe: Recipe, monkeypatch: pytest.MonkeyPatch)
 def test_a_dry_run_says_what_follows_and_writes_nothing(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.train(TrainConfig(dry_run=True, device="cpu", data_dir="/nowhere")) == 0
     out = capsys.readouterr().out
-    assert "batch_size = 12" in out
     assert "model: 123.59M parameters" in out
     assert "tokens per iteration will be: 491,520" in out
     train.train(recipe(dry_run=True, optimizer="muon", learning_rate=0.0, min_lr=0.0, warmup_iters=100))
     captured = capsys.readouterr()
-    assert "in all 384, 0.0768 epochs of 5,000" in captured.out
     assert "learning_rate = 0.0\n" not in captured.out  # follows from the width
     assert "warning: the run ends in its warm-up" in captured.err
     assert not Path(recipe().out_dir).exists()
 
 
-def test_eval_only_writes_nothing(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_only_writes_nothing(recipe: Recipe) -> None:
     config = recipe(eval_only=True)
     assert train.train(config) == 0
     assert not Path(config.out_dir).exists()
     train.train(recipe())
     before = files_of(config)
-    capsys.readouterr()
     train.train(recipe(eval_only=True, init_from="resume"))
     assert files_of(config) == before
-    assert f"step 6: train loss {rows(config, 'train/eval_loss')[6]:.4f}" in capsys.readouterr().out
-
-
-def test_a_slow_run_says_how_long_it_takes(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = itertools.count(0, 3600)  # an hour passes between two looks at the clock
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    train.train(recipe(max_iters=1, eval_iters=3))
-    captured = capsys.readouterr()
-    assert "evaluating: 1 of 6 batches, 5 h left" in captured.out
-    hint = "this model is slow on this machine; the README has smaller runs for CPUs, such as config/train_shake"
-    assert captured.err.count(hint) == 2  # once an evaluation
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -231,8 +199,7 @@ def test_a_data_set_that_needs_no_network_prepares_itself(recipe: Recipe, monkey
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"block_size": 9_999_999}, DataError, "the train split has 5,000 tokens, too few for block_size=9999999"),
-        ({"block_size": 900}, DataError, "the val split has 720 tokens"),
+        ({"block_size": 900}, DataError, "the val split has 720 tokens, too few"),
         ({"mask_documents": True}, ConfigError, "no token of the char tokenizer"),
     ],
 )
@@ -307,7 +274,9 @@ def test_one_command_starts_resumes_and_ends(recipe: Recipe, capsys: pytest.Capt
     train.train(dataclasses.replace(config, max_iters=4))
     assert "resuming" not in capsys.readouterr().out
     train.train(config)
-    assert "after 4 steps" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "after 4 steps" in out
+    assert "changed since the checkpoint: max_iters = 9, was 4" in out
     for _ in range(2):  # the second time there is nothing left to do
         assert same(weights(whole), weights(config))
         assert train.train(config) == 0
@@ -326,16 +295,6 @@ def test_a_loaded_model_keeps_its_shape(recipe: Recipe, capsys: pytest.CaptureFi
     assert json.loads(Path(command.out_dir, "config.json").read_text())["n_layer"] == 2
 
 
-def test_resuming_names_what_has_changed(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    train.train(recipe(max_iters=4))
-    capsys.readouterr()
-    train.train(recipe(max_iters=5, learning_rate=2e-3, init_from="resume"))
-    out = capsys.readouterr().out
-    assert "changed since the checkpoint: learning_rate = 0.002, was 0.003" in out
-    assert "changed since the checkpoint: max_iters = 5, was 4" in out
-    assert out.count("changed since") == 2
-
-
 def test_a_second_run_in_the_same_folder_is_refused(trained: Path, recipe: Recipe) -> None:
     before = files_of(recipe())
     with locked(trained / "lock", "a run"), pytest.raises(UserError, match=rf"process {os.getpid()} on "):
@@ -348,17 +307,12 @@ def test_a_second_run_in_the_same_folder_is_refused(trained: Path, recipe: Recip
 
 
 def test_without_always_save_only_better_models_are_kept(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses, saved = iter([3.0, 2.0, 2.5, 2.4]), []
+    losses = iter([3.0, 2.0, 2.5, 2.4])
     monkeypatch.setattr(train, "estimate_loss", lambda *_: {"train": 1.0, "val": next(losses)})
-    real = Checkpoints.save
-
-    def save(self: Checkpoints, *arguments: Any, is_best: bool = False) -> None:
-        real(self, *arguments, is_best=is_best)
-        saved.append((arguments[-2].step, is_best))
-
-    monkeypatch.setattr(Checkpoints, "save", save)
-    train.train(recipe(max_iters=6, eval_interval=2, always_save_checkpoint=False))
-    assert saved == [(2, True), (6, False)]
+    train.train(recipe(max_iters=6, eval_interval=2, always_save_checkpoint=False, keep_checkpoints=9))
+    out = Path(recipe().out_dir)
+    assert load_checkpoint(out / "best.pt").state.step == 2
+    assert [load_checkpoint(path).state.step for path in checkpoints_of(out)] == [6, 2]  # the last, and the best
 
 
 def test_checkpoints_by_steps_are_kept_in_order(recipe: Recipe) -> None:
@@ -442,6 +396,7 @@ def test_a_run_that_diverges_says_so_and_keeps_its_checkpoints(recipe: Recipe) -
     with pytest.raises(DivergedError, match=r"validation loss nan at step 8"):
         train.train(recipe(max_iters=20, init_from="resume", decay_lr=False, learning_rate=1e30, grad_clip=0.0))
     assert Path(recipe().out_dir, "ckpt.pt").read_bytes() == before
+    assert RunRecord(Path(recipe().out_dir)).state == "diverged"
 
 
 def test_float16_skips_a_norm_that_overflows_though_no_gradient_does(
