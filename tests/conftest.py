@@ -1,8 +1,10 @@
 """What several tests share: a tiny data set, a tiny recipe, and the programs as a person starts them."""
 
+import importlib.util
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,9 @@ import torch
 from nanogpt import train
 from nanogpt.config import TrainConfig
 from nanogpt.files import write_json
+from nanogpt.huggingface import save_pretrained
 from nanogpt.metrics import show_log_lines
+from nanogpt.model import GPT
 from nanogpt.tokenizer import CharTokenizer, Ids, Tokenizer, write_meta
 from tests.programs import ROOT as ROOT
 from tests.programs import Started
@@ -119,6 +123,24 @@ def downloads() -> Path:
     return Path(folder)
 
 
+@pytest.fixture
+def original() -> Path:
+    """A checkout of the original."""
+    folder = os.environ.get("NANOGPT_ORIGINAL")
+    if not folder:
+        pytest.skip("NANOGPT_ORIGINAL names no checkout of karpathy/nanoGPT")
+    return Path(folder)
+
+
+def import_file(path: Path) -> Any:
+    """A module that is no part of a package."""
+    spec = importlib.util.spec_from_file_location(f"imported_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return module
+
+
 def write_dataset(folder: Path, tokenizer: Tokenizer, train: Ids, val: Ids) -> None:
     """A data set of these ids."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,6 +151,12 @@ def write_dataset(folder: Path, tokenizer: Tokenizer, train: Ids, val: Ids) -> N
     write_json(folder / "dataset.json", about)
     if tokenizer.kind == "char":
         write_meta(folder / "meta.pkl", tokenizer)
+
+
+def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    """A folder in Hugging Face's format."""
+    folder.mkdir(exist_ok=True)
+    save_pretrained(folder, model, tokenizer, torch.float32)
 
 
 def random_ids(*shape: int, vocab_size: int = 61, seed: int = 0) -> torch.Tensor:

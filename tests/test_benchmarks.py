@@ -1,32 +1,18 @@
 """The page of benchmarks is made of their results, and nothing else on it changes."""
 
-import importlib.util
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
-
-import pytest
 
 from nanogpt.data import open_dataset
-from tests.conftest import ROOT
+from tests.conftest import ROOT, import_file
 
 
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_all", ROOT / "benchmarks" / "all.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_page_shows_the_newest_results(bench: ModuleType) -> None:
+def test_the_page_shows_the_newest_results() -> None:
     """Nobody has written figures by hand, and every benchmark has a place."""
+    bench = import_file(ROOT / "benchmarks" / "all.py")
     page = bench.PAGE.read_text("utf-8")
     assert all(f"<!-- bench:{name} -->" in page for name in bench.BENCHMARKS)
     records = [json.loads(line) for line in bench.RESULTS.read_text("utf-8").splitlines()]

@@ -1,17 +1,13 @@
 """Conversations: rendered as transformers renders them, what of them counts, and how they fill the rows of a batch."""
 
-import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from nanogpt.chats import BEGINS, COUNTS, Chats, Message, conversation_ids, prompt_of, render, with_template
-from nanogpt.config import GPTConfig
 from nanogpt.errors import DataError
-from nanogpt.model import GPT
 from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, from_description, train_bpe
 
 TALK: list[Message] = [
@@ -159,40 +155,3 @@ def test_a_conversation_without_an_answer_in_reach_is_left_out() -> None:
     assert len([part for row in Chats(np.arange(60), marks_of(40, 8, 12)).rows(16) for part in row]) == 2
     with pytest.raises(DataError, match="block_size=16"):
         Chats(np.arange(40), marks_of(40)).rows(16)
-
-
-@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
-def test_neighbours_in_a_row_do_not_see_each_other(architecture: Any) -> None:
-    lengths = [5, 9, 4, 6, 7, 3]
-    marks = marks_of(*lengths)
-    ids = np.random.default_rng(0).integers(61, size=sum(lengths))
-    config = GPTConfig(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=32, architecture=architecture)
-    torch.manual_seed(0)
-    model = GPT(config).eval()
-    chats = Chats(ids, marks)
-    x, y, documents = map(torch.from_numpy, chats.batch(range(len(chats.rows(16))), 16))
-    _, together = model(x, y, document_ids=documents, return_logits=False)
-    alone, begins = [], np.cumsum([0, *lengths])
-    for start, stop in itertools.pairwise(begins):
-        row = torch.from_numpy(ids[None, start:stop])
-        logits, _ = model(row, row)
-        losses = F.cross_entropy(logits[0, :-1], row[0, 1:], reduction="none")
-        alone.append(losses[torch.from_numpy(marks[start + 1 : stop] & COUNTS > 0)])
-    torch.testing.assert_close(together, torch.cat(alone).mean(), atol=1e-5, rtol=0)
-
-
-def test_what_does_not_count_moves_no_weight() -> None:
-    config = GPTConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=16)
-    torch.manual_seed(0)
-    model, gradients = GPT(config), []
-    x = torch.randint(64, (2, 8))
-    for other in (3, 4):  # what stands where nothing counts
-        y = torch.full((2, 8), -1)
-        y[:, 5] = 7
-        z = x.clone()
-        z[:, 6:] = other
-        model.zero_grad()
-        model(z, y, return_logits=False)[1].backward()
-        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-7, rtol=0)

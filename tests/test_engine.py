@@ -1,6 +1,5 @@
 """The engine against the network asked again and again, without a cache; sampling against its distribution."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -65,7 +64,7 @@ def test_every_step_has_the_logits_of_the_uncached_network(model: GPT, window: A
 
 
 def test_rows_come_and_go_without_disturbing_the_others(model: GPT) -> None:
-    settings = [Sampling(), Sampling(top_k=8), Sampling(top_p=0.9), Sampling(top_k=5)]
+    settings = [Sampling(), Sampling(top_k=8), Sampling(top_p=0.9), Sampling(top_k=5, min_p=0.05)]
     requests = [Request(random_ids(1, 3 + n)[0].tolist(), 4 + 5 * n, settings[n], n) for n in range(4)]
     engine, rows = Engine(model, 3), list[Row]()
     for request in requests:  # the fourth waits until one has ended
@@ -94,15 +93,6 @@ def test_what_ends_a_row() -> None:
     assert (len(cancelled.new_tokens), cancelled.end) == (1, "cancelled")
     assert len(long.new_tokens) == 99
     assert long.new_tokens[:12] == row.new_tokens
-
-
-def test_equal_prompts_are_prefilled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, sizes = make(), list[tuple[int, ...]]()
-    forward = model.transformer.forward
-    monkeypatch.setattr(model.transformer, "forward", lambda idx, **k: sizes.append((*idx.shape,)) or forward(idx, **k))
-    rows = Engine(model, 4).complete([Request(random_ids(1, 6)[0].tolist(), 3, seed=n) for n in range(4)])
-    assert sizes == [(1, 5), (4, 1), (4, 1), (4, 1)]
-    assert len({tuple(row.new_tokens) for row in rows}) > 1
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.1), ("int8", 0.1)])
@@ -168,17 +158,13 @@ def test_a_broken_network_is_an_error() -> None:
     ("settings", "kept"),
     [
         ({}, [0, 1, 2, 3, 4]),
-        ({"temperature": 0.5, "top_k": 99}, [0, 1, 2, 3, 4]),
         ({"temperature": 2.0, "top_k": 5, "top_p": 1.0}, [0, 1, 2, 3, 4]),
         ({"temperature": 1e9}, [0, 1, 2, 3, 4]),
         ({"temperature": 1e-45}, [2]),
         ({"top_k": 2}, [2, 4]),
         ({"top_k": 1}, [2]),
-        ({"top_p": 0.4}, [2]),  # which alone has 0.46
         ({"top_p": 0.47}, [2, 4]),
-        ({"top_p": 1e-9}, [2]),
         ({"min_p": 0.3}, [1, 2, 4]),  # exp(-1) of the most probable one, and exp(-2)
-        ({"min_p": 1.0}, [2]),
         ({"top_k": 3, "top_p": 0.6}, [2, 4]),  # of what top_k leaves, the most probable one has 0.51
         ({"top_k": 3, "min_p": 0.5}, [2, 4]),
         ({"top_p": 0.47, "temperature": 0.3}, [2]),  # after the temperature
@@ -199,12 +185,3 @@ def test_top_p_takes_no_token_more_where_it_is_reached_exactly(top_p: float, kep
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().repeat(1000, 1)
     ids = draw(logits, [Sampling(top_p=top_p)] * 1000, [n / 1000 for n in range(1000)])
     assert {token for token in ids if isinstance(token, int)} == set(range(kept))
-
-
-def test_a_rows_draw_does_not_depend_on_its_neighbours() -> None:
-    logits = torch.randn(40, 100, generator=torch.Generator().manual_seed(0))
-    kinds = [Sampling(), GREEDY, Sampling(0.7, 5), Sampling(1.0, 0, 0.8), Sampling(1.0, 60, 0.9, 0.01)]
-    settings = [replace(kinds[n % 5], min_p=0.05 * (n % 3)) for n in range(40)]
-    points = [n / 40 for n in range(40)]
-    together = draw(logits, settings, points)
-    assert together == [draw(logits[[n]], [settings[n]], [points[n]])[0] for n in range(40)]

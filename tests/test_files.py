@@ -7,7 +7,7 @@ import pytest
 
 from nanogpt.errors import UserError
 from nanogpt.export import atomic_folder
-from nanogpt.files import atomic_write, locked, write_json
+from nanogpt.files import atomic_write, locked
 
 
 def test_the_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -54,12 +54,6 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
         assert (tmp_path / "link").is_symlink()
         assert (tmp_path / "disk" / "file").read_bytes() == content
     assert os.listdir(tmp_path / "disk") == ["file"]
-
-
-def test_an_operating_system_that_refuses_is_one_message(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match=r"cannot write .*file/b\.bin: (Not a directory|File exists)"):
-        write_json(tmp_path / "file" / "b.bin", {})
 
 
 def test_a_lock_names_its_owner_and_goes_with_it(tmp_path: Path) -> None:

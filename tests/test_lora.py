@@ -14,12 +14,11 @@ from nanogpt.checkpoint import load_checkpoint, load_model
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.errors import CheckpointError
 from nanogpt.files import read_json, write_json
-from nanogpt.huggingface import save_pretrained
-from nanogpt.lora import Adapter, LoRALinear, add_adapters, merge_adapters
+from nanogpt.lora import Adapter, add_adapters, merge_adapters
 from nanogpt.model import GPT
 from nanogpt.tokenizer import ByteTokenizer
 from nanogpt.train import train
-from tests.conftest import random_ids, write_dataset
+from tests.conftest import random_ids, save_model, write_dataset
 
 TINY: dict[str, Any] = {"vocab_size": 64, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
 
@@ -32,17 +31,6 @@ def adapted(targets: str = "all", **shape: Any) -> GPT:
         if name.endswith("lora_b"):  # which starts as zero
             torch.nn.init.normal_(parameter, std=0.1)
     return model
-
-
-def test_an_adapter_adds_b_a_x_for_each_linear_map() -> None:
-    model = adapted(architecture="llama", n_kv_head=2, bias=True)
-    layer = model.transformer.h[0].attn.c_attn
-    assert isinstance(layer, LoRALinear)
-    x = torch.randn(5, 32)
-    a, b = layer.lora_a, layer.lora_b  # queries have 32 rows, keys and values 16 each
-    parts = [b[rows] @ a[3 * n : 3 * n + 3] for n, rows in enumerate([slice(0, 32), slice(32, 48), slice(48, 64)])]
-    expected = x @ (layer.weight + 2.0 * torch.cat(parts)).T + layer.bias
-    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [{}, {"architecture": "qwen3", "n_kv_head": 2, "bias": False}])
@@ -85,10 +73,9 @@ def chats(tmp_path: Path) -> Path:
 @pytest.fixture
 def base(tmp_path: Path) -> str:
     """A folder with a tiny model of bytes, in Hugging Face's format."""
-    (tmp_path / "base").mkdir()
     torch.manual_seed(1)
     model = GPT(GPTConfig(**{**TINY, "vocab_size": 257, "block_size": 128}, architecture="llama", bias=False))
-    save_pretrained(tmp_path / "base", model, ByteTokenizer(), torch.float32)
+    save_model(tmp_path / "base", model, ByteTokenizer())
     return str(tmp_path / "base")
 
 
@@ -128,6 +115,6 @@ def test_a_base_that_has_changed_is_named(chats: Path, base: str, recipe: Callab
     source = load_model(base)
     model, tokenizer = source.model, source.tokenizer
     torch.nn.init.zeros_(model.transformer.wte.weight)
-    save_pretrained(Path(base), model, tokenizer, torch.float32)
+    save_model(Path(base), model, tokenizer)
     with pytest.raises(CheckpointError, match="have changed since"):
         load_checkpoint(Path(config.out_dir, "ckpt.pt")).build_model()

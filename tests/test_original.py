@@ -1,6 +1,5 @@
 """The original's own programs and ours on each other's checkpoints, where a checkout of it is at hand."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -19,12 +18,9 @@ TINY = ["--device=cpu", "--compile=False", "--dtype=float32", "--eval_iters=1", 
 
 
 @pytest.fixture
-def original(tmp_path: Path, downloads: Path) -> Path:
-    """A copy of the checkout that NANOGPT_ORIGINAL names, with Shakespeare prepared as it would."""
-    folder = os.environ.get("NANOGPT_ORIGINAL")
-    if not folder:
-        pytest.skip("NANOGPT_ORIGINAL names no checkout of karpathy/nanoGPT")
-    shutil.copytree(folder, tmp_path / "original", ignore=shutil.ignore_patterns(".git", "out*"))
+def original(original: Path, tmp_path: Path, downloads: Path) -> Path:
+    """A copy of the checkout, with Shakespeare prepared as it would."""
+    shutil.copytree(original, tmp_path / "original", ignore=shutil.ignore_patterns(".git", "out*"))
     data = tmp_path / "original" / "data" / "shakespeare_char"
     prepare(PrepareConfig(name="shakespeare_char", data_dir=str(data.parent)))
     (data / "dataset.json").unlink()  # the original writes none
