@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from nanogpt import train
 from nanogpt.checkpoint import load_checkpoint
-from nanogpt.config import GPTConfig
 from nanogpt.errors import CheckpointError, ConfigError, DataError
 from nanogpt.evaluate import evaluate
 from nanogpt.huggingface import load_pretrained
@@ -77,10 +76,8 @@ def test_without_a_network_it_says_what_to_bring(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("NANOGPT_DOWNLOADS", raising=False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     monkeypatch.setattr("nanogpt.prepare.time.sleep", lambda seconds: None)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=r"openai-community/gpt2-xl could not be read.*--init_from=FOLDER"):
         load_pretrained("gpt2-xl")
-    for piece in ("openai-community/gpt2-xl could not be read", "--init_from=FOLDER", "$NANOGPT_DOWNLOADS/"):
-        assert piece in str(caught.value)
 
 
 def change_config(**changes: Any) -> Callable[[Path], None]:
@@ -95,18 +92,13 @@ def change_config(**changes: Any) -> Callable[[Path], None]:
     ("damage", "message"),
     [
         (lambda f: f.rename(f.with_name("gone")), "no checkpoint of a run, and no config.json of a model"),
-        (lambda f: (f / "config.json").write_text('{"dataset": "tiny"}'), "no checkpoint of a run"),
-        (lambda f: (f / "model.safetensors").unlink(), "no model's *.safetensors there"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "a pickle can run any code"),
         (lambda f: os.truncate(f / "model.safetensors", 5000), "model.safetensors is damaged"),
         (change_config(quantization_config={"quant_method": "fp8"}), "it has a quantization_config"),
         (lambda f: save_file({"wte.weight": torch.ones(9).char()}, f / "model.safetensors"), "quantized (torch.int8)"),
         (change_config(model_type="bert"), "model_type is 'bert'; known: gpt2, llama, mistral, qwen2, qwen3"),
-        (change_config(model_type="llama"), "'max_position_embeddings' is missing"),
         (change_config(vocab_size=50000), "transformers writes one with AutoTokenizer"),
-        (change_config(activation_function="relu"), "activation_function is 'relu'"),
         (change_config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True, not False"),
-        (change_config(n_inner=63), "6 tensors do not fit the shape, as transformer.h.0.mlp.c_fc.bias: expected [63]"),
         (change_config(n_layer=3), "'h.2.ln_1.weight' is missing"),
         (change_config(n_layer=1), "have no place in the model"),
     ],
@@ -128,10 +120,8 @@ def test_finetuning_evaluating_and_sampling(
     of_folder = EvalConfig(init_from=str(folder), data_dir=config.data_dir, dataset="bard", dtype="float32")
     before = evaluate(of_folder)["loss"]
     assert train.train(config) == 0
-    trained = load_checkpoint(Path(config.out_dir, "best.pt"))
-    assert trained.model_config == GPTConfig(
-        block_size=16, vocab_size=50257, n_layer=2, n_head=2, n_embd=16, activation="gelu_tanh"
-    )  # cropped to the recipe's 16
+    shape = load_checkpoint(Path(config.out_dir, "best.pt")).model_config
+    assert (shape.block_size, shape.activation) == (16, "gelu_tanh")  # cropped to the recipe's 16
     after = evaluate(EvalConfig(out_dir=config.out_dir, data_dir=config.data_dir, dtype="float32"))["loss"]
     assert after < before - 1
     capsys.readouterr()
@@ -139,7 +129,5 @@ def test_finetuning_evaluating_and_sampling(
     assert capsys.readouterr().out.count("What is") == 2
     with pytest.raises(DataError, match=r"tiny holds ids of the char tokenizer \(28 .* uses the gpt2 tokenizer"):
         train.train(recipe(init_from=str(folder), dataset="tiny"))
-    with pytest.raises(ConfigError, match="block_size=64 exceeds the model's 32"):
-        train.train(recipe(init_from=str(folder), dataset="bard", block_size=64))
     with pytest.raises(ConfigError, match="on which data set"):
         evaluate(EvalConfig(init_from=str(folder), device="cpu"))

@@ -87,7 +87,6 @@ def test_the_empty_prompt() -> None:
 def test_stop_strings_end_a_sample(run: Run) -> None:
     ended = run(start="the", seed=5, stop=["qqq", "o"])
     assert ended == ["the" + text[3:].split("o")[0] for text in run(start="the", seed=5)]
-    assert any(len(text) < 43 for text in ended)
 
 
 def test_the_end_of_a_text_ends_a_sample(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,7 +144,6 @@ def test_only_what_may_be_a_stop_string_is_held_back() -> None:
         (["<0xE2>", "<0x82>", "▁is"], ["", "", "\ufffd is", ""]),
         (["<0xFF>", "▁is", "<0xE2>", "<0xE2>", "e"], ["\ufffd", " is", "", "\ufffd", "\ufffde", ""]),
         (["▁Hello", "<0xE2>", "<0x82>"], ["Hello", "", "", "\ufffd"]),  # cut off at the end
-        (["▁", "▁Hello", "▁world"], ["", " Hello", " world", ""]),
         (["<s>", "▁Hello"], ["<s>", " Hello", ""]),
         # Here SentencePiece keeps the character, and transformers does not.
         (["<0xE2>", "<0x82>", "<0xAC>", "<0xFF>", "e"], ["", "", "€", "\ufffd", "e", ""]),

@@ -14,14 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from nanogpt import train
 from nanogpt.checkpoint import load_checkpoint
-from nanogpt.data import open_dataset
 from nanogpt.errors import CheckpointError, DataError
 from nanogpt.evaluate import evaluate
 from nanogpt.export import export
 from nanogpt.huggingface import DEFAULTS, FIELDS, OURS, SCALING, load_pretrained, read_config
-from nanogpt.prepare import prepare
 from nanogpt.sample import sample
-from nanogpt.settings import EvalConfig, ExportConfig, PrepareConfig, SampleConfig
+from nanogpt.settings import EvalConfig, ExportConfig, SampleConfig
 from nanogpt.tokenizer import read_tokenizer, train_bpe
 from tests.conftest import Recipe, random_ids, write_dataset
 
@@ -33,7 +31,6 @@ VARIANTS: list[dict[str, Any]] = [
     {}, {"tie_word_embeddings": True}, {"attention_bias": True}, {"num_key_value_heads": 1},
     {"num_key_value_heads": 4}, {"rope_parameters": LLAMA3}, {"rms_norm_eps": 1e-3}, {"head_dim": 8},
 ]  # fmt: skip
-INDEX = "m/model.safetensors.index.json"
 TOKENIZER = train_bpe(["the quick brown fox jumps over the lazy dog"] * 9, 300)
 
 
@@ -131,18 +128,15 @@ def test_of_a_folders_files_the_models_count(has_whole: bool, thirds: str, has_i
     torch.testing.assert_close(ours(x, x)[0], theirs(x).logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda shards: shards[1].unlink(), "No such file or directory: .*model-00002"),
-        (lambda shards: shards[1].write_bytes(shards[0].read_bytes()), "weight' is missing"),
-        (lambda shards: [os.remove(path) for path in (INDEX, *shards)], r"no model's \*\.safetensors there"),
-    ],
-)
-def test_files_that_are_not_all_there_are_one_message(damage: Callable[[list[Path]], Any], message: str) -> None:
+def test_files_that_are_not_all_there_are_one_message() -> None:
     write_model(Path("m"), "llama", max_shard_size="20KB")
-    damage(sorted(Path("m").glob("model-*.safetensors")))
-    with pytest.raises(CheckpointError, match=message):
+    shards = sorted(Path("m").glob("model-*.safetensors"))
+    shards[1].unlink()
+    with pytest.raises(CheckpointError, match=r"No such file or directory: .*model-00002"):
+        load_pretrained("m")
+    for path in ("m/model.safetensors.index.json", shards[0], *shards[2:]):
+        os.remove(path)
+    with pytest.raises(CheckpointError, match=r"no model's \*\.safetensors there"):
         load_pretrained("m")
 
 
@@ -213,7 +207,6 @@ def test_a_head_beside_a_tied_embedding(change: Callable[[Any], Any], tied_head:
     ("changes", "message"),
     [({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_parameters": None}, "rope_type is 'yarn'"),
      ({"sliding_window": 16}, "sliding_window is 16"), ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-     ({"num_key_value_heads": 3}, "n_head=4 is not a multiple of n_kv_head=3"), ({"head_dim": 7}, "must be even"),
      ({"num_key_value_heads": 4}, "2 tensors do not fit the shape, as transformer.h.0.attn.c_attn.weight: expected")],
 )  # fmt: skip
 def test_what_cannot_be_rebuilt_is_one_message(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -227,12 +220,11 @@ def test_what_cannot_be_rebuilt_is_one_message(changes: dict[str, Any], message:
 
 @pytest.mark.parametrize("name", ["out", "out/ckpt.pt"])
 def test_another_runs_folder_or_checkpoint_is_finetuned(name: str, recipe: Recipe, tmp_path: Path) -> None:
-    train.train(recipe(max_iters=30, lr_decay_iters=30, eval_interval=30))
+    train.train(recipe(max_iters=2))
     config = recipe(init_from=str(tmp_path / name), out_dir=str(tmp_path / "tuned"), learning_rate=0.0, min_lr=0.0)
     assert train.train(config) == 0
     before, after = (load_checkpoint(tmp_path / folder / "ckpt.pt") for folder in ("out", "tuned"))
     assert all(torch.equal(tensor, after.weights[name]) for name, tensor in before.weights.items())
-    assert train.train(recipe(**{**vars(config), "dry_run": True})) == 0
     sample(SampleConfig(init_from=str(tmp_path / name), num_samples=1, max_new_tokens=5, device="cpu"))
 
 
@@ -243,13 +235,3 @@ def test_rotary_positions_reach_further(recipe: Recipe, tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "longer" / "ckpt.pt").model_config.block_size == 32
     result = evaluate(EvalConfig(out_dir=longer.out_dir, data_dir=longer.data_dir, block_size=64, device="cpu"))
     assert result["block_size"] == 64
-
-
-def test_a_corpus_in_the_ids_of_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mirror" / "some" / "model").mkdir(parents=True)
-    definition = TOKENIZER.describe()["definition"]
-    (tmp_path / "mirror" / "some" / "model" / "tokenizer.json").write_text(definition)
-    (tmp_path / "text.txt").write_text("the quick brown fox " * 100)
-    monkeypatch.setenv("NANOGPT_DOWNLOADS", str(tmp_path / "mirror"))
-    prepare(PrepareConfig(name="fox", input=["text.txt"], tokenizer="some/model", num_proc=1))
-    assert open_dataset(Path("data", "fox")).tokenizer.describe() == TOKENIZER.describe()

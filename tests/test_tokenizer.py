@@ -166,7 +166,6 @@ def test_special_tokens_are_text_in_a_corpus_and_special_in_a_prompt() -> None:
     ("make", "config", "expected"),
     [
         (llama_like, "no json", "</s>"),
-        (llama_like, '{"eos_token": "<unk>"}', "<unk>"),
         (llama_like, '{"eos_token": {"content": "<s>"}}', "<s>"),
         (qwen_like, '{"eos_token": "<|im_end|>"}', "<|endoftext|>"),  # the end of a document, not of a turn
     ],
@@ -229,30 +228,20 @@ def test_every_tokenizer_has_a_tokenizer_json_that_comes_back_as_itself(tokenize
     assert (again.kind, str(again)) == (tokenizer.kind, str(tokenizer))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda definition: definition["model"]["merges"].reverse(),
-        lambda definition: definition["pre_tokenizer"].update(add_prefix_space=True),
-        lambda definition: definition["added_tokens"][0].update(lstrip=True),
-    ],
-)
-def test_a_tokenizer_that_does_something_else_is_another(change: Callable[[Any], None], tmp_path: Path) -> None:
+def test_a_tokenizer_that_does_something_else_is_another(tmp_path: Path) -> None:
     definition = json.loads(GPT2Tokenizer().definition)
-    change(definition)
+    definition["pre_tokenizer"]["add_prefix_space"] = True
     (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
     other = module.read_tokenizer(tmp_path)
     assert other.kind == "tokenizers"
     assert not other.has_ids_of(GPT2Tokenizer())
 
 
-def test_a_folder_without_a_readable_tokenizer_says_what_is_expected(tmp_path: Path) -> None:
+def test_what_a_folder_does_not_tell_is_refused_or_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match=r"tokenizer\.json.*save_pretrained"):
         module.read_tokenizer(tmp_path)
-
-
-def test_what_a_folder_does_not_tell_is_refused_or_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "RobertaTokenizer"}')
     with pytest.raises(DataError, match=r"there is none, and how RobertaTokenizer cuts text is not known here"):
         module.read_tokenizer(tmp_path)
@@ -266,10 +255,9 @@ def test_what_a_folder_does_not_tell_is_refused_or_left_out(tmp_path: Path, capl
 
 
 def test_a_vocabulary_of_ones_own_is_looked_up_by_character() -> None:
-    tokenizer = CharTokenizer(["e4", "a", " "])
+    tokenizer = module.from_description({"kind": "vocabulary", "tokens": ["e4", "a", " "]})
     assert tokenizer.encode("a a").tolist() == [1, 2, 1]
     assert tokenizer.decode([0, 2, 0]) == "e4 e4"
-    assert module.from_description(tokenizer.describe()).describe() == tokenizer.describe()
     with pytest.raises(DataError, match=r"vocabulary of 3 characters lacks '4' \(U\+0034\), 'e' \(U\+0065\)"):
         tokenizer.encode("e4")
     with pytest.raises(DataError, match="known to its maker only"):
