@@ -45,11 +45,16 @@ def _alone(tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture
 def data_dir(tmp_path: Path) -> Path:
-    """A folder with the data set `tiny`: 5,000 characters of a repeating, learnable text."""
+    """A folder with the data set `tiny`."""
+    write_fox(tmp_path / "data" / "tiny")
+    return tmp_path / "data"
+
+
+def write_fox(folder: Path) -> None:
+    """A data set: 5,000 characters of a repeating, learnable text, and some to evaluate on."""
     text = "the quick brown fox jumps over the lazy dog\n" * 130
     tokenizer = CharTokenizer(sorted(set(text)))
-    write_dataset(tmp_path / "data" / "tiny", tokenizer, tokenizer.encode(text[:5000]), tokenizer.encode(text[5000:]))
-    return tmp_path / "data"
+    write_dataset(folder, tokenizer, tokenizer.encode(text[:5000]), tokenizer.encode(text[5000:]))
 
 
 @pytest.fixture

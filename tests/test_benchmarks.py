@@ -1,13 +1,18 @@
-"""The page of benchmarks is made of their results, and nothing else on it changes."""
+"""`nanogpt bench`; and the page of benchmarks, which is made of their results."""
 
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from nanogpt.bench import bench
 from nanogpt.data import open_dataset
-from tests.conftest import ROOT, import_file
+from nanogpt.settings import BenchConfig
+from tests.conftest import ROOT, Program, import_file
 
 
 def test_the_page_shows_the_newest_results() -> None:
@@ -40,3 +45,28 @@ print(nanogpt.__file__)
     dataset = open_dataset(tmp_path / "python")
     assert min(len(dataset.train), len(dataset.val)) > 0
     assert dataset.tokenizer.end_of_text == 256
+
+
+SMALL: dict[str, Any] = {
+    "batch_size": 2, "block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 16, "steps": 2, "warmup_steps": 1,
+    "device": "cpu",
+}  # fmt: skip
+
+
+def test_bench_ends_in_one_line_of_json(program: Program) -> None:
+    settings = [f"--{name}={value}" for name, value in SMALL.items()]
+    result = program("bench.py", *settings, "--real_data=False", "--steps=3", "--profile",
+                     "--gradient_accumulation_steps=2")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert summary["n"] == 3
+    assert summary["tokens_per_second"] == pytest.approx(2 * 2 * 8 / summary["ms"] * 1000)
+    assert summary["peak_memory_bytes"] > 10**7
+    assert float(result.stdout.partition("loss ")[2].split(",")[0]) == pytest.approx(10.8, abs=0.5)  # ln 50,304
+    assert "aten::" in result.stdout
+    assert Path("bench_log/trace.json").exists()
+
+
+def test_real_data_is_timed(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench(BenchConfig(**SMALL, data_dir=str(data_dir), dataset="tiny"))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["n"] == 2

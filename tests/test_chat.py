@@ -1,34 +1,37 @@
-"""Talking to a model: OpenAI's API, the terminal; and from a file of chats to held-out answers and adapters."""
+"""Talking to a model: templates, batches of conversations, OpenAI's API, the terminal; finetuning and adapters."""
 
+import functools
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 import torch
 
-from nanogpt.chats import BEGINS, COUNTS, prompt_of, with_template
-from nanogpt.checkpoint import load_checkpoint
+from nanogpt.chats import BEGINS, COUNTS, Chats, Message, conversation_ids, prompt_of, render, with_template
+from nanogpt.checkpoint import load_checkpoint, load_model
 from nanogpt.cli import parse
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data import get_batch, open_dataset
 from nanogpt.engine import Engine, Request, Sampling
-from nanogpt.errors import ConfigError, DataError
+from nanogpt.errors import CheckpointError, ConfigError, DataError
 from nanogpt.evaluate import evaluate
 from nanogpt.export import export
 from nanogpt.files import read_json, write_json
+from nanogpt.lora import Adapter, add_adapters, merge_adapters
 from nanogpt.model import GPT
 from nanogpt.prepare import prepare
 from nanogpt.settings import ChatConfig, EvalConfig, ExportConfig, PrepareConfig
-from nanogpt.tokenizer import ByteTokenizer
+from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, from_description, train_bpe
 from nanogpt.train import train
-from tests.conftest import save_model
+from tests.conftest import Recipe, random_ids, save_model
 from tests.test_serve import Server, serving
 
-Recipe = Callable[..., TrainConfig]
 TOKENIZER = with_template(ByteTokenizer())
 TALK: Any = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
 
@@ -101,9 +104,7 @@ def test_what_cannot_be_answered_is_said(server: Server) -> None:
             plain.client.chat.completions.create(model="m", messages=TALK)
 
 
-def test_the_terminal(
-    chat_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_the_terminal(chat_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from nanogpt import chat
 
     asked: list[list[dict[str, str]]] = []
@@ -115,17 +116,12 @@ def test_the_terminal(
     monkeypatch.setattr(chat, "prompt_of", prompt)
     lines = ["Hello", "Again", "x" * 200, "/reset", "/system Be brief.", "/what", "Hi"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
-    settings = {"init_from": chat_model, "max_new_tokens": 5, "device": "cpu", "dtype": "float32"}
-    chat.chat(ChatConfig(**settings))
+    chat.chat(ChatConfig(init_from=chat_model, max_new_tokens=5, device="cpu", dtype="float32"))
     out = capsys.readouterr().out
     assert "/reset forgets" in out
     assert "error: the message has" in out  # and the conversation continues
-    assert [each[-1]["content"] for each in asked if each[-1]["content"]][:2] == ["Hello", "Again"]
     assert [each["role"] for each in asked[2]] == ["user", "assistant", "user"]
     assert asked[-1] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    save_model(tmp_path / "plain", make_model(), ByteTokenizer())
-    with pytest.raises(DataError, match="no chat template"):
-        chat.chat(ChatConfig(**{**settings, "init_from": str(tmp_path / "plain")}))
 
 
 def write_chats(path: Path, count: int = 60) -> None:
@@ -168,10 +164,8 @@ def test_a_file_of_chats_becomes_ids_and_marks(tmp_path: Path) -> None:
 
 
 def test_what_a_template_refuses_is_left_out_and_messages_come_before_a_prompt(chat_model: str, tmp_path: Path) -> None:
-    strict = (
-        "{% if messages[0].role != 'user' %}{{ raise_exception('no') }}{% endif %}{{ messages[-1].content }}<|im_end|>"
-    )
-    write_json(Path(chat_model, "tokenizer_config.json"), {"chat_template": strict})
+    text = "{% if messages[0].role != 'user' %}{{ raise_exception('') }}{% endif %}{{ messages[-1].content }}<|im_end|>"
+    write_json(Path(chat_model, "tokenizer_config.json"), {"chat_template": text})
     talks = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": f"b{n}"}] for n in range(60)]
     rows: list[Any] = [{"messages": talk[n % 10 == 0 :], "prompt": "of UltraChat"} for n, talk in enumerate(talks)]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -228,3 +222,223 @@ def test_peft_loads_the_adapters(shape: dict[str, Any], recipe: Recipe, tmp_path
     torch.testing.assert_close(theirs, ours[..., :259], atol=1e-5, rtol=1e-5)
     with pytest.raises(ConfigError, match="this model has no adapters"):
         export(ExportConfig(init_from=str(tmp_path / "base"), to="peft", output=str(tmp_path / "none")))
+
+
+CONVERSATION: list[Message] = [
+    {"role": "user", "content": " What is <b>2 + 2</b>? "},
+    {"role": "assistant", "content": "It is 4. 😀"},
+    {"role": "user", "content": "And 3 + 3?"},
+    {"role": "assistant", "content": "That is 6."},
+]
+# In the manner of well-known models: what their templates make use of.
+TEMPLATES = {
+    "system by default": (
+        "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nYou are helpful<|im_end|>\n' }}{% endif %}"
+        "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "thoughts of the last answer only": (
+        "{%- set ns = namespace(last=0) %}{%- for message in messages[::-1] %}{%- if message.role == 'user' %}"
+        "{%- set ns.last = messages|length - loop.index0 %}{%- break %}{%- endif %}{%- endfor %}"
+        "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' }}"
+        "{%- if message.role == 'assistant' and loop.index0 >= ns.last %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
+        "{{- message.content.strip('\n') + '<|im_end|>\n' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+    ),
+    "headers, a date and trimmed text": (
+        "{{- bos_token }}{{- '<|start|>system<|end|>\n\n' }}{{- strftime_now('%Y') }}{{- '<|im_end|>' }}"
+        "{%- for message in messages %}{{- '<|start|>' + message['role'] + '<|end|>\n\n' + message['content'] | trim }}"
+        "{{- '<|im_end|>' }}{%- endfor %}{%- if tools is not none %}{{- tools | tojson(indent=4) }}{%- endif %}"
+        "{%- if add_generation_prompt %}{{- '<|start|>assistant<|end|>\n\n' }}{%- endif %}"
+    ),
+    "blocks of generation": (
+        "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] }}"
+        "{{ eos_token }}\n{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n' }}{% generation %}"
+        "{{ message['content'] + eos_token }}{% endgeneration %}\n{% endif %}\n"
+        "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>\n' }}{% endif %}\n{% endfor %}"
+    ),
+}
+
+
+def with_text(template: str) -> Tokenizer:
+    tokenizer = with_template(ByteTokenizer())
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def theirs(tokenizer: Tokenizer) -> Any:
+    from tokenizers import Tokenizer as Engine
+    from transformers import PreTrainedTokenizerFast
+
+    engine = Engine.from_str(tokenizer.definition)
+    special = {"eos_token": "<|im_end|>", "bos_token": "<|endoftext|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=engine, chat_template=tokenizer.chat_template, **special)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("prompt", [False, True])
+def test_templates_render_as_in_transformers(name: str, prompt: bool) -> None:
+    tokenizer = with_text(TEMPLATES[name])
+    talk = CONVERSATION[:3] if prompt else CONVERSATION
+    expected = theirs(tokenizer).apply_chat_template(talk, tokenize=False, add_generation_prompt=prompt)
+    assert render(tokenizer, talk, add_generation_prompt=prompt) == expected
+    if prompt:
+        ids = theirs(tokenizer).apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+        assert prompt_of(tokenizer, talk) == ids
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_counts_is_each_answer_and_its_end(name: str) -> None:
+    tokenizer = with_text(TEMPLATES[name])
+    ids, counted = conversation_ids(tokenizer, CONVERSATION)
+    assert tokenizer.decode(ids) == render(tokenizer, CONVERSATION)
+    said = tokenizer.decode([i for i, counts in zip(ids, counted, strict=True) if counts])
+    thought = "<think>\n\n</think>\n\n" if "thoughts" in name else ""
+    assert said == f"It is 4. 😀<|im_end|>{thought}That is 6.<|im_end|>"
+
+
+def test_an_answer_ends_with_its_turn_also_for_a_model_whose_maker_names_another_end() -> None:
+    tokenizer = with_text(TEMPLATES["system by default"])
+    tokenizer.generation_config = {}  # as of a base model: texts end with <|endoftext|>
+    ids, counted = conversation_ids(tokenizer, CONVERSATION)
+    said = tokenizer.decode([i for i, counts in zip(ids, counted, strict=True) if counts])
+    assert said == "It is 4. 😀That is 6."
+    extended = with_template(tokenizer)
+    assert extended.has_ids_of(tokenizer)
+    assert extended.decode([max(extended.end_tokens)]) == "<|im_end|>"
+
+
+def test_a_template_cannot_leave_its_sandbox() -> None:
+    with pytest.raises(DataError, match="does not take"):
+        render(with_text("{{ messages.__class__.__mro__[1].__subclasses__() }}"), CONVERSATION)
+
+
+def test_what_cannot_be_rendered_is_one_sentence() -> None:
+    with pytest.raises(DataError, match="turns must alternate"):
+        render(with_text("{{ raise_exception('turns must alternate') }}"), CONVERSATION)
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [ByteTokenizer(), CharTokenizer(sorted(set("abcdefghijklmnopqrstuvwxyz \n"))), train_bpe(["a b c"] * 9, 260)],
+)
+def test_any_vocabulary_becomes_one_for_conversations(plain: Tokenizer) -> None:
+    tokenizer = with_template(plain)
+    assert tokenizer.vocab_size == plain.vocab_size + 2
+    assert tokenizer.encode("a b c").tolist() == plain.encode("a b c").tolist()
+    again = from_description(tokenizer.describe())
+    assert again.has_ids_of(tokenizer)
+    assert (again.chat_template, again.end_tokens) == (tokenizer.chat_template, tokenizer.end_tokens)
+    assert again.decode([max(again.end_tokens)]) == "<|im_end|>"
+    assert with_template(tokenizer) is tokenizer
+
+
+def marks_of(*lengths: int) -> np.ndarray:
+    """Conversations of so many tokens, of which the last half counts."""
+    return np.concatenate([[BEGINS, *[0] * (n - n // 2 - 1), *[COUNTS] * (n // 2)] for n in lengths]).astype(np.uint8)
+
+
+def test_rows_hold_whole_conversations() -> None:
+    lengths = [5, 9, 4, 30, 6, 7, 3]
+    marks, ids = marks_of(*lengths), np.arange(sum(lengths))
+    chats = Chats(ids, marks)
+    rows = chats.rows(16)
+    x, y, documents = map(torch.from_numpy, chats.batch(range(len(rows)), 16))
+    assert x.shape == y.shape == documents.shape == (len(rows), 16)
+    assert (marks[x[:, 0]] & BEGINS).all()  # a row begins with a conversation
+    for row, (inputs, targets, belongs) in enumerate(zip(x, y, documents, strict=True)):
+        for document in set(belongs.tolist()) - {-1}:
+            part = inputs[belongs == document]
+            assert (part.diff() == 1).all(), row
+            assert marks[part[0]] & BEGINS
+        is_target = targets >= 0
+        assert (targets[is_target] == inputs[is_target] + 1).all()  # the next token of the same conversation
+        assert (marks[targets[is_target]] & COUNTS).all()
+    counting = np.flatnonzero(marks & COUNTS)
+    of_the_long_one = (counting >= 18) & (counting < 48)
+    found = set(y[y >= 0].tolist())
+    assert found >= set(counting[~of_the_long_one].tolist())
+    # Of the conversation of 30 tokens, the first 17 fit; they hold 2 of its 15 that count.
+    assert found & set(counting[of_the_long_one].tolist()) == {33, 34}
+
+
+def test_a_conversation_without_an_answer_in_reach_is_left_out() -> None:
+    assert len([part for row in Chats(np.arange(60), marks_of(40, 8, 12)).rows(16) for part in row]) == 2
+    with pytest.raises(DataError, match="block_size=16"):
+        Chats(np.arange(40), marks_of(40)).rows(16)
+
+
+SMALL: dict[str, Any] = {"vocab_size": 64, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
+
+
+def adapted(targets: str = "all", **shape: Any) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SMALL, **shape)).eval()
+    add_adapters(model, Adapter(3, 6.0, targets, "", ""))
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_b"):  # which starts as zero
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("shape", [{}, {"architecture": "qwen3", "n_kv_head": 2, "bias": False}])
+def test_merged_and_unmerged_are_equal(shape: dict[str, Any]) -> None:
+    model, ids = adapted(**shape), random_ids(2, 16)
+    before = model(ids, ids)[0]
+    names = set(GPT(GPTConfig(**SMALL, **shape)).state_dict())
+    merged = merge_adapters(model)
+    torch.testing.assert_close(merged(ids, ids)[0], before, atol=1e-5, rtol=0)
+    assert set(merged.state_dict()) == names
+
+
+@pytest.mark.parametrize(("targets", "count"), [("all", 8), ("attention", 4), ("mlp", 4)])
+def test_only_adapters_are_trained(targets: str, count: int) -> None:
+    model, ids = adapted(targets), random_ids(2, 16)
+    model(ids, ids)[1].backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, _ in model.named_parameters() if ".lora_" in name}
+    assert len(trained) == 2 * count
+
+
+@pytest.fixture
+def adapting(recipe: Recipe, tmp_path: Path) -> Recipe:
+    """A run of adapters, for conversations, on a tiny model of bytes in the folder `base`."""
+    prepare_chats(tmp_path / "data")
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(**{**SMALL, "vocab_size": 257, "block_size": 128}, architecture="llama", bias=False))
+    save_model(Path("base"), model, ByteTokenizer())
+    return functools.partial(recipe, dataset="mine", block_size=128, lora_rank=2, init_from="base")
+
+
+def test_a_run_of_adapters_resumes_bit_for_bit(adapting: Recipe) -> None:
+    whole, parts = (adapting(out_dir=name, eval_interval=3) for name in ("whole", "parts"))
+    assert train(whole) == train(replace(parts, max_iters=3)) == train(replace(parts, init_from="resume")) == 0
+    whole, parts = (load_checkpoint(Path(config.out_dir, "ckpt.pt")) for config in (whole, parts))
+    assert all(torch.equal(whole.weights[name], parts.weights[name]) for name in whole.weights)
+    # Only what was trained is there: adapters, and the embedding that has got the two tokens of ChatML.
+    assert {name for name in whole.weights if ".lora_" not in name} == {"transformer.wte.weight", "lm_head.weight"}
+    trained, before = whole.build_model(), load_model("base")[0]
+    assert trained.config.vocab_size == 320
+    name = "transformer.h.0.attn.c_attn.weight"
+    assert not torch.equal(trained.get_parameter(name), before.get_parameter(name))
+    assert torch.equal(whole.build_model(merge=False).get_parameter(name), before.get_parameter(name))
+
+
+def test_adapters_keep_their_settings_and_their_bases_folder(adapting: Recipe) -> None:
+    config = adapting(max_iters=1)
+    assert train(config) == 0
+    assert train(replace(config, init_from="resume", lora_rank=5, max_iters=2)) == 0
+    assert load_checkpoint(Path(config.out_dir, "ckpt.pt")).config["lora_rank"] == 2
+    inside = replace(config, init_from=str(Path(config.out_dir, "best.pt")))
+    assert "is where the adapters' model lies" in "".join(inside.problems())
+
+
+def test_a_base_that_has_changed_is_named(adapting: Recipe) -> None:
+    config = adapting(max_iters=1)
+    assert train(config) == 0
+    model, tokenizer = load_model("base")
+    torch.nn.init.zeros_(model.transformer.wte.weight)
+    save_model(Path("base"), model, tokenizer)
+    with pytest.raises(CheckpointError, match="have changed since"):
+        load_checkpoint(Path(config.out_dir, "ckpt.pt")).build_model()

@@ -1,6 +1,7 @@
-"""What is in a checkpoint, what is refused, which one is taken, and that none is lost while they are written."""
+"""What is in a checkpoint, what is refused, which one is taken, and that no file is lost while it is written."""
 
 import os
+import shutil
 import threading
 import zipfile
 from collections.abc import Callable
@@ -15,10 +16,16 @@ from nanogpt.checkpoint import Checkpoints, TrainState, checkpoints_of, find_che
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.distributed import Distributed
 from nanogpt.errors import CheckpointError, ConfigError, DamagedError, UserError
+from nanogpt.evaluate import evaluate
+from nanogpt.files import atomic_write, locked
 from nanogpt.model import GPT
 from nanogpt.optim import make_optimizer
+from nanogpt.prepare import prepare
+from nanogpt.sample import sample
+from nanogpt.settings import EvalConfig, PrepareConfig, SampleConfig
 from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, write_meta
 from tests.conftest import Recipe, random_ids
+from tests.programs import Started
 
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
@@ -36,10 +43,6 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-# ---------------------------------------------------------------------------------------------------
-# What is in it
-
-
 def test_the_file_is_the_originals_dictionary(trained: Path, recipe: Recipe) -> None:
     content = torch.load(trained / "ckpt.pt", weights_only=True)
     assert set(content) == {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config", "nanogpt"}
@@ -53,13 +56,6 @@ def test_the_file_is_the_originals_dictionary(trained: Path, recipe: Recipe) -> 
     # A shape that the original lacks has arguments that it refuses.
     train.train(recipe(max_iters=1, tied_head=False))
     assert torch.load(trained / "ckpt.pt", weights_only=True)["model_args"]["tied_head"] is False
-
-
-def test_the_model_comes_back_tied_and_in_evaluation_mode(trained: Path) -> None:
-    model = load_checkpoint(trained / "ckpt.pt").build_model()
-    assert model.lm_head.weight is model.transformer.wte.weight
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    assert not model.training
 
 
 def original_checkpoint(folder: Path, dataset: str, vocab_size: int = 4) -> tuple[Path, GPT]:
@@ -85,8 +81,11 @@ def test_a_checkpoint_of_the_original_loads(tmp_path: Path) -> None:
     loaded = load_checkpoint(path)
     assert (loaded.state.step, loaded.state.best_val_loss) == (5, 1.5)
     assert loaded.tokenizer.decode([0, 3]) == "ad"
-    for name, tensor in loaded.build_model().state_dict().items():
+    built = loaded.build_model()
+    for name, tensor in built.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])
+    assert built.lm_head.weight is built.transformer.wte.weight
+    assert not built.training
 
 
 def test_the_vocabulary_of_an_originals_checkpoint_is_found_or_named(tmp_path: Path) -> None:
@@ -108,10 +107,6 @@ def test_a_run_of_the_original_is_resumed(tmp_path: Path, recipe: Recipe, data_d
     assert train.train(recipe(out_dir=str(tmp_path), dataset="letters", init_from="resume", max_iters=7, **shape)) == 0
     assert load_checkpoint(tmp_path / "ckpt.pt").state.step == 7
     assert (tmp_path / "best.pt").exists()
-
-
-# ---------------------------------------------------------------------------------------------------
-# What is refused
 
 
 @pytest.mark.parametrize(
@@ -156,10 +151,6 @@ def test_the_state_of_any_optimizer_comes_back_bit_for_bit(recipe: Recipe, name:
     assert optimizer.param_groups[0]["lr"] == 2e-3
 
 
-# ---------------------------------------------------------------------------------------------------
-# Which one is taken
-
-
 def test_the_best_is_taken_and_what_is_missing_is_said(trained: Path) -> None:
     assert find_checkpoint(trained, "auto").name == "best.pt"
     assert find_checkpoint(trained, "last").name == "ckpt.pt"
@@ -168,8 +159,6 @@ def test_the_best_is_taken_and_what_is_missing_is_said(trained: Path) -> None:
     assert find_checkpoint(trained, "auto").name == "ckpt.pt"
     with pytest.raises(CheckpointError, match=r"no checkpoint \(best\) in out"):
         find_checkpoint("out", "best")
-    with pytest.raises(CheckpointError, match=r"no checkpoint \(auto\) in nowhere"):
-        find_checkpoint("nowhere", "auto")
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_never_takes_the_place_of_a_good_one(
@@ -201,10 +190,6 @@ def test_what_cannot_be_read_just_now_is_not_taken_for_damaged(trained: Path, mo
     monkeypatch.setattr(zipfile, "ZipFile", refuse)
     with pytest.raises(PermissionError, match="Permission denied"):
         load_latest(trained)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Writing
 
 
 class Writer:
@@ -310,10 +295,6 @@ def test_fewer_checkpoints_than_before_leave_no_old_ones() -> None:
     assert steps() == {"ckpt.pt": 4, "ckpt.prev.pt": 3}
 
 
-# ---------------------------------------------------------------------------------------------------
-# The run folder
-
-
 def test_a_new_run_moves_earlier_ones_aside_and_leaves_what_is_not_a_runs(trained: Path, recipe: Recipe) -> None:
     for name in ("notes.txt", "ckpt.pt.123.tmp", "model.safetensors"):
         (trained / name).write_text("x")
@@ -335,3 +316,90 @@ def test_another_programs_folder_is_not_taken(recipe: Recipe) -> None:
     with pytest.raises(ConfigError, match="files of another program"):
         train.train(recipe(out_dir="model"))
     assert [path.name for path in Path("model").iterdir() if path.name != "lock"] == ["config.json"]
+
+
+SHORT = ["--device=cpu", "--compile=False", "--dtype=float32", "--eval_iters=1", "--eval_interval=5", "--batch_size=4",
+         "--block_size=16", "--n_layer=2", "--n_head=2", "--n_embd=32", "--dropout=0.0"]  # fmt: skip
+
+
+@pytest.fixture
+def checkout(original: Path, tmp_path: Path, downloads: Path) -> Path:
+    """A copy of the checkout, with Shakespeare prepared as it would."""
+    shutil.copytree(original, tmp_path / "original", ignore=shutil.ignore_patterns(".git", "out*"))
+    data = tmp_path / "original" / "data" / "shakespeare_char"
+    prepare(PrepareConfig(name="shakespeare_char", data_dir=str(data.parent)))
+    (data / "dataset.json").unlink()  # the original writes none
+    return tmp_path / "original"
+
+
+def run(folder: Path, *words: str) -> str:
+    result = Started(list(words), folder).wait()
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_ours_in_theirs(checkout: Path, recipe: Recipe) -> None:
+    train.train(recipe(dataset="shakespeare_char", data_dir=str(checkout / "data"), out_dir=str(checkout / "out-ours")))
+    text = run(checkout, "sample.py", "--out_dir=out-ours", "--device=cpu", "--num_samples=2", "--max_new_tokens=20")
+    assert text.count("---------------") == 2
+    words = [*SHORT, "--out_dir=out-ours", "--max_iters=8", "--log_interval=1", "--init_from=resume"]
+    text = run(checkout, "train.py", "config/train_shakespeare_char.py", *words)
+    assert "iter 6: loss" in text  # goes on after our 6 steps
+    assert "iter 5: loss" not in text
+
+
+def test_theirs_in_ours(
+    checkout: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*SHORT, "--out_dir=out-theirs", "--max_iters=5", "--always_save_checkpoint=True"]
+    run(checkout, "train.py", "config/train_shakespeare_char.py", *words)
+    monkeypatch.chdir(checkout)
+    sample(SampleConfig(out_dir="out-theirs", device="cpu", num_samples=2, max_new_tokens=20))
+    assert capsys.readouterr().out.count("---------------") == 2
+    assert 3 < evaluate(EvalConfig(out_dir="out-theirs", device="cpu", dtype="float32"))["loss"] < 4.5
+    resumed = recipe(dataset="shakespeare_char", data_dir="data", out_dir="out-theirs", init_from="resume", max_iters=9)
+    assert train.train(resumed) == 0
+
+
+def test_the_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b.bin"
+    with atomic_write(path) as file:
+        file.write(b"one")
+        assert not path.exists()
+    assert path.read_bytes() == b"one"
+
+    def broken() -> None:
+        with atomic_write(path) as file:
+            file.write(b"two")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken()
+    assert path.read_bytes() == b"one"
+    assert os.listdir(path.parent) == ["b.bin"]
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "file")
+    for content in (b"one", b"two"):  # what it leads to is not there yet, then is
+        with atomic_write(tmp_path / "link") as file:
+            file.write(content)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "disk" / "file").read_bytes() == content
+    assert os.listdir(tmp_path / "disk") == ["file"]
+
+
+def test_a_lock_names_its_owner_and_goes_with_it(tmp_path: Path) -> None:
+    with (
+        locked(tmp_path / "lock", "it"),
+        pytest.raises(UserError, match=f"process {os.getpid()} on .* is using it; wait for it"),
+        locked(tmp_path / "lock", "it"),
+    ):
+        pass
+    assert (tmp_path / "lock").read_text() == ""
+    with pytest.raises(ArithmeticError), locked(tmp_path / "lock", "it"):
+        raise ArithmeticError
+    assert (tmp_path / "lock").read_text() == "failed"
+    with locked(tmp_path / "lock", "it"):
+        pass

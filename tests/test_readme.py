@@ -1,12 +1,10 @@
 """The commands of the README and of docs/guide.md, executed in their order in a copy of the repository."""
 
-import os
 import re
 import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import textwrap
 import urllib.request
 from pathlib import Path
@@ -67,7 +65,7 @@ def test_the_commands_run_as_written(downloads: Path, tmp_path: Path) -> None:
         extra = [SHRUNK[start] for start in sorted(SHRUNK, key=len) if command.startswith(start)][-1:]
         words = shlex.split(" ".join([command, *extra]).replace("--nproc_per_node=8", "--nproc_per_node=2"))
         if "serve" in words:
-            try_server([sys.executable, *programs[words[0]], *words[1:], "--port=0"], repository, environment)
+            try_server([*programs[words[0]], *words[1:], "--port=0"], repository, environment)
             continue
         result = Started([*programs[words[0]], *words[1:]], repository, **environment).wait()
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
@@ -75,17 +73,15 @@ def test_the_commands_run_as_written(downloads: Path, tmp_path: Path) -> None:
     assert executed >= 20
 
 
-def try_server(command: list[str], folder: Path, environment: dict[str, str]) -> None:
+def try_server(words: list[str], folder: Path, environment: dict[str, str]) -> None:
     """Start it, see that it is well, and end it as Ctrl-C does."""
-    process = subprocess.Popen(
-        command, cwd=folder, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout
-    address = next((line.split()[2] for line in process.stdout if line.startswith("page at")), "").strip(",")
+    started = Started(words, folder, **environment)
+    started.wait_for("API at /v1")
+    [address] = re.findall(r"page at (\S+),", started.written(0))
     with urllib.request.urlopen(f"{address}/health", timeout=30) as answer:
         assert answer.status == 200
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) == 0
+    started.send(signal.SIGINT)
+    assert started.wait().returncode == 0
 
 
 def test_the_loop_that_is_shown_is_that_of_the_program() -> None:

@@ -32,8 +32,7 @@ from nanogpt.checkpoint import checkpoints_of
 from nanogpt.config import TrainConfig
 from nanogpt.errors import UserError
 from nanogpt.metrics import read_metrics
-from nanogpt.tokenizer import CharTokenizer
-from tests.conftest import write_dataset
+from tests.conftest import write_fox
 
 PHASES = ["start", "data", "step", "evaluation", "between", "write", "rename"]
 TIMES = ("seconds", "tokens_per_second")  # of a record: what is no function of the config
@@ -271,9 +270,8 @@ def run_all(kills: int, others: int, seed: int) -> list[Fault]:
     torch.set_num_threads(1)
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as name:
-        folder, text = Path(name), "the quick brown fox jumps over the lazy dog\n" * 130
-        tokenizer = CharTokenizer(sorted(set(text)))
-        write_dataset(folder / "data/fox", tokenizer, tokenizer.encode(text[:5000]), tokenizer.encode(text[5000:]))
+        folder = Path(name)
+        write_fox(folder / "data/fox")
         with new_run(folder) as config:
             began = time.monotonic()
             Child(config).expect(0)

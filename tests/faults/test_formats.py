@@ -24,7 +24,7 @@ from nanogpt.model import GPT
 from nanogpt.sample import sample
 from nanogpt.settings import SampleConfig
 from tests.conftest import random_ids
-from tests.test_shapes import TOKENIZER, write_model
+from tests.test_huggingface import TOKENIZER, write_model
 
 Recipe = Callable[..., TrainConfig]
 TRIES = 60

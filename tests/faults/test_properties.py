@@ -1,4 +1,4 @@
-"""What must hold for every input: settings, tokenizers, the order of the data."""
+"""What must hold for every input: settings, and the order of the data."""
 
 import dataclasses
 import string
@@ -13,7 +13,6 @@ from nanogpt.cli import VERBS, parse
 from nanogpt.config import Settings
 from nanogpt.data import dropout_seed, epoch_order, epoch_window_starts, window_starts
 from nanogpt.errors import ConfigError
-from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, from_description, train_bpe, well_formed
 
 CONFIGS = [settings for settings, _, _ in VERBS.values()]
 NAMES = sorted({field.name for config in CONFIGS for field in dataclasses.fields(config)})
@@ -23,7 +22,6 @@ WORDS = st.one_of(
     st.sampled_from(NAMES).map(lambda name: f"--{name}"),
     st.text(string.printable, max_size=15).filter(lambda word: word not in ("-h", "--help") and "/" not in word),
 )
-GPT2, BPE = GPT2Tokenizer(), train_bpe(["the quick brown fox " * 9], 280)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
@@ -33,19 +31,6 @@ def test_any_command_line_is_a_config_or_one_message(config: type[Settings], wor
     with suppress(ConfigError):
         parsed = parse(config, words, "usage", positional="out_dir")
         assert list(parsed.problems()) == []
-
-
-@settings(max_examples=100, deadline=None)
-@given(text=st.text())
-def test_every_text_survives_its_tokens(text: str) -> None:
-    for tokenizer in (GPT2, ByteTokenizer(), BPE):
-        ids = tokenizer.encode(text)
-        assert all(0 <= i < tokenizer.vocab_size for i in ids.tolist())
-        assert tokenizer.decode(ids.tolist()) == well_formed(text)
-    if text:
-        characters = CharTokenizer(sorted(set(text)))
-        assert characters.decode(characters.encode(text).tolist()) == text
-        assert from_description(characters.describe()).encode(text).tolist() == characters.encode(text).tolist()
 
 
 @settings(max_examples=100, deadline=None)
