@@ -418,7 +418,7 @@ def test_a_run_of_adapters_resumes_bit_for_bit(adapting: Recipe) -> None:
     assert all(torch.equal(whole.weights[name], parts.weights[name]) for name in whole.weights)
     # Only what was trained is there: adapters, and the embedding that has got the two tokens of ChatML.
     assert {name for name in whole.weights if ".lora_" not in name} == {"transformer.wte.weight", "lm_head.weight"}
-    trained, before = whole.build_model(), load_model("base")[0]
+    trained, before = whole.build_model(), load_model("base").model
     assert trained.config.vocab_size == 320
     name = "transformer.h.0.attn.c_attn.weight"
     assert not torch.equal(trained.get_parameter(name), before.get_parameter(name))
@@ -437,7 +437,8 @@ def test_adapters_keep_their_settings_and_their_bases_folder(adapting: Recipe) -
 def test_a_base_that_has_changed_is_named(adapting: Recipe) -> None:
     config = adapting(max_iters=1)
     assert train(config) == 0
-    model, tokenizer = load_model("base")
+    source = load_model("base")
+    model, tokenizer = source.model, source.tokenizer
     torch.nn.init.zeros_(model.transformer.wte.weight)
     save_model(Path("base"), model, tokenizer)
     with pytest.raises(CheckpointError, match="have changed since"):

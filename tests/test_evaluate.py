@@ -69,8 +69,6 @@ def test_data_dir_is_where_an_originals_checkpoint_has_its_characters(trained: P
         assert evaluate(EvalConfig(**source, **settings))["tokens"] == 719
     with pytest.raises(ConfigError, match="block_size=17 exceeds the model's 16"):
         evaluate(EvalConfig(**settings, block_size=17))
-    with pytest.raises(DataError, match=r"nowhere holds no train\.bin and val\.bin"):
-        evaluate(EvalConfig(**settings, dataset="nowhere"))
 
 
 def train_by_heart(recipe: Recipe, data_dir: Path) -> str:
@@ -159,16 +157,12 @@ def test_scores_equal_lm_evaluation_harness(
     config = EvalConfig(init_from="m", device="cpu", dtype="float32", lambada="lambada.jsonl", batch_size=7,
                         hellaswag="hellaswag.jsonl", tasks=["lambada", "hellaswag", ",".join(TASKS)])  # fmt: skip
     ours = evaluate(config)
-    table = capsys.readouterr().out
-    assert json.loads(table.splitlines()[-1]) == ours
-    assert starts or re.search(r"lambada +accuracy +0\.[1-9]\d* ± 0\.\d{4} +12 examples", table)
-    assert re.search(r"my_lambada +acc +0\.\d{4} .*12 examples", table)
+    assert re.search(r"my_lambada +acc +0\.\d{4} .*12 examples", capsys.readouterr().out)
     for task in TASKS:
         expected = {key.partition(",")[0]: value for key, value in theirs[task].items() if isinstance(value, float)}
         expected = {name: value for name, value in expected.items() if "stderr" not in name}
         assert {name: ours[task][name] for name in expected} == pytest.approx(expected, rel=1e-4)
     assert ours["my_lambada"]["acc"] == ours["lambada"]["accuracy"]
-
     assert ours["my_lambada"]["perplexity"] == pytest.approx(ours["lambada"]["perplexity"], rel=1e-4)
     assert ours["my_hellaswag"]["acc"] == ours["hellaswag"]["accuracy"]
     assert ours["my_hellaswag"]["acc_norm"] == ours["hellaswag"]["accuracy_normalised"]
@@ -178,23 +172,17 @@ def test_scores_equal_lm_evaluation_harness(
 
 
 def test_a_file_is_read_line_by_line() -> None:
-    config, file = EvalConfig(lambada="file.jsonl"), Path("file.jsonl")
-    with pytest.raises(OSError, match="No such file"):
-        read_examples("lambada", config)
-    file.write_text('{"text": "one\u2028line only"}\n\n', encoding="utf-8")
-    assert read_examples("lambada", config) == [("one\u2028line", [" only"], 0)]
+    Path("file.jsonl").write_text('{"text": "one\u2028line only"}\n\n', encoding="utf-8")
+    assert read_examples("lambada", EvalConfig(lambada="file.jsonl")) == [("one\u2028line", [" only"], 0)]
 
 
 def test_published_files_are_checked_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NANOGPT_DOWNLOADS", str(tmp_path))
-    (tmp_path / "lambada_test.jsonl").write_text('{"text": "not the published one"}')
-    with pytest.raises(DataError, match=r"33 bytes that are not the file expected.*--lambada=FILE"):
+    (tmp_path / "lambada_test.jsonl").write_text('{"text": "as if it were"}')
+    with pytest.raises(DataError, match=r"25 bytes that are not the file expected.*--lambada=FILE"):
         read_examples("lambada", EvalConfig())
-    content = b'{"text": "as if it were"}'
-    monkeypatch.setitem(
-        BENCHMARKS, "lambada", ("http://nowhere/lambada_test.jsonl", hashlib.sha256(content).hexdigest())
-    )
-    (tmp_path / "lambada_test.jsonl").write_bytes(content)
+    checksum = hashlib.sha256(b'{"text": "as if it were"}').hexdigest()
+    monkeypatch.setitem(BENCHMARKS, "lambada", ("http://nowhere/lambada_test.jsonl", checksum))
     assert read_examples("lambada", EvalConfig()) == [("as if it", [" were"], 0)]
     (tmp_path / "lambada_test.jsonl").unlink()
     assert read_examples("lambada", EvalConfig()) == [("as if it", [" were"], 0)]

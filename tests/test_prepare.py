@@ -5,14 +5,16 @@ import hashlib
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
 import numpy as np
@@ -24,12 +26,11 @@ from pyarrow import parquet
 
 from nanogpt import prepare as module
 from nanogpt.data import open_dataset
-from nanogpt.errors import ConfigError, DataError
+from nanogpt.errors import DataError
 from nanogpt.prepare import documents, download, find_sources, known_sources, prepare
 from nanogpt.settings import PrepareConfig
 from nanogpt.tokenizer import GPT2Tokenizer
 from tests.conftest import ROOT, Program
-from tests.hub import CUT_OFF, Hub
 
 SET = Path("data/set")
 TEXTS = ["first\ntext", "zweiter, mit ä und 🎉\n", "third"]
@@ -136,6 +137,53 @@ def test_pystdlib_is_the_library_without_tests() -> None:
         assert about["tokens"][split] == about["bytes"][split] + about["documents"][split]
 
 
+CUT_OFF = 1  # a "status": the connection ends before the promised length
+
+
+class Hub:
+    """A Hugging Face hub on this machine: `files`, by path, at `url`, as of any web server and as a data set of it."""
+
+    def __init__(self, files: dict[str, bytes], repository: str = "org/name") -> None:
+        self.files, self.failures = files, list[int]()  # statuses to answer with before all goes well
+        self.asked: list[str] = []  # paths of files that were downloaded
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                path = unquote(urlsplit(self.path).path).removeprefix("/")
+                tree, resolve = f"api/datasets/{repository}/tree/main", f"datasets/{repository}/resolve/main/"
+                name = path.removeprefix(resolve)
+                if path.startswith(tree):
+                    listed = [name for name in hub.files if name.startswith(path.removeprefix(tree).strip("/"))]
+                    more = {"type": "file", "oid": "0" * 40}
+                    entries = [{"path": name, "size": len(hub.files[name]), **more} for name in listed]
+                    self.answer(200, json.dumps(entries).encode())
+                elif name in hub.files:
+                    if self.command == "GET":
+                        hub.asked.append(name)
+                    self.answer(hub.failures.pop(0) if hub.failures else 200, hub.files[name])
+                else:
+                    self.answer(404, b"")
+
+            do_HEAD = do_GET  # noqa: N815
+
+            def answer(self, status: int, content: bytes) -> None:
+                self.send_response(200 if status == CUT_OFF else status)
+                self.send_header("Content-Length", str(len(content) + 1000 * (status == CUT_OFF)))
+                self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+                self.send_header("X-Repo-Commit", "1" * 40)
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(content)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=[0.01], daemon=True).start()
+
+
 # Where the files of known data sets lie, and what else does.
 LAYOUTS = {
     "fineweb-edu": [f"sample/10BT/{n:03}_00000.parquet" for n in range(3)],
@@ -180,14 +228,10 @@ def test_a_data_set_of_the_hub_is_read_shard_by_shard(
 
 @pytest.mark.parametrize("hub", ["fineweb-edu"], indirect=True)
 def test_with_a_limit_only_the_first_shards_are_downloaded(hub: Hub, program: Program) -> None:
-    words = "fineweb-edu", "--tokenizer=byte", "--limit=20"
-    result = program("nanogpt", "prepare", *words)
+    result = program("nanogpt", "prepare", "fineweb-edu", "--tokenizer=byte", "--limit=20")
     assert result.returncode == 0, result.stderr
     assert set(hub.asked) == {LAYOUTS["fineweb-edu"][0]}
     assert sum(open_dataset(Path("data/fineweb-edu")).description["documents"].values()) == 20
-    result = program("nanogpt", "prepare", *words, "--input=no/where")
-    assert result.returncode == 2
-    assert "there is no no/where on this machine, and the data set of that name could not be read" in result.stderr
 
 
 @pytest.mark.usefixtures("_small")
@@ -232,9 +276,6 @@ def test_an_array_of_objects_has_the_rows_that_json_reads(indent: int | None) ->
     rows = [{"text": text, "more": [1, "]", {}]} for text in [*texts(40), "x" * 5000, '[\\"{']]
     write("x.json", json.dumps([*rows, 5], indent=indent) + "\n")
     assert read("x.json") == [row["text"] for row in json.loads(json.dumps(rows))]
-    write("x.json", json.dumps(rows, indent=indent)[:-99])
-    with pytest.raises(DataError, match=r"x\.json cannot be read: "):
-        read("x.json")
 
 
 def test_json_that_is_no_data_is_text_and_so_is_data_in_a_text_file() -> None:
@@ -271,12 +312,11 @@ def test_separators_are_found_wherever_blocks_end(
     assert read("x.txt", separator=separator.replace("\n", r"\n")) == records
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_what_a_text_is_cut_into_changes_no_token(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_text_is_cut_into_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     letters = ["a", "be", "ä", "漢字", "🎉", " ", "  ", "\n", "\r\n", "\t", "'s", "12", "!", "…", "\u3000", "\u00a0"]
-    text = "".join(random.Random(seed).choices(letters, k=9000))
+    text = "".join(random.Random(0).choices(letters, k=9000))
     Path("x.txt").write_bytes(text.encode())
-    monkeypatch.setattr(module, "BLOCK", 211 + seed)
+    monkeypatch.setattr(module, "BLOCK", 211)
     tokenizer = GPT2Tokenizer()
     pieces = [piece[0] for piece in documents("x.txt", PrepareConfig(input=["x.txt"]), Path())]
     assert len(pieces) > 10
@@ -290,19 +330,11 @@ def test_rows_without_text_are_counted_and_named(capsys: pytest.CaptureFixture[s
     Path("x.jsonl").write_text("\n".join(rows))
     assert read("x.jsonl") == ["a text to keep", "a\ufffdb", "another"]
     assert sum(build("x.jsonl")["skipped"].values()) == 4
-    out = capsys.readouterr().out
-    for line in ("2 x row without text in its field 'text'", "1 x row without a JSON object", "1 x empty document"):
-        assert f"skipped {line}" in out
+    assert "skipped 2 x row without text in its field 'text'" in capsys.readouterr().out
     with pytest.raises(DataError, match=r"too few tokens.*row without text in its field 'nothing'.*--field"):
         build("x.jsonl", field="nothing")
     write_parquet("x.parquet", text=pyarrow.array(["a text", None, "another text", ""]).dictionary_encode())
     assert sorted(build("x.parquet")["skipped"].values()) == [1, 1]
-
-
-def test_a_parquet_column_that_is_no_text_is_named_with_all_others() -> None:
-    write_parquet("x.parquet", ids=[[1], [2]], body=[["a"], ["b"]], info=[{"text": "a"}, {"text": "b"}])
-    with pytest.raises(DataError, match=r"no column 'body' of text.*ids: list<.*body: list<.*info: struct<text"):
-        build("x.parquet", field="body")
 
 
 def test_a_folder_is_read_without_what_is_hidden_or_no_text() -> None:
@@ -322,12 +354,11 @@ def test_a_folder_is_read_without_what_is_hidden_or_no_text() -> None:
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
-    [("nothing.txt", None, r"--input=nothing.txt: there is no such file"), ("*.x", None, "there is no such file"),
-     ("empty", None, "no folder with files of text"),
-     ("x.txt", b" \n", "too few tokens, 0 in train and 0 in val.*; skipped 1 x empty document"),
-     ("x.txt", b"a", "too few tokens"), ("x.txt", b"abc\xff\xfe", r"x\.txt is not UTF-8 text: .* byte 0xff"),
+    [("nothing.txt", None, r"--input=nothing.txt: there is no such file"),
+     ("empty", None, "no folder with files of text"), ("x.txt", b" \n", "too few tokens, 0 in train and 0 in val"),
+     ("x.txt", b"abc\xff\xfe", r"x\.txt is not UTF-8 text: .* byte 0xff"),
      ("x.txt.gz", gzip.compress(b"text" * 999, mtime=0)[:-20], r"x\.txt\.gz cannot be read"),
-     ("x.txt.zst", b"text", r"x\.txt\.zst cannot be read"), ("x.parquet", b"text", r"x\.parquet cannot be read")],
+     ("x.parquet", b"text", r"x\.parquet cannot be read")],
 )  # fmt: skip
 def test_what_cannot_become_a_data_set_is_one_message(name: str, content: bytes | None, message: str) -> None:
     Path("empty").mkdir()
@@ -355,14 +386,13 @@ def test_documents_are_encoded_in_order_and_split_by_content(tokenizer: str, num
 
 @pytest.mark.usefixtures("_small")
 @pytest.mark.parametrize("name", ["x.txt", "x.txt.gz"])
-def test_a_single_text_is_split_near_its_end(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_text_is_split_near_its_end(name: str) -> None:
     text = "".join(texts(300))
     about = build(write(name, text), tokenizer="char", val_fraction=0.1)
     dataset, cut = open_dataset(SET), int(len(text) * 0.9)  # in characters, as in the original
     assert dataset.tokenizer.decode(dataset.train[:].tolist()) == text[:cut]
     assert dataset.tokenizer.decode(dataset.val[:].tolist()) == text[cut:]
     assert sum(about["documents"].values()) == 1
-    assert re.search(r"train has [\d,]+ tokens; documents that end there: 0\n.*: 1\n", capsys.readouterr().out)
 
 
 def test_a_limit_counts_documents_of_all_files() -> None:
@@ -377,11 +407,6 @@ def test_a_vocabulary_beyond_16_bits_takes_32() -> None:
     engine.save("model/tokenizer.json")
     assert build(write("x.txt", "a b a a " * 20), tokenizer="model")["dtype"] == "uint32"
     assert np.fromfile(SET / "train.bin", "<u4")[:4].tolist() == [70_000, 1, 70_000, 70_000]
-
-
-def test_an_unknown_name_says_how_to_use_ones_own_text() -> None:
-    with pytest.raises(ConfigError, match=r"'x' is no known data set \(pystdlib, .*your own text, add --input=PATH"):
-        prepare(PrepareConfig(name="x"))
 
 
 @pytest.mark.parametrize("change", [{"val_fraction": 0.2}, {"limit": 9}, {}, None])

@@ -65,17 +65,11 @@ def test_it_needs_no_data_and_no_particular_folder(run: Run, trained: Path) -> N
     assert run(out_dir="moved") == expected
 
 
-@pytest.mark.parametrize(
-    ("start", "error", "message"),
-    [
-        ("thé", DataError, r"lacks 'é' \(U\+00E9\)"),
-        ("FILE:missing.txt", OSError, "No such file or directory: 'missing.txt'"),
-        ("the quick brown f", ConfigError, "the prompt has 17 tokens and the model sees 16 at a time"),
-    ],
-)
-def test_an_impossible_prompt_is_one_message(run: Run, start: str, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        run(start=start)
+def test_an_impossible_prompt_is_one_message(run: Run) -> None:
+    with pytest.raises(DataError, match=r"lacks 'é' \(U\+00E9\)"):
+        run(start="thé")
+    with pytest.raises(ConfigError, match="the prompt has 17 tokens and the model sees 16 at a time"):
+        run(start="the quick brown f")
 
 
 def test_the_empty_prompt() -> None:

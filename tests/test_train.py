@@ -19,7 +19,7 @@ from nanogpt.checkpoint import checkpoints_of, load_checkpoint
 from nanogpt.cli import parse
 from nanogpt.config import TrainConfig
 from nanogpt.device import Device
-from nanogpt.errors import ConfigError, DataError, DivergedError, UserError
+from nanogpt.errors import ConfigError, DivergedError, UserError
 from nanogpt.evaluate import evaluate
 from nanogpt.files import locked
 from nanogpt.metrics import read_metrics
@@ -59,10 +59,6 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, function: str, call: int, sign
         return real(*arguments, **settings)
 
     monkeypatch.setattr(data, function, interrupted)
-
-
-# ---------------------------------------------------------------------------------------------------
-# A run
 
 
 def test_it_learns_and_leaves_a_whole_run(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,12 +115,6 @@ def test_accumulated_micro_batches_equal_one_large_batch(recipe: Recipe) -> None
         assert list(rows(large, key).values()) == pytest.approx(list(rows(small, key).values()), rel=1e-4)
 
 
-def test_an_optimizer_that_cannot_be_used_is_refused(recipe: Recipe) -> None:
-    with pytest.raises(ConfigError, match="expected muon, or one of torch's"):
-        train.train(recipe(optimizer="sparseadam"))
-    assert not Path(recipe().out_dir).exists()
-
-
 def test_wandb_gets_the_metrics(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = MagicMock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -159,10 +149,6 @@ def test_eval_only_writes_nothing(recipe: Recipe) -> None:
     assert files_of(config) == before
 
 
-# ---------------------------------------------------------------------------------------------------
-# Data
-
-
 def test_documents_apart_train_and_evaluate(recipe: Recipe, data_dir: Path) -> None:
     Path("x.txt").write_text("\n\n".join(f"{n} times {n} is {n * n}" for n in range(400)))
     prepare(PrepareConfig(name="doc", data_dir=str(data_dir), input=["x.txt"], separator=r"\n\n", tokenizer="byte"))
@@ -188,31 +174,10 @@ def test_a_text_file_is_all_that_is_needed(program: Program, tmp_path: Path) -> 
     assert "preparing" in program("train.py", *words).stdout
 
 
-def test_a_data_set_that_needs_no_network_prepares_itself(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    sources = [str(path) for path in (ROOT / "nanogpt").glob("*.py")]
-    monkeypatch.setattr("nanogpt.prepare.known_sources", lambda *_: dict.fromkeys(sources, 1000))
-    config = recipe(dataset="pystdlib", max_iters=1)
-    assert train.train(config) == 0
-    assert Path(config.data_dir, "pystdlib", "dataset.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"block_size": 900}, DataError, "the val split has 720 tokens, too few"),
-        ({"mask_documents": True}, ConfigError, "no token of the char tokenizer"),
-    ],
-)
-def test_what_only_data_can_show_is_one_message(
-    recipe: Recipe, settings: dict[str, object], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        train.train(recipe(**settings))
+def test_what_only_data_can_show_is_one_message(recipe: Recipe) -> None:
+    with pytest.raises(ConfigError, match="no token of the char tokenizer"):
+        train.train(recipe(mask_documents=True))
     assert not Path(recipe().out_dir).exists()
-
-
-# ---------------------------------------------------------------------------------------------------
-# Stopping and resuming
 
 
 @pytest.mark.parametrize(
@@ -302,10 +267,6 @@ def test_a_second_run_in_the_same_folder_is_refused(trained: Path, recipe: Recip
     assert files_of(recipe()) == before
 
 
-# ---------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
 def test_without_always_save_only_better_models_are_kept(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([3.0, 2.0, 2.5, 2.4])
     monkeypatch.setattr(train, "estimate_loss", lambda *_: {"train": 1.0, "val": next(losses)})
@@ -315,15 +276,9 @@ def test_without_always_save_only_better_models_are_kept(recipe: Recipe, monkeyp
     assert [load_checkpoint(path).state.step for path in checkpoints_of(out)] == [6, 2]  # the last, and the best
 
 
-def test_checkpoints_by_steps_are_kept_in_order(recipe: Recipe) -> None:
-    config = recipe(max_iters=9, eval_interval=100, checkpoint_interval="2", keep_checkpoints=3)
-    train.train(config)
-    assert [load_checkpoint(path).state.step for path in checkpoints_of(config.out_dir)] == [9, 8, 6]
-
-
 def test_finetuning_that_only_gets_worse_still_leaves_its_best(recipe: Recipe) -> None:
     train.train(recipe(out_dir="base", max_iters=100, lr_decay_iters=100, eval_interval=100))
-    train.train(recipe(init_from="base", learning_rate=0.3, min_lr=0.1, always_save_checkpoint=False))
+    train.train(recipe(init_from="base/ckpt.pt", learning_rate=0.3, min_lr=0.1, always_save_checkpoint=False))
     losses = rows(recipe(), "val/loss")
     assert min(losses, key=lambda step: losses[step]) == 0
     best = load_checkpoint(Path(recipe().out_dir, "best.pt"))
@@ -336,10 +291,6 @@ def test_a_disk_that_fills_up_is_one_message_and_keeps_the_old_checkpoint(traine
         train.train(recipe(init_from="resume", max_iters=3))
     assert (trained / "ckpt.pt").read_bytes() == before
     assert list(trained.glob("*.tmp")) == []
-
-
-# ---------------------------------------------------------------------------------------------------
-# Numbers that are not finite
 
 
 @pytest.mark.parametrize(
