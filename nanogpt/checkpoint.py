@@ -399,10 +399,7 @@ def load_checkpoint(path: Path, data_dir: str = "data", *, sharded: bool = False
 
 
 def verify_checksums(path: Path, rank: int = 0, world_size: int = 1) -> None:
-    """Raise `DamagedError` if bytes are not what was written; torch.load alone lets a flipped bit pass.
-
-    Each process verifies its share of a folder: one alone would let the others wait beyond `dist_timeout`.
-    """
+    """Raise `DamagedError` if bytes are not what was written, in this process's share of them."""
     try:
         archives: Any = [path]
         if path.is_dir():  # each tensor is an archive in the file of the process that had it

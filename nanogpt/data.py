@@ -10,6 +10,7 @@ A data set is a folder:
 """
 
 import functools
+import json
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +27,6 @@ from torch import Tensor
 from nanogpt.chats import Chats, with_template
 from nanogpt.config import TrainConfig
 from nanogpt.errors import DataError
-from nanogpt.files import parse_json
 from nanogpt.tokenizer import GPT2Tokenizer, Tokenizer, from_description, read_meta
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def open_dataset(folder: Path) -> Dataset:
     splits, chats = dict[str, Ids](), dict[str, Chats]()
     try:
         if (path := folder / "dataset.json").exists():
-            description = parse_json(path.read_bytes())
+            description = json.loads(path.read_bytes())
             tokenizer = from_description(description["tokenizer"])
             dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[description["dtype"]])
         else:
@@ -101,7 +101,7 @@ def open_dataset(folder: Path) -> Dataset:
             splits[split] = ids
             if description.get("chat"):
                 chats[split] = Chats(ids, np.fromfile(folder / f"{split}.marks", np.uint8))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, DataError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, DataError) as error:
         raise DataError(f"{folder} cannot be read ({error}): prepare the data set again") from error
     return Dataset(folder, splits["train"], splits["val"], tokenizer, description, chats)
 

@@ -71,19 +71,11 @@ def locked(path: str | Path, what: str) -> Iterator[None]:
         file.truncate(0)
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Return the value that JSON stands for. Raises `ValueError`, also for nesting that is too deep to read."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
 def read_json(path: str | Path) -> dict[str, Any]:
     """Return the object in a JSON file; an empty one if the file is missing or damaged."""
     try:
-        value = parse_json(Path(path).read_bytes())
-    except (OSError, ValueError):
+        value = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -54,12 +54,10 @@ def log_sizes(config: TrainConfig, model: Any, optimizer: Any, train_tokens: int
         f"{config.batch_size} x {config.block_size}); in all {tokens * config.max_iters:,}{epochs}"
     )
     if config.decay_lr and config.warmup_iters > config.max_iters:
-        log.warning(f"warmup_iters={config.warmup_iters} is longer than the run, max_iters={config.max_iters}: "
-                    "the learning rate never reaches its peak")  # fmt: skip
-    groups = optimizer.param_groups if optimizer else []
-    for decay in sorted({group["weight_decay"] for group in groups}):
-        sizes = [each.numel() for group in groups if group["weight_decay"] == decay for each in group["params"]]
-        log.info(f"weight decay {decay:g}: {len(sizes)} tensors with {sum(sizes):,} parameters")
+        log.warning(f"the learning rate never peaks: warmup_iters={config.warmup_iters}, max_iters={config.max_iters}")
+    for group in optimizer.param_groups if optimizer else []:
+        sizes = [parameter.numel() for parameter in group["params"]]
+        log.info(f"{len(sizes)} tensors with {sum(sizes):,} parameters, weight decay {group['weight_decay']:g}")
 
 
 class Metrics(AbstractContextManager["Metrics"]):

@@ -39,10 +39,10 @@ import numpy as np
 from nanogpt.chats import BEGINS, COUNTS, conversation_ids, with_template
 from nanogpt.config import GPT2_NAMES, TrainConfig
 from nanogpt.errors import ConfigError, DataError
-from nanogpt.files import atomic_write, locked, parse_json, read_json, sync_folder, write_json
+from nanogpt.files import atomic_write, locked, read_json, sync_folder, write_json
 from nanogpt.pydocs import pydoc_chats
-from nanogpt.settings import PrepareConfig, recipe_for_text, unescape
-from nanogpt.tokenizer import Tokenizer, from_description, make_tokenizer, mirrored, well_formed, write_meta
+from nanogpt.settings import PrepareConfig, recipe_for_text
+from nanogpt.tokenizer import Tokenizer, from_description, make_tokenizer, mirrored, unescape, well_formed, write_meta
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -260,7 +260,7 @@ def read_pieces(path: Path, config: PrepareConfig) -> Iterator[Piece]:
     has_array, has_lines = re.match(r"\s*\[\s*\{", begin), re.match(r'\s*\{[ \t]*"[^"\n]*"[ \t]*:', begin)
     with reader:
         if re.search(JSON_LINES, path.name) or (re.search(JSON, path.name) and (has_array or has_lines)):
-            for row in parse_json(reader.read()) if has_array else json_rows(reader):
+            for row in json.loads(reader.read()) if has_array else json_rows(reader):
                 yield from chat_of(row) if config.chat else field_of(row, config.field)
         elif config.chat:
             yield "file without JSON lines"
@@ -324,8 +324,8 @@ def json_rows(reader: TextIO) -> Iterator[Any]:
     for line in reader:
         if not line.isspace():
             try:
-                yield parse_json(line)
-            except ValueError:
+                yield json.loads(line)
+            except (ValueError, RecursionError):
                 yield None
 
 

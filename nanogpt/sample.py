@@ -12,8 +12,8 @@ from nanogpt.device import choose_device
 from nanogpt.engine import NOT_FINITE, Engine, Request, Row, Sampling, quantize
 from nanogpt.errors import ConfigError, DataError
 from nanogpt.model import GPT
-from nanogpt.settings import SampleConfig, unescape
-from nanogpt.tokenizer import BPETokenizer, TextDecoder, Tokenizer
+from nanogpt.settings import SampleConfig
+from nanogpt.tokenizer import BPETokenizer, TextDecoder, Tokenizer, unescape
 
 log = logging.getLogger(__name__)
 

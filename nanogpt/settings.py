@@ -187,11 +187,6 @@ class InspectConfig(SourceConfig):
     output: str = ""  # folder for attention.png; empty: the run folder
 
 
-def unescape(text: str) -> str:
-    r"""Return `text` with escapes such as `\n`, `\t`, `\x1e` replaced; an invalid escape becomes U+FFFD."""
-    return text.encode("latin-1", "backslashreplace").decode("unicode_escape", "replace")
-
-
 # What optimizer=muon sets besides; 0 means: derive it from the width, or from the length of the run.
 _MUON = {"learning_rate": 0.0, "muon_momentum": 0.0, "beta1": 0.8, "weight_decay": 0.0, "min_lr": 0.0,
          "schedule": "wsd", "decay_share": 0.9, "warmup_iters": 0}  # fmt: skip
@@ -207,10 +202,7 @@ _BY_SIZE = [
 
 
 def recipe_for_text(path: str, max_iters: object = None) -> tuple[str, dict[str, Any]]:
-    """Return the vocabulary, and the settings of a small model that suits the length of a text file.
-
-    max_iters: as asked for, from which schedule and evaluations follow; None: as many as suit the text.
-    """
+    """Return the vocabulary, and the settings of a small model that suits a text file, for `max_iters` if given."""
     n_bytes = Path(path).stat().st_size if Path(path).is_file() else 0
     tokenizer, sizes = next((tokenizer, sizes) for most, tokenizer, sizes in _BY_SIZE if n_bytes <= most)
     if str(max_iters).isdecimal():  # What is no number is reported elsewhere.

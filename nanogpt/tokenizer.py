@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nanogpt.errors import DataError
-from nanogpt.files import atomic_write, parse_json, read_json
+from nanogpt.files import atomic_write, read_json
 
 log = logging.getLogger(__name__)
 warn_once = lru_cache(log.warning)
@@ -340,6 +340,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     return BPETokenizer(engine.to_str(), engine.token_to_id(END_OF_TEXT))
 
 
+def unescape(text: str) -> str:
+    r"""Return `text` with escapes such as `\n`, `\t`, `\x1e` replaced; an invalid escape becomes U+FFFD."""
+    return text.encode("latin-1", "backslashreplace").decode("unicode_escape", "replace")
+
+
 def well_formed(text: str) -> str:
     """Return `text` with U+FFFD for every half of a surrogate pair, which UTF-8 cannot hold."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -378,7 +383,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 def start_token(definition: str) -> int | None:
     """Return the id that a tokenizer.json puts before every text; transformers looks nowhere else for it."""
-    step = parse_json(definition).get("post_processor") or {}
+    step = json.loads(definition).get("post_processor") or {}
     for each in step.get("processors", [step]):
         first = (each.get("single") or [{}])[0].get("SpecialToken")
         if first:

@@ -157,7 +157,7 @@ def test_the_best_is_taken_and_what_is_missing_is_said(trained: Path) -> None:
     assert find_checkpoint(trained, "some/file.pt") == Path("some/file.pt")
     (trained / "best.pt").unlink()
     assert find_checkpoint(trained, "auto").name == "ckpt.pt"
-    with pytest.raises(CheckpointError, match=r"no checkpoint \(best\) in out"):
+    with pytest.raises(CheckpointError, match=r"out holds no trained model"):
         find_checkpoint("out", "best")
 
 

@@ -177,7 +177,7 @@ def test_what_the_user_can_mend_is_one_message_and_an_exit_code(
 @pytest.mark.parametrize(
     ("command", "message"),
     [("train", "python -m nanogpt prepare openwebtext"), ("plot", "missing or empty"),
-     ("sample", "no checkpoint (auto) in out; train a model first"),
+     ("sample", "out holds no trained model; train one first"),
      ("prepare x", "'x' is no known data set"), ("bake", "unknown verb 'bake'; known: prepare, train")],
 )  # fmt: skip
 def test_what_is_missing_is_said_with_what_to_do(

@@ -161,7 +161,7 @@ def test_damaged_shards_are_skipped(data_dir: Path) -> None:
     ("words", "of_last", "message"),
     [
         (["--batch_size=3"], [], "rows can't be divided evenly among 2 processes; a multiple of 2"),
-        (["--init_from=resume"], [], "no checkpoint (last) in two"),
+        (["--init_from=resume"], [], "two holds no trained model"),
         ([], ["--seed=1", "--resume=auto"], "seed is 1, not 1337"),
     ],
 )

@@ -135,7 +135,7 @@ def test_a_dry_run_says_what_follows_and_writes_nothing(recipe: Recipe, capsys: 
     train.train(recipe(dry_run=True, optimizer="muon", learning_rate=0.0, min_lr=0.0, warmup_iters=100))
     captured = capsys.readouterr()
     assert "learning_rate = 0.0\n" not in captured.out  # follows from the width
-    assert "warning: the run ends in its warm-up" in captured.err
+    assert "warning: the learning rate never peaks" in captured.err
     assert not Path(recipe().out_dir).exists()
 
 
@@ -168,9 +168,10 @@ def test_a_text_file_is_all_that_is_needed(program: Program, tmp_path: Path) -> 
     assert "preparing the data set out-my/data" in result.stdout
     loaded = load_checkpoint(tmp_path / "out-my" / "best.pt")
     assert (loaded.model_config.architecture, loaded.model_config.block_size) == ("qwen3", 16)
+    assert [loaded.config[name] for name in ("lr_decay_iters", "eval_interval")] == [2, 1]  # follow from max_iters
     assert "preparing" not in program("train.py", *words, "--resume=auto").stdout
-    os.utime("my.text.txt")  # it has changed
-    assert "preparing" not in program("train.py", *words, "--resume=auto").stdout  # The run's data stays.
+    os.utime("my.text.txt")
+    assert "my.text.txt has changed" in program("train.py", *words, "--resume=auto").stderr  # The run's data stays.
     assert "preparing" in program("train.py", *words).stdout
 
 
