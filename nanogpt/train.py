@@ -160,7 +160,6 @@ def train(config: TrainConfig) -> int:
                     device.synchronize()
                 state.seconds += time.perf_counter() - began
                 if log_is_due:
-                    state.skipped = int(skipped)
                     metrics.log_step(state, dist.all_reduce_mean(loss).item(), grad_norm.item(), learning_rate)
                 # Reading the counter waits for the GPU, so that is done with log lines and every max_bad_steps steps.
                 count_is_due = log_is_due or state.step % config.max_bad_steps == 0
