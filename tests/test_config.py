@@ -153,7 +153,9 @@ QWEN3: Any = {"architecture": "qwen3"}
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Pretend:
     """`pretend("cuda")`: a machine with two GPUs; or with Metal, or neither."""
 
-    def change(kind: str, capability: tuple[int, int] = (9, 0), gpus: int = 2, has_amx: bool = False) -> None:
+    def change(
+        kind: str, capability: tuple[int, int] = (9, 0), gpus: int = 2, amx: bool = False, cpu: str = ""
+    ) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: kind == "cuda")
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: kind == "mps")
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
@@ -161,18 +163,19 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Pretend:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda name: "NVIDIA A100-SXM4-80GB")
         monkeypatch.setattr(torch._C, "_cuda_setDevice", lambda index: None, raising=False)  # set_device itself checks
         monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
-        # AVX-512's bfloat16 alone is not fast enough.
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": has_amx, "avx512_bf16": True})
+        found = {"amx_tile": amx, "avx512_bf16": True, "cpu_name": cpu}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
 
     return change
 
 
 def test_without_a_gpu_the_cpu_is_taken_and_named(pretend: Pretend, capsys: pytest.CaptureFixture[str]) -> None:
     show_log_lines()
-    for has_amx, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        pretend("cpu", has_amx=has_amx)
+    # AVX-512's bfloat16 is fast on AMD's processors only.
+    for amx, cpu, dtype in ((True, "Intel", "bfloat16"), (False, "Intel", "float32"), (False, "AMD", "bfloat16")):
+        pretend("cpu", amx=amx, cpu=cpu)
         chosen = choose_device(TrainConfig())
-        assert (chosen.name, chosen.type, chosen.dtype, chosen.peak_flops()) == ("cpu", "cpu", dtype, None)
+        assert (chosen.name, chosen.dtype, chosen.peak_flops()) == ("cpu", getattr(torch, dtype), None)
         assert capsys.readouterr().out.startswith("device cpu, dtype ")
     for name in ("cuda", "cuda:1", "mps"):
         with pytest.raises(ConfigError, match=f"--device={name}, but torch"):
@@ -187,6 +190,8 @@ def test_cuda_is_preferred_and_never_emulates(
     for local_rank, expected in ((None, "cuda:0"), (1, "cuda:1")):
         chosen = choose_device(TrainConfig(), local_rank)
         assert (chosen.name, chosen.dtype, chosen.peak_flops()) == (expected, dtype, 312e12)
+    with pytest.raises(ConfigError, match="2 GPUs: each process needs its own"):
+        choose_device(TrainConfig(), local_rank=2)
     pretend("cuda", gpus=1)  # a launcher may show each process one GPU
     assert choose_device(Machine(), local_rank=3).name == "cuda:0"
 
