@@ -98,8 +98,8 @@ def choose_device(config: Machine, local_rank: int | None = None) -> Device:
         torch.set_float32_matmul_precision("high")  # TF32 where a matmul stays in float32
     elif kind == "cpu":
         keep_freed_memory()
-    # 16 bits where the hardware gains by it: on CPUs with AMX, and AMD's from Zen 4 on, where a step of GPT-2 124M takes
-    # 2.4 s in place of 4.7. Elsewhere bfloat16 is emulated, or as fast as float32.
+    # 16 bits where the hardware gains by it: on CPUs with AMX, and on AMD's from Zen 4 on, where a step of GPT-2 124M
+    # takes 2.4 s in place of 4.7. Elsewhere bfloat16 is emulated, or as fast as float32.
     fast = torch.float16 if kind == "cuda" and torch.cuda.get_device_capability(name) < (8, 0) else torch.bfloat16
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     is_zen4 = capabilities.get("avx512_bf16") and "AMD" in capabilities.get("cpu_name", "")
