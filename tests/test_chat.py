@@ -363,6 +363,20 @@ def test_rows_hold_whole_conversations() -> None:
     assert found & set(counting[of_the_long_one].tolist()) == {33, 34}
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
+def test_neighbours_in_a_row_do_not_see_each_other(architecture: Any) -> None:
+    lengths = [5, 9, 4, 6, 7, 3]
+    marks, ids = marks_of(*lengths), np.random.default_rng(0).integers(61, size=sum(lengths))
+    model = GPT(GPTConfig(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=32, architecture=architecture))
+
+    def total_loss(chats: Chats) -> Any:
+        x, y, documents = map(torch.from_numpy, chats.batch(range(len(chats.rows(16))), 16))
+        return model(x, y, document_ids=documents, return_logits=False)[1] * (y >= 0).sum()
+
+    parts = zip(*(np.split(each, np.cumsum(lengths)[:-1]) for each in (ids, marks)), strict=True)
+    assert total_loss(Chats(ids, marks)).item() == pytest.approx(sum(total_loss(Chats(*part)).item() for part in parts))
+
+
 def test_a_conversation_without_an_answer_in_reach_is_left_out() -> None:
     assert len([part for row in Chats(np.arange(60), marks_of(40, 8, 12)).rows(16) for part in row]) == 2
     with pytest.raises(DataError, match="block_size=16"):

@@ -285,16 +285,6 @@ def test_when_a_checkpoint_is_due(interval: str, due: list[int]) -> None:
     assert [step for step in range(1, 10) if checkpoints.is_due(step)][:3] == due
 
 
-def test_fewer_checkpoints_than_before_leave_no_old_ones() -> None:
-    for keep in (4, 2):
-        writer = Writer(keep_checkpoints=keep)
-        for step in range(5):
-            writer.save(step)
-        writer.checkpoints.__exit__(None, None, None)
-        assert len(checkpoints_of("out")) == keep
-    assert steps() == {"ckpt.pt": 4, "ckpt.prev.pt": 3}
-
-
 def test_a_new_run_moves_earlier_ones_aside_and_leaves_what_is_not_a_runs(trained: Path, recipe: Recipe) -> None:
     for name in ("notes.txt", "ckpt.pt.123.tmp", "model.safetensors"):
         (trained / name).write_text("x")

@@ -171,7 +171,6 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Pretend:
 
 def test_without_a_gpu_the_cpu_is_taken_and_named(pretend: Pretend, capsys: pytest.CaptureFixture[str]) -> None:
     show_log_lines()
-    # AVX-512's bfloat16 is fast on AMD's processors only.
     for amx, cpu, dtype in ((True, "Intel", "bfloat16"), (False, "Intel", "float32"), (False, "AMD", "bfloat16")):
         pretend("cpu", amx=amx, cpu=cpu)
         chosen = choose_device(TrainConfig())

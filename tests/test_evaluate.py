@@ -56,7 +56,6 @@ def test_the_program_prints_a_line_of_json(trained: Path, capsys: pytest.Capture
     out = capsys.readouterr().out.splitlines()
     assert json.loads(out[-1]) == result
     assert (result["dataset"], result["split"], result["tokens"], result["block_size"]) == ("tiny", "val", 719, 16)
-    # Named in another way, it is the same run, with its data set and its settings.
     assert evaluate(EvalConfig(init_from=str(trained), data_dir="data", device="cpu", dtype="float32")) == result
     assert out[-2].split()[:3] == ["loss", "perplexity", f"{math.exp(result['loss']):.4f}"]
 
