@@ -63,6 +63,7 @@ CHECKS: dict[str, tuple[Callable[[Any], object], str]] = {
     "activation": (lambda v: v in get_args(Activation), " or ".join(get_args(Activation))),
     "architecture": (lambda v: v in get_args(Architecture), " or ".join(get_args(Architecture))),
     "decay_share": (lambda v: 0 < v <= 1, "a value above 0, up to 1"),
+    "context_warmup": (lambda v: 0 <= v <= 1, "a value in [0, 1]"),
     "checkpoint_interval": (steps_and_seconds, "steps, such as 500, or minutes, such as 30m"),
     "device": (lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v), "auto, cpu, mps, cuda or cuda:N"),
     "init_from": (
@@ -116,9 +117,7 @@ class GPTConfig(Shape):
     """The complete shape of a network: everything that the meaning of its weights depends on."""
 
     vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for efficiency
-    out_bias: bool | Literal["auto"] = (
-        "auto"  # in attention's output Linear; auto: as `bias`. Qwen2 has only q, k, v with it
-    )
+    out_bias: bool | Literal["auto"] = "auto"  # in attention's output Linear; auto: as `bias`; Qwen2 has none there
     mlp_bias: bool | Literal["auto"] = "auto"  # in the MLP's Linears; auto: as `bias`, never in qwen3
     norm_eps: float = 1e-5  # added to the variance in LayerNorm and RMSNorm
     rope_scaling: list[float] = field(default_factory=list)  # Llama 3's: factor, low and high freq_factor, old context
@@ -208,6 +207,7 @@ class TrainConfig(Shape, Machine):
     gradient_accumulation_steps: int = 5 * 8  # micro-batches per step, over all processes together
     batch_size: int = 12  # rows per micro-batch
     sampling: Literal["random", "epoch"] = "random"  # windows at random, or each window once per epoch
+    context_warmup: float = 0.0  # share of lr_decay_iters with shorter contexts and as many more rows: 1/4, then 1/2
     mask_documents: bool = False  # attention and positions stay within a document; on CUDA fast if compiled, no dropout
     # --- optimizer ---
     optimizer: str = "adamw"  # adamw, or another class of torch.optim in lower case (adafactor, sgd, …); muon: Muon for
@@ -266,6 +266,8 @@ class TrainConfig(Shape, Machine):
             yield "lora_rank: adapters belong to a trained model, --init_from=…, and train with --optimizer=adamw"
         if self.lora_rank and Path(self.out_dir).resolve() in (base := Path(self.init_from).resolve(), *base.parents):
             yield f"out_dir={self.out_dir} is where the adapters' model lies, and would be moved aside; choose another"
+        if self.context_warmup and self.block_size % 4:
+            yield f"context_warmup: block_size={self.block_size} is not a multiple of 4"
         rate = self.with_muon_rates().learning_rate if self.n_embd > 0 else 0.0
         if self.decay_lr and 0 < rate < self.min_lr:
             yield f"min_lr={self.min_lr:g} is above learning_rate={rate:g}: set --min_lr={rate / 10:g} or --decay_lr=0"

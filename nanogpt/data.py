@@ -128,8 +128,11 @@ def get_batch(
 
     Row n of the global batch depends on the data, the settings and (seed, step, n), not on the process that asks.
     """
-    part, block_size = slice(rows.start, rows.stop), config.block_size
-    draw: dict[str, Any] = {"seed": config.seed, "step": step, "rows": config.global_batch_size}
+    # Early in a run, short contexts teach more: the same tokens as more rows (sequence length warm-up, Li et al. 2022).
+    share = 1.0 if dataset.chats else step / max(config.lr_decay_iters, 1)
+    pieces = 4 if 3 * share < 2 * config.context_warmup else 2 if share < config.context_warmup else 1
+    part, block_size = slice(rows.start * pieces, rows.stop * pieces), config.block_size // pieces
+    draw: dict[str, Any] = {"seed": config.seed, "step": step, "rows": config.global_batch_size * pieces}
     if dataset.chats:
         numbers, _ = in_epochs(len(dataset.chats["train"].rows(block_size)), **draw)
         batch = tuple(map(torch.from_numpy, dataset.chats["train"].batch(numbers[part], block_size)))

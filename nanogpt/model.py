@@ -28,14 +28,6 @@ UpdateCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
-class Embedding(nn.Embedding):
-    """An embedding that draws no initial values on `meta`, where that would load torch's compiler for 1.5 s."""
-
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            super().reset_parameters()
-
-
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation with an optional bias."""
 
@@ -227,9 +219,11 @@ class Transformer(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.wte = Embedding(config.vocab_size, config.n_embd)
+        V, T, C = config.vocab_size, config.block_size, config.n_embd
+        # init_weights draws the values; nn.Embedding's own draw would load torch's compiler on `meta`, for 1.5 s.
+        self.wte = nn.Embedding(V, C, _weight=torch.empty(V, C))
         if config.is_gpt2:
-            self.wpe = Embedding(config.block_size, config.n_embd)
+            self.wpe = nn.Embedding(T, C, _weight=torch.empty(T, C))
         self.drop = Dropout(config)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = make_norm(config, config.n_embd)
@@ -345,7 +339,7 @@ class GPT(nn.Module):
             if block_size > self.config.block_size:
                 raise ConfigError(f"block_size={block_size} exceeds the model's {self.config.block_size} positions")
             kept = self.transformer.wpe.weight[:block_size].detach().clone()
-            self.transformer.wpe = Embedding(block_size, self.config.n_embd, _weight=kept)
+            self.transformer.wpe = nn.Embedding(block_size, self.config.n_embd, _weight=kept)
         self.config.block_size = block_size
 
     def get_num_params(self, non_embedding: bool = True) -> int:

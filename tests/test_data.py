@@ -129,15 +129,15 @@ def test_all_windows_are_drawn_and_none_beyond_the_end() -> None:
 
 
 @pytest.mark.parametrize("sampling", ["random", "epoch"])
-def test_targets_are_one_token_ahead_and_rows_the_same_for_all(sampling: Any, recipe: Recipe) -> None:
-    config = recipe(sampling=sampling, batch_size=8)
+@pytest.mark.parametrize(("step", "n"), [(80, 1), (60, 2), (0, 4)])  # n: parts of a context, in the warm-up
+def test_targets_are_one_ahead_and_rows_the_same_for_all(sampling: Any, step: int, n: int, recipe: Recipe) -> None:
+    config = recipe(sampling=sampling, batch_size=8, context_warmup=0.75, lr_decay_iters=100)
     dataset = numbers(1000)
-    x, y = get_batch(dataset, 5, config, range(8))
-    assert x.dtype == y.dtype == torch.int64
-    assert x.shape == y.shape == (8, config.block_size)
+    x, y = get_batch(dataset, step, config, range(8))
+    assert (x.dtype, x.shape) == (y.dtype, y.shape) == (torch.int64, (8 * n, config.block_size // n))
     assert torch.equal(y, x + 1)
-    assert torch.equal(get_batch(dataset, 5, config, range(2, 5))[0], x[2:5])
-    assert not torch.equal(get_batch(dataset, 6, config, range(8))[0], x)
+    assert torch.equal(get_batch(dataset, step, config, range(2, 5))[0], x[2 * n : 5 * n])
+    assert not torch.equal(get_batch(dataset, step + 1, config, range(8))[0], x)
 
 
 def test_an_epoch_shows_every_window_once_whatever_the_number_of_rows() -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -17,15 +17,15 @@ sys.path.insert(0, str(ROOT))
 from nanogpt import train
 from nanogpt.cli import run
 from nanogpt.config import GPTConfig
-from nanogpt.model import GPT, Embedding
+from nanogpt.model import GPT
 
 
-class PairEmbedding(Embedding):
+class PairEmbedding(nn.Embedding):
     """The embedding of a token plus that of the pair that it forms with the token before it."""
 
     def __init__(self, vocab_size: int, n_embd: int) -> None:
         super().__init__(vocab_size, n_embd)
-        self.pairs = Embedding(vocab_size**2, n_embd)
+        self.pairs = nn.Embedding(vocab_size**2, n_embd)
 
     def forward(self, idx: Tensor) -> Tensor:
         """Return the embeddings (B, T, C) of idx (B, T); the first token of a row follows token 0."""
