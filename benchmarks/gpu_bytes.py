@@ -1,6 +1,7 @@
 """How many bytes of memory does a GPU move in a micro-step, apart from matmuls and attention? Needs no GPU.
 
     python benchmarks/gpu_bytes.py [--original=FOLDER] [--rows=12] [--architecture=gpt2]
+                                   [--low_precision_residual]
 
 GPT-2's shape (124M), rows of 1,024 tokens, forward and backward pass in bfloat16. Nothing is computed: fake tensors go
 through torch.compile as far as Inductor's scheduler, which says what each of its fused kernels reads and writes; what
@@ -82,11 +83,12 @@ def fused_bytes(run: Callable[..., Tensor]) -> int:
     return sum(sizes)
 
 
-def ours(architecture: Any, rows: int) -> dict[str, int]:
+def ours(architecture: Any, rows: int, low_precision_residual: bool) -> dict[str, int]:
     """Return the bytes of our network by part: whole, as on one GPU; and in the parts that FSDP computes one by one."""
     real = model.loss_chunk
     model.loss_chunk = lambda n_positions, vocab_size, device, dtype: real(n_positions, vocab_size, "cuda", dtype)
     network = model.GPT(GPTConfig(**SHAPE, architecture=architecture, bias=False))
+    network.transformer.low_precision_residual = low_precision_residual
     ids = torch.zeros(rows, 1025, dtype=torch.int64)
     x = torch.zeros(rows, 1024, 768, requires_grad=True)
     rotary = None if architecture == "gpt2" else model.rotations(torch.arange(1024), network.config)
@@ -132,9 +134,10 @@ def main() -> None:
     parser.add_argument("--original", type=Path)
     parser.add_argument("--rows", type=int, default=12)
     parser.add_argument("--architecture", default="gpt2")
+    parser.add_argument("--low_precision_residual", action="store_true")
     arguments = parser.parse_args()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        found = ours(arguments.architecture, arguments.rows)
+        found = ours(arguments.architecture, arguments.rows, arguments.low_precision_residual)
         if arguments.original:
             found["original"] = original(arguments.original, arguments.rows)
     for name, n_bytes in found.items():

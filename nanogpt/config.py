@@ -234,6 +234,7 @@ class TrainConfig(Shape, Machine):
     lora_alpha: float = 0.0  # their scale times the rank; 0: twice the rank
     lora_targets: Literal["all", "attention", "mlp"] = "all"  # which matrices of the blocks get adapters
     zero_init: bool = False  # c_proj starts at zero, so that each block starts as the identity; helps Muon
+    low_precision_residual: bool = False  # the residual stream in the dtype of matmuls: a fifth less memory traffic
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
     # --- machine ---
     compile: bool | Literal["auto"] = "auto"  # torch.compile: a minute to start, then faster; auto: for long runs
@@ -266,8 +267,6 @@ class TrainConfig(Shape, Machine):
             yield "lora_rank: adapters belong to a trained model, --init_from=…, and train with --optimizer=adamw"
         if self.lora_rank and Path(self.out_dir).resolve() in (base := Path(self.init_from).resolve(), *base.parents):
             yield f"out_dir={self.out_dir} is where the adapters' model lies, and would be moved aside; choose another"
-        if self.context_warmup and self.block_size % 4:
-            yield f"context_warmup: block_size={self.block_size} is not a multiple of 4"
         rate = self.with_muon_rates().learning_rate if self.n_embd > 0 else 0.0
         if self.decay_lr and 0 < rate < self.min_lr:
             yield f"min_lr={self.min_lr:g} is above learning_rate={rate:g}: set --min_lr={rate / 10:g} or --decay_lr=0"

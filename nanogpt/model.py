@@ -219,8 +219,8 @@ class Transformer(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        V, T, C = config.vocab_size, config.block_size, config.n_embd
         # init_weights draws the values; nn.Embedding's own draw would load torch's compiler on `meta`, for 1.5 s.
+        V, T, C = config.vocab_size, config.block_size, config.n_embd
         self.wte = nn.Embedding(V, C, _weight=torch.empty(V, C))
         if config.is_gpt2:
             self.wpe = nn.Embedding(T, C, _weight=torch.empty(T, C))
@@ -228,6 +228,7 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = make_norm(config, config.n_embd)
         self.gradient_checkpointing = False  # recompute each block in the backward pass, to save memory
+        self.low_precision_residual = False  # in the dtype of the matmuls, where autocast is on
         self.is_compiled = False  # or the blocks are
 
     def forward(self, idx: Tensor, document_ids: Tensor | None = None, cache: Any = None) -> Tensor:
@@ -245,12 +246,12 @@ class Transformer(nn.Module):
             use_flex = idx.is_cuda and self.is_compiled and self.config.head_size >= 16 and not has_dropout
             mask = document_mask(document_ids, dense=not use_flex)
         x: Tensor = self.wte(idx)  # (B, T, C)
-        rotary = None
         if self.config.is_gpt2:
             x = x + self.wpe(positions)
-        else:
-            rotary = rotations(positions, self.config)
+        rotary = None if self.config.is_gpt2 else rotations(positions, self.config)
         x = self.drop(x)
+        if self.low_precision_residual and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for n, block in enumerate(self.h):
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, rotary, mask, use_reentrant=False, preserve_rng_state=self.drop.p > 0)

@@ -97,8 +97,7 @@ def train(config: TrainConfig) -> int:
             # state.step counts the steps done, so it is also the number of the next one.
             saved_step = state.step if resumed else -1  # of the newest checkpoint
             # Counted on the device, since `.item()` makes the CPU wait for a GPU.
-            skipped = torch.tensor(state.skipped, device=device.name)
-            skipped_in_a_row = torch.zeros_like(skipped)
+            skipped, skipped_in_a_row = torch.tensor([state.skipped, 0], device=device.name)
 
             while True:
                 # Evaluate where that is due, and save the newest and perhaps the best model.
@@ -219,6 +218,7 @@ def build_or_resume(
             model.crop_block_size(config.block_size)
             adapt(model, config, source.tokenizer, dataset.tokenizer)
     model.transformer.gradient_checkpointing = config.gradient_checkpointing
+    model.transformer.low_precision_residual = config.low_precision_residual
 
     # A loaded model keeps its shape, whatever the settings say.
     shape = {name: value for name, value in vars(model.config).items() if hasattr(config, name)}

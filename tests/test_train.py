@@ -187,7 +187,7 @@ def test_what_only_data_can_show_is_one_message(recipe: Recipe) -> None:
         {"optimizer": "adamw", "dropout": 0.2},
         {"optimizer": "muon", "architecture": "qwen3"},
         {"sampling": "epoch", "dropout": 0.1},
-        {"optimizer": "sgd", "dtype": "bfloat16"},
+        {"optimizer": "sgd", "dtype": "bfloat16", "low_precision_residual": True},
         {"optimizer": "adafactor", "dtype": "float16"},  # with a gradient scaler
     ],
 )
