@@ -180,7 +180,7 @@ def test_what_a_template_refuses_is_left_out_and_messages_come_before_a_prompt(c
 def test_finetuning_teaches_the_answers(recipe: Recipe, tmp_path: Path) -> None:
     data_dir = tmp_path / "data"
     prepare_chats(data_dir)
-    save_model(tmp_path / "base", make_model(opinions=1.0, n_embd=32), ByteTokenizer())
+    save_model(tmp_path / "base", make_model(opinions=1.0, n_embd=64), ByteTokenizer())
     settings: dict[str, Any] = {"dataset": "mine", "data_dir": str(data_dir), "device": "cpu", "dtype": "float32"}
     config = recipe(**settings, init_from=str(tmp_path / "base"), block_size=64, max_iters=150, eval_interval=150,
                     learning_rate=1e-2, batch_size=4, gradient_accumulation_steps=2)  # fmt: skip
