@@ -154,7 +154,7 @@ def machine() -> str:
     found = re.search(r"model name\s*: (.*)", information.read_text()) if information.exists() else None
     name = " ".join(found[1].replace("(R)", "").split()) if found else platform.processor() or platform.machine()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    capabilities = torch.cpu.get_capabilities()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     units = {"AMX": "amx_tile", "AVX512-BF16": "avx512_bf16", "AVX512": "avx512_f", "AVX2": "avx2"}
     best = next((unit for unit, flag in units.items() if capabilities.get(flag)), "no AVX")
     return f"{name} ({best}), {os.cpu_count()} cores{gpu}, torch {torch.__version__}"

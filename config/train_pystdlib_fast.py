@@ -13,7 +13,7 @@ gradient_accumulation_steps = 1
 batch_size = 16
 block_size = 256
 max_iters = 500
-context_warmup = 0.75  # half of the iterations see 64 rows of 64 bytes, a quarter 32 of 128: worth a sixth of the steps
+context_warmup = 0.75  # half of the iterations see 64 rows of 64 bytes, a quarter 32 of 128: saves a seventh of the time
 
 # 0.71M parameters
 architecture = "qwen3"  # rotary positions, normalised queries and keys, SwiGLU

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def make_step(
     config: TrainConfig, dataset: Dataset, vocab_size: int, device: Device, dist: Distributed | None = None
 ) -> tuple[Callable[[int], Tensor], GPT, torch.optim.Optimizer]:
     """Return a function that does step n as the loop in train.py does it, without loss scale; model and optimizer."""
-    dist = dist or Distributed()
+    dist, config = dist or Distributed(), config.with_muon_rates()
     torch.manual_seed(config.seed)
     model = GPT(config.model_config(vocab_size), config.zero_init)
     model.transformer.gradient_checkpointing = config.gradient_checkpointing
@@ -51,7 +52,8 @@ def make_step(
 
 
 def bench(config: BenchConfig) -> None:
-    """Time the training step: ms per step, tokens/s, MFU, peak memory, then one line of JSON."""
+    """Time the training step at its full context: ms per step, tokens/s, MFU, peak memory, then one line of JSON."""
+    config = replace(config, context_warmup=0.0)
     device = choose_device(config)
     if config.real_data:
         dataset = open_or_prepare(config, Distributed())

@@ -401,12 +401,12 @@ def load_checkpoint(path: Path, data_dir: str = "data", *, sharded: bool = False
 def verify_checksums(path: Path, rank: int = 0, world_size: int = 1) -> None:
     """Raise `DamagedError` if bytes are not what was written, in this process's share of them."""
     try:
-        archives: Any = [path]
+        archives: Any = [path][rank:]
         if path.is_dir():  # each tensor is an archive in the file of the process that had it
-            parts = shard_reader(path).read_metadata().storage_data.values()
+            parts = list(shard_reader(path).read_metadata().storage_data.values())[rank::world_size]
             files = {part.relative_path: np.memmap(path / part.relative_path) for part in parts}
             archives = (io.BytesIO(files[p.relative_path][p.offset : p.offset + p.length].tobytes()) for p in parts)
-        for archive in itertools.islice(archives, rank, None, world_size):
+        for archive in archives:
             with zipfile.ZipFile(archive) as file:
                 if wrong := file.testzip():
                     raise zipfile.BadZipFile(f"the checksum of {wrong} is wrong")
@@ -525,7 +525,7 @@ def load_model(
         path = find_checkpoint(path, which)
     if path.suffix == ".gguf":
         return TrainedModel(*load_gguf(path, device, dropout=dropout), init_from)
-    if not path.is_file() and not (path / "run.json").exists():
+    if path.suffix != ".pt" and not path.is_file() and not (path / "run.json").exists():
         return TrainedModel(*load_pretrained(init_from, device, dropout=dropout), init_from)
     log.info(f"loading {path}")
     loaded = load_checkpoint(path, data_dir)

@@ -54,7 +54,9 @@ def is_there(name: str) -> bool:
 
 # What a setting must be, by its name, in every program: a test, and words for the message. Defaults are not tested.
 CHECKS: dict[str, tuple[Callable[[Any], object], str]] = {
-    **dict.fromkeys("dropout beta1 beta2 muon_momentum".split(), (lambda v: 0 <= v < 1, "a value in [0, 1)")),
+    **dict.fromkeys(
+        "dropout beta1 beta2 muon_momentum context_warmup".split(), (lambda v: 0 <= v < 1, "a value in [0, 1)")
+    ),
     **dict.fromkeys(
         """block_size vocab_size n_layer n_head n_embd n_kv_head head_size n_hidden rope_theta batch_size eval_interval
         eval_iters log_interval gradient_accumulation_steps keep_checkpoints max_bad_steps""".split(),
@@ -63,7 +65,6 @@ CHECKS: dict[str, tuple[Callable[[Any], object], str]] = {
     "activation": (lambda v: v in get_args(Activation), " or ".join(get_args(Activation))),
     "architecture": (lambda v: v in get_args(Architecture), " or ".join(get_args(Architecture))),
     "decay_share": (lambda v: 0 < v <= 1, "a value above 0, up to 1"),
-    "context_warmup": (lambda v: 0 <= v <= 1, "a value in [0, 1]"),
     "checkpoint_interval": (steps_and_seconds, "steps, such as 500, or minutes, such as 30m"),
     "device": (lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v), "auto, cpu, mps, cuda or cuda:N"),
     "init_from": (
@@ -261,8 +262,8 @@ class TrainConfig(Shape, Machine):
         yield from self.model_config(vocab_size=1).problems()
         if self.text and not Path(self.text).is_file():
             yield f"text={self.text!r}: there is no such file"
-        if self.shard_group and self.parallel != "fsdp":
-            yield "shard_group: groups share a model with --parallel=fsdp"
+        if self.context_warmup and (self.block_size % 4 or self.sampling == "epoch"):
+            yield "context_warmup: expected a block_size that is a multiple of 4, and sampling=random"
         if self.lora_rank and (self.init_from == "scratch" or self.optimizer == "muon"):
             yield "lora_rank: adapters belong to a trained model, --init_from=…, and train with --optimizer=adamw"
         if self.lora_rank and Path(self.out_dir).resolve() in (base := Path(self.init_from).resolve(), *base.parents):

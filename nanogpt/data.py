@@ -223,8 +223,7 @@ class Prefetcher:
 
     def __init__(self, make: Callable[[int], Batch], depth: int = 2) -> None:
         self.make, self.depth = make, depth
-        self.thread = ThreadPoolExecutor(1)
-        self.pending: dict[int, Future[Batch]] = {}
+        self.thread, self.pending = ThreadPoolExecutor(1), dict[int, Future[Batch]]()
 
     def __call__(self, step: int) -> Batch:
         """Return the batch of `step`, and begin with those of the next steps."""

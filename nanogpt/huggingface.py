@@ -58,8 +58,7 @@ def load_pretrained(name: str, device: str = "cpu", *, dropout: float = 0.0) -> 
     try:
         shape = replace(read_config(config), dropout=dropout)
         # A folder may hold the weights of GPT-2 alone.
-        has_vocabulary = (folder / "tokenizer.json").exists() or (folder / "vocab.json").exists()
-        is_gpt2 = shape.is_gpt2 and shape.vocab_size == 50257 and not has_vocabulary
+        is_gpt2 = shape.is_gpt2 and shape.vocab_size == 50257 and not (folder / "tokenizer.json").exists()
         tokenizer = GPT2Tokenizer() if is_gpt2 else read_tokenizer(folder)
         if tokenizer.vocab_size > shape.vocab_size:  # people add a <pad>, and leave the embedding as it is
             log.warning(f"its tokenizer has {tokenizer.vocab_size} entries, the model knows {shape.vocab_size} of them")

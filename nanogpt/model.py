@@ -353,7 +353,7 @@ class GPT(nn.Module):
         config = self.config
         embedding = 0 if config.tied_head else config.vocab_size * config.n_embd  # looked up, not multiplied
         attention = 12 * config.n_layer * config.n_head * config.head_size * config.block_size
-        frozen = sum(parameter.numel() for parameter in self.parameters() if not parameter.requires_grad)
+        frozen = sum(parameter.numel() for parameter in self.transformer.h.parameters() if not parameter.requires_grad)
         return 6 * (self.get_num_params() - embedding) - 2 * frozen + attention  # no gradient of what is frozen
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float, peak_flops: float = 312e12) -> float:

@@ -63,7 +63,7 @@ class Muon(AdamW):  # type: ignore[misc]
     which gradients are small and rare. It needs one tensor of state in place of two.
 
     Parameter groups: AdamW's two, then one for each matrix of a block. Queries, keys and values, and the two halves of
-    SwiGLU, are linear maps of their own that share a tensor; `cuts` are the rows of each.
+    SwiGLU, are linear maps of their own that share a tensor; `cuts` are the numbers of rows of each.
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
     """

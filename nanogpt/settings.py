@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
@@ -205,8 +206,8 @@ def recipe_for_text(path: str, max_iters: object = None) -> tuple[str, dict[str,
     """Return the vocabulary, and the settings of a small model that suits a text file, for `max_iters` if given."""
     n_bytes = Path(path).stat().st_size if Path(path).is_file() else 0
     tokenizer, sizes = next((tokenizer, sizes) for most, tokenizer, sizes in _BY_SIZE if n_bytes <= most)
-    if str(max_iters).isdecimal():  # What is no number is reported elsewhere.
-        sizes = {**sizes, "max_iters": int(str(max_iters))}
+    with suppress(ValueError, OverflowError):  # None, and what convert() reports
+        sizes = {**sizes, "max_iters": int(float(str(max_iters)))}
     out_dir = f"out-{Path(path).name.partition('.')[0]}"
     return tokenizer, {
         **_MUON, **sizes, "optimizer": "muon", "lr_decay_iters": sizes["max_iters"], "architecture": "qwen3",

@@ -117,7 +117,7 @@ def train(config: TrainConfig) -> int:
                     if state.step > 0 or is_done:
                         is_best = losses["val"] < state.best_val_loss
                         state.best_val_loss = min(losses["val"], state.best_val_loss)
-                        save_is_due |= is_best or config.always_save_checkpoint
+                        save_is_due |= is_best or is_done or config.always_save_checkpoint
                 # A signal breaks off an evaluation, and ends the run after a step.
                 stopped = losses is None or (not is_done and dist.any(stop_requested()))
                 if save_is_due or ((is_done or stopped) and state.step != saved_step):
@@ -164,9 +164,10 @@ def train(config: TrainConfig) -> int:
                 count_is_due = log_is_due or state.step % config.max_bad_steps == 0
                 if count_is_due and (n_bad := int(skipped_in_a_row)) >= config.max_bad_steps:
                     raise DivergedError(f"{n_bad} steps in a row, up to {state.step}, were not finite; {ADVICE}")
+            if dist.any(checkpoints.written.exception() is not None):  # once more: a full disk may have been cleared
+                checkpoints.save(model, optimizer, scaler, state, dataset.tokenizer, is_best=is_best)
     if stopped:
-        how = "" if config.resume == "auto" else " with --init_from=resume"
-        log.info(f"stopped after {state.step} steps and saved; to resume, repeat the command{how}")
+        log.info(f"stopped after {state.step} steps and saved; to resume, repeat the command with --init_from=resume")
         return STOPPED
     if config.plot and dist.is_main:
         draw_if_possible(config.out_dir)

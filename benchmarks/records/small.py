@@ -2,7 +2,7 @@
 
 With 65 characters there are 4,225 pairs, so the table has every one of them, and what follows a pair need not be
 learned by attention: 100 steps are as good as 165. No other engine loads such a model, and it does not decode with a
-cache: that is why it is a record, and no setting.
+cache: that is why it is a record, not a setting.
 """
 
 import sys
