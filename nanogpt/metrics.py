@@ -78,6 +78,7 @@ class Metrics(AbstractContextManager["Metrics"]):
         # Steps and seconds at the last log line.
         self.step, self.seconds = (resumed.step, resumed.seconds) if resumed else (0, 0.0)
         self.trackers: list[Any] = []
+        self.unwritten = b""  # rows for which there was no room
         self.path = Path(config.out_dir) / "metrics.jsonl" if is_main else None
         if self.path is None:
             return
@@ -125,9 +126,10 @@ class Metrics(AbstractContextManager["Metrics"]):
             return
         row = {"v": 1, "step": state.step, "seconds": round(state.seconds, 3), "tokens": state.tokens, **values}
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self.unwritten += json.dumps(finite).encode() + b"\n"
         try:
-            self.file.write(json.dumps(finite).encode() + b"\n")
-        except OSError as error:  # a full disk costs these rows, not the run
+            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except OSError as error:  # such as a full disk; the next row tries again
             log.warning(f"cannot write {self.path}: {error}; training continues")
         for tracker in list(self.trackers):
             try:

@@ -292,7 +292,7 @@ def test_llama_cpp_continues_as_we_do(architecture: str, tokenizer: Tokenizer, t
         model(x[:, :-1], x[:, 1:])[1].backward()
         optimizer.step()
     model.eval()
-    prompt = tokenizer.encode(TEXT[40:50]).tolist()
+    prompt = tokenizer.encode(TEXT[40:53]).tolist()  # whole words
     ours = model.generate(torch.tensor([prompt]), 40, temperature=0)
     with torch.no_grad():
         logits = model(ours, ours)[0][0, :, : tokenizer.vocab_size]
