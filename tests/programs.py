@@ -70,6 +70,6 @@ class Started:
 
     def wait(self) -> "subprocess.CompletedProcess[str]":
         """Its exit code and what it has written, once it has ended."""
-        self.process.join(120)
+        self.process.join(240)
         self.end()
         return subprocess.CompletedProcess(self.words, self.process.exitcode, *map(self.written, (0, 1)))
