@@ -77,8 +77,7 @@ class Metrics(AbstractContextManager["Metrics"]):
         self.config, self.tokens_per_epoch, self.peak_speed = config, tokens_per_epoch, peak_speed
         # Steps and seconds at the last log line.
         self.step, self.seconds = (resumed.step, resumed.seconds) if resumed else (0, 0.0)
-        self.trackers: list[Any] = []
-        self.unwritten = b""  # rows for which there was no room
+        self.trackers, self.unwritten = list[Any](), b""  # rows for which there was no room
         self.path = Path(config.out_dir) / "metrics.jsonl" if is_main else None
         if self.path is None:
             return
