@@ -14,21 +14,15 @@ import importlib.util
 import json
 import math
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from all import machine
 from bare import ROOT
-from time_to_loss import CPU, tuning_set
+from time_to_loss import loss_of, timed_run, tuning_set
 
-from nanogpt.checkpoint import load_checkpoint
-from nanogpt.data import open_dataset
-from nanogpt.evaluate import whole_split_loss
 from nanogpt.model import GPT
 
 
@@ -60,17 +54,6 @@ def model_class(recipe: Path) -> type[GPT]:
     return module.Model  # type: ignore[no-any-return]
 
 
-def timed_run(recipe: Path, kind: type[GPT], words: list[str]) -> float:
-    """Return the seconds of a whole training process."""
-    program = [str(recipe)] if kind is not GPT else ["train.py", str(recipe)]
-    began = time.perf_counter()
-    result = subprocess.run([sys.executable, *program, *words], cwd=ROOT, capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - began
-    if result.returncode:
-        sys.exit(f"{recipe} {' '.join(words)}:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
-    return seconds
-
-
 def p_value(losses: list[float], target: float) -> float:
     """Return how probable a mean this far below `target` would be by chance: Student's one-sided t-test."""
     n = len(losses)
@@ -98,6 +81,7 @@ def main() -> None:
     track = TRACKS[arguments.track]
     recipe = (arguments.recipe or ROOT / track.recipe).resolve()
     kind, dataset = model_class(recipe), ROOT / "data" / track.dataset
+    program, first = ("train.py", [str(recipe)]) if kind is GPT else (str(recipe), [])
     seconds: list[float] = []
     losses: list[float] = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -105,11 +89,10 @@ def main() -> None:
             dataset = tuning_set(dataset, Path(temporary))
         for seed in range(arguments.seeds):
             out_dir = Path(temporary, f"out-{seed}")
-            words = [f"--out_dir={out_dir}", f"--data_dir={dataset.parent}", f"--seed={seed}", *settings]
-            seconds.append(timed_run(recipe, kind, words))
-            loaded = load_checkpoint(out_dir / "ckpt.pt")
-            model = kind.from_weights(loaded.model_config, loaded.weights).eval()
-            losses.append(whole_split_loss(model, open_dataset(dataset).val, track.context, 64, CPU)[0])
+            words = [*first, f"--out_dir={out_dir}", f"--data_dir={dataset.parent}", f"--seed={seed}", *settings]
+            seconds.append(timed_run(ROOT, words, program))
+            loss, loaded = loss_of(out_dir, dataset, track.context, kind=kind)
+            losses.append(loss)
             print(f"seed {seed}: {seconds[-1]:.2f} s, loss {losses[-1]:.4f}", flush=True)
     p = p_value(losses, track.loss)
     name = recipe.relative_to(ROOT) if recipe.is_relative_to(ROOT) else recipe.name

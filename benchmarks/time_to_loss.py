@@ -29,6 +29,7 @@ from nanogpt.checkpoint import Checkpoint, load_checkpoint
 from nanogpt.data import open_dataset
 from nanogpt.device import Device
 from nanogpt.evaluate import whole_split_loss
+from nanogpt.model import GPT
 
 CPU = Device("cpu", "cpu", torch.float32, compile=False)
 
@@ -65,22 +66,23 @@ TARGETS = {
 }  # fmt: skip
 
 
-def timed_run(folder: Path, words: list[str]) -> float:
-    """Return the seconds that a whole process of train.py takes."""
+def timed_run(folder: Path, words: list[str], program: str = "train.py") -> float:
+    """Return the seconds that a whole process takes."""
     began = time.perf_counter()
-    command = [sys.executable, "train.py", *words]
+    command = [sys.executable, program, *words]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if result.returncode:
-        sys.exit(f"train.py {' '.join(words)}:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
+        sys.exit(f"{program} {' '.join(words)}:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
     return time.perf_counter() - began
 
 
 def loss_of(
-    out_dir: Path, dataset: Path, context: int, data_dir: str = "data", device: Device = CPU
+    out_dir: Path, dataset: Path, context: int, data_dir: str = "data", device: Device = CPU, kind: type[GPT] = GPT
 ) -> tuple[float, Checkpoint]:
     """Return the loss over the whole validation set, in the device's dtype, and the checkpoint that it is of."""
     loaded = load_checkpoint(out_dir / "ckpt.pt", data_dir)
-    loss, _ = whole_split_loss(loaded.build_model(device.name), open_dataset(dataset).val, context, 64, device)
+    model = kind.from_weights(loaded.model_config, loaded.weights).to(device.name).eval()
+    loss, _ = whole_split_loss(model, open_dataset(dataset).val, context, 64, device)
     return loss, loaded
 
 

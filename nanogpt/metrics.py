@@ -134,7 +134,7 @@ class Metrics(AbstractContextManager["Metrics"]):
             try:
                 tracker.log(state, values)
             except Exception as error:  # such as a network that is gone: it costs the tracker, not the run
-                log.warning(f"{type(tracker).__name__} failed ({error}); training goes on without it")
+                log.warning(f"{type(tracker).__name__} failed ({error}); training continues without it")
                 self.trackers.remove(tracker)
 
     def sync(self) -> None:

@@ -411,7 +411,7 @@ def make_plan(work: Path, config: PrepareConfig, sources: dict[str, int]) -> dic
         texts = (message["content"] for text in texts for message in json.loads(text))
     setting = config.tokenizer
     if "/" in setting and not os.path.exists(setting):
-        setting = str(hub_folder(setting, ["*.json", "merges.txt", "*.jinja"], option="tokenizer"))
+        setting = str(hub_folder(setting, ["*.json", "*.jinja"], option="tokenizer"))
     if setting.endswith((".pt", ".gguf")) or Path(setting, "metrics.jsonl").exists():  # a run
         from nanogpt.checkpoint import load_model  # with torch, which building does without
 
