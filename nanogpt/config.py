@@ -134,14 +134,8 @@ class GPTConfig(Shape):
         if self.mlp_bias == "auto":
             self.mlp_bias = self.bias and self.architecture != "qwen3"
 
-    @classmethod
-    def preset(cls, name: str, **others: Any) -> "GPTConfig":
-        """Return the shape `PRESETS[name]` with `others` as its remaining or changed fields."""
-        return cls(**{**PRESETS[name], **others})
-
     @property
     def is_gpt2(self) -> bool:
-        """Whether the blocks are GPT-2's."""
         return self.architecture == "gpt2"
 
     def problems(self) -> Iterator[str]:
@@ -200,6 +194,7 @@ class TrainConfig(Shape, Machine):
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # auto: nccl on CUDA, else gloo
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # auto: fsdp if weights, gradients and moments fill half a GPU
     shard_group: int = 0  # fsdp: shard within groups of so many processes, replicate between them (HSDP); 0: one group
+    gather_once: bool = False  # fsdp: exchange once per step, not per micro-batch; takes 6 bytes per parameter more
     dist_timeout: float = 10.0  # minutes that a process waits for the others
     # --- data ---
     data_dir: str = "data"  # folder of the data sets
@@ -246,7 +241,6 @@ class TrainConfig(Shape, Machine):
         return self.gradient_accumulation_steps * self.batch_size
 
     def model_config(self, vocab_size: int) -> GPTConfig:
-        """Return the shape of a new network for a vocabulary of `vocab_size` entries."""
         return GPTConfig(vocab_size=vocab_size, **{each.name: getattr(self, each.name) for each in fields(Shape)})
 
     def with_muon_rates(self) -> "TrainConfig":

@@ -46,10 +46,9 @@ class Distributed:
         """Return this process's rows of the global batch. Raises `ConfigError` if they can't be divided evenly."""
         count, rest = divmod(batch_size * accumulation, self.world_size)
         if rest:
-            raise ConfigError(
-                f"batch_size={batch_size} x gradient_accumulation_steps={accumulation} rows can't be divided evenly "
-                f"among {self.world_size} processes; a multiple of {self.world_size} accumulation steps can"
-            )
+            what = f"batch_size={batch_size} x gradient_accumulation_steps={accumulation} rows"
+            n = self.world_size
+            raise ConfigError(f"{what} can't be divided evenly among {n} processes; a multiple of {n} steps can")
         return range(self.rank * count, (self.rank + 1) * count)
 
     def all_reduce_mean(self, value: Tensor) -> Tensor:
@@ -187,7 +186,7 @@ def parallelize(model: GPT, config: TrainConfig, device: Device, dist: Distribut
     # Blocks are all-gathered in the dtype they compute in; gradients are reduced in float32.
     policy = MixedPrecisionPolicy(param_dtype=device.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not config.gather_once)
     fully_shard(model, mesh=mesh)
     if is_meta:
         model.to_empty(device=device.name)
@@ -195,11 +194,13 @@ def parallelize(model: GPT, config: TrainConfig, device: Device, dist: Distribut
     return model
 
 
-def gradient_sync(network: Any, is_last: bool) -> AbstractContextManager[None]:
+def gradient_sync(network: Any, is_last: bool, config: TrainConfig) -> AbstractContextManager[None]:
     """Return a context in which processes exchange gradients in the last micro-batch of a step only, where they can."""
     if isinstance(network, DistributedDataParallel) and not is_last:
         return network.no_sync()
     if hasattr(network, "set_requires_all_reduce"):  # FSDP
+        network.set_requires_gradient_sync(is_last or not config.gather_once)
+        network.set_reshard_after_backward(is_last or not config.gather_once)
         network.set_requires_all_reduce(is_last)  # between groups of processes
     return nullcontext()
 

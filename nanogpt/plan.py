@@ -13,7 +13,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from nanogpt.checkpoint import load_latest, load_model
-from nanogpt.config import GPT2_NAMES, GPTConfig
+from nanogpt.config import GPT2_NAMES, PRESETS, GPTConfig
 from nanogpt.data import open_if_prepared
 from nanogpt.device import GPUS, choose_device
 from nanogpt.distributed import Distributed, choose_parallel
@@ -26,7 +26,7 @@ from nanogpt.settings import PlanConfig
 
 def memory(model: GPT, rows: int, *, dtype: torch.dtype, parallel: str = "none", processes: int = 1,
            accumulate: bool = False, gradient_checkpointing: bool = False, on_cpu: bool = False,
-           muon: bool = False) -> dict[str, float]:  # fmt: skip
+           muon: bool = False, gather_once: bool = False) -> dict[str, float]:  # fmt: skip
     """Return the bytes that training needs per device, by what they are for, in micro-batches of `rows` windows.
 
     The model may consist of meta tensors. parallel: none, ddp or fsdp. processes: that share a model with fsdp.
@@ -63,7 +63,8 @@ def memory(model: GPT, rows: int, *, dtype: torch.dtype, parallel: str = "none",
     share = processes if parallel == "fsdp" else 1
     copies = 2 * total if d == 2 else 0  # of weights in 16 bits, or all-gathered by FSDP
     if parallel == "fsdp":  # three blocks at a time, one of them with its gradient; always what is outside of blocks
-        copies = (3 * d + 4) * in_block + 8 * (total - shape.n_layer * in_block)
+        in_blocks = (shape.n_layer * (d + 4) if gather_once else 3 * d + 4) * in_block
+        copies = in_blocks + 8 * (total - shape.n_layer * in_block)
     weights, gradients = 4 * total / share, 4 * trained / share
     optimizer = (8 * trained - 4 * muon * shape.n_layer * in_block) / share  # Muon keeps one moment, AdamW two
 
@@ -93,7 +94,7 @@ def plan(config: PlanConfig) -> None:
     elif config.init_from == "resume":
         shape = load_latest(config.out_dir, config.data_dir).model_config
     elif config.init_from in GPT2_NAMES:  # needs no download
-        shape = GPTConfig.preset(config.init_from, block_size=config.block_size, vocab_size=50257)
+        shape = GPTConfig(**PRESETS[config.init_from], block_size=config.block_size, vocab_size=50257)
     else:
         shape = replace(load_model(config.init_from).model.config, block_size=config.block_size)
     with torch.device("meta"):
@@ -124,7 +125,7 @@ def plan(config: PlanConfig) -> None:
     parallel = choose_parallel(config.parallel, n_parameters, size, dtype) if config.gpus > 1 else "none"
     how: dict[str, Any] = {
         "dtype": dtype, "parallel": parallel, "processes": config.shard_group or config.gpus,
-        "muon": config.optimizer == "muon",
+        "muon": config.optimizer == "muon", "gather_once": config.gather_once,
         "accumulate": share > rows, "on_cpu": name == "cpu", "gradient_checkpointing": config.gradient_checkpointing,
     }  # fmt: skip
     needed = memory(model, rows, **how)

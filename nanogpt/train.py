@@ -302,7 +302,7 @@ def forward_backward(run: Run, network: Any, scaler: Any, batch: data.Batch, n_m
     loss = torch.zeros((), device=run.device.name)
     micro_batches = zip(*(tensor.tensor_split(n_micro) for tensor in batch), strict=True)
     for n, (x, y, *document_ids) in enumerate(micro_batches, start=1):
-        with distributed.gradient_sync(network, is_last=n == n_micro):
+        with distributed.gradient_sync(network, n == n_micro, run.config):
             micro_loss = compute_loss(run, network, x, y, *document_ids) * ((y >= 0).sum() / n_targets)
             scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()

@@ -141,7 +141,7 @@ def test_a_models_name_stands_for_its_shape(tmp_path: Path) -> None:
 def test_presets_have_the_parameters_of_their_models(name: str) -> None:
     vocab_size, parameters = PUBLISHED[name]
     with torch.device("meta"):
-        model = GPT(GPTConfig.preset(name, vocab_size=vocab_size))
+        model = GPT(GPTConfig(**PRESETS[name], vocab_size=vocab_size))
     assert model.get_num_params(non_embedding=False) == parameters
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nanogpt.cli import parse
-from nanogpt.config import GPTConfig
+from nanogpt.config import PRESETS, GPTConfig
 from nanogpt.model import GPT
 from nanogpt.plan import largest_batch, memory, plan
 from nanogpt.settings import PlanConfig
@@ -122,7 +122,7 @@ def test_muon_keeps_one_moment_per_matrix(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_fsdp_shards_the_optimizer_but_not_activations() -> None:
-    model = meta_model(GPTConfig.preset("llama-2-7b", vocab_size=32000, block_size=4096))
+    model = meta_model(GPTConfig(**PRESETS["llama-2-7b"], vocab_size=32000, block_size=4096))
     few, many = ({"dtype": torch.bfloat16, "parallel": "fsdp", "processes": n} for n in (8, 64))
     assert memory(model, 1, **few)["optimizer"] == 8 * memory(model, 1, **many)["optimizer"]
     assert memory(model, 1, **few)["activations"] == memory(model, 1, **many)["activations"]
