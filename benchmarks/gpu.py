@@ -11,7 +11,9 @@ tries the program itself.
 """
 
 import argparse
+import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -28,6 +30,7 @@ from throughput import SHAPES, worker
 
 from nanogpt.config import GPTConfig
 from nanogpt.device import Device
+from nanogpt.engine import Engine, Request
 from nanogpt.metrics import read_metrics
 from nanogpt.model import GPT
 from nanogpt.plan import largest_batch, memory
@@ -61,9 +64,12 @@ def losses(settings: dict[str, Any], out_dir: Path) -> dict[int, float]:
     """Return the losses of a run of train.py by step. Raises `RuntimeError` with its messages if it fails."""
     words = [f"--{name}={value}" for name, value in {**SMALL, **settings, "out_dir": out_dir}.items()]
     command = [sys.executable, str(ROOT / "train.py"), *words]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    environment = {**os.environ, "TORCH_LOGS": "recompiles,graph_breaks"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
     if result.returncode:
         raise RuntimeError(result.stdout[-500:] + result.stderr[-2000:])
+    if warnings := [line for line in result.stderr.splitlines() if "Recompiling" in line or "Graph break" in line]:
+        print(*warnings, sep="\n", flush=True)
     return {row["step"]: row["train/loss"] for row in read_metrics(out_dir / "metrics.jsonl") if "train/loss" in row}
 
 
@@ -123,15 +129,18 @@ def speed(side: str, shape: str, rows: int, arguments: argparse.Namespace, folde
     }  # fmt: skip
 
 
-@torch.no_grad()
-def decode(shape: str, device: str, rows: int, count: int) -> dict[str, Any]:
-    """Return the tokens per second of sampling, over all rows."""
+def decode(shape: str, device: str, rows: int, count: int, static: bool) -> dict[str, Any]:
+    """Return the tokens per second of decoding, over all rows; static: as a CUDA graph."""
     model = GPT(gpt_config(shape)).to(device, torch.float32 if device == "cpu" else torch.bfloat16).eval()
-    prompt = torch.zeros(rows, 16, dtype=torch.long, device=device)
-    model.generate(prompt, 4)
+    engine = Engine(model, rows, length=64 + count, static=static)
+    running = engine.add([Request([n + 1] * 16, count + 8, seed=n) for n in range(rows)])
+    for _ in range(8):
+        engine.step()
     began = time.perf_counter()
-    model.generate(prompt, count)
-    return {"rows": rows, "tokens_per_second": rows * count / (time.perf_counter() - began)}
+    while engine.rows:
+        engine.step()
+    seconds = time.perf_counter() - began
+    return {"rows": rows, "tokens_per_second": rows * count / seconds, "tokens": running[0].new_tokens[:20]}
 
 
 def main() -> None:
@@ -176,9 +185,9 @@ def main() -> None:
                 parts[f"fast: {shape}, {side}"] = partial(speed, side, shape, rows, arguments, folder)
             if arguments.full:
                 parts[f"fast: {shape}, ours, largest batch"] = partial(speed, "ours", shape, 0, arguments, folder)
-            for rows in [1, 16] if arguments.full else [1]:
-                count = 20 if arguments.tiny else 100
-                parts[f"decode: {shape}, {rows} rows"] = partial(decode, shape, device, rows, count)
+            for rows, static in itertools.product([1, 16] if arguments.full else [1], [False, True]):
+                name = f"decode: {shape}, {rows} rows{', as a graph' * static}"
+                parts[name] = partial(decode, shape, device, rows, 20 if arguments.tiny else 100, static)
         failed = [name for name, part in parts.items() if not report(name, part)]
     print(json.dumps({**about, "failed": failed, "seconds": round(time.perf_counter() - began, 1)}))
     sys.exit(bool(failed))

@@ -7,7 +7,7 @@ and draws the next one. Rows join between any two steps and leave when they end,
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +84,7 @@ class KVCache:
         size = (config.n_layer, rows, config.n_kv_head, length, config.head_size)
         # Zeros: masked positions are multiplied by 0, so they must not be NaN.
         self.keys, self.values = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
-        self.rows, self.device = rows, device
+        self.rows, self.length, self.device = rows, length, device
 
     def prefill(self, rows: Sequence[int], T: int) -> None:
         """Announce the first T tokens of each of `rows`."""
@@ -92,12 +92,12 @@ class KVCache:
         self.positions = torch.arange(T, device=self.device)[None]  # (1, T)
         self.mask: Tensor | None = None
 
-    def decode(self, starts: Sequence[int]) -> None:
-        """Announce one more token for rows 0 to len(starts) - 1; row n holds starts[n] tokens."""
-        self._rows, self._end = torch.arange(len(starts), device=self.device)[:, None], max(starts) + 1
-        self.positions, self.mask = torch.tensor(starts, device=self.device)[:, None], None  # (B, 1)
-        if min(starts) < max(starts):  # (B, 1, 1, end): which positions each token sees; None is faster
-            self.mask = (torch.arange(self._end, device=self.device) <= self.positions)[:, None, None]
+    def decode(self, positions: Tensor, end: int, are_equal: bool = False) -> None:
+        """Announce one more token for rows 0 to B - 1, at `positions` (B, 1), of which none reaches `end`."""
+        self._rows, self._end = torch.arange(len(positions), device=self.device)[:, None], end
+        self.positions, self.mask = positions, None
+        if not are_equal:  # (B, 1, 1, end): which positions each token sees; None is faster
+            self.mask = (torch.arange(end, device=self.device) <= positions)[:, None, None]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values of a layer, (B, H_kv, T, D); return all that their tokens may see."""
@@ -145,17 +145,21 @@ class Engine:
     """Completes up to `rows` requests side by side, each within a window of block_size tokens.
 
     length: tokens to allocate per row. dtype: of the keys and values that the model computes, if it is not that of the
-    embedding. Ids from `vocab_size` on are never drawn: they only pad the embedding to a round size.
+    embedding. Ids from `vocab_size` on are never drawn: they only pad the embedding to a round size. static: decode in
+    steps of one shape, on CUDA as a graph.
     """
 
     def __init__(self, model: GPT, rows: int, *, length: int | None = None, vocab_size: int | None = None,
-                 dtype: torch.dtype | None = None, window: Window = "half") -> None:  # fmt: skip
+                 dtype: torch.dtype | None = None, window: Window = "half", static: bool = False) -> None:  # fmt: skip
         self.model, self.vocab_size, self.window = model, vocab_size, window
         embedding = model.transformer.wte.weight
         self.device, self.block_size = embedding.device, model.config.block_size
         length = min(length or self.block_size, self.block_size)
         self.cache = KVCache(model.config, rows, length, dtype or embedding.dtype, str(self.device))
         self.rows: list[Row] = []  # under way; the n-th has the n-th row of the cache
+        # Of static steps: token ids and positions of all rows, the free ones too.
+        self.inputs = torch.zeros(2, rows, 1, dtype=torch.long, device=self.device) if static else None
+        self.graph: Any = None
 
     @property
     def room(self) -> int:
@@ -186,10 +190,7 @@ class Engine:
         rows = list(self.rows)
         if not rows:
             return rows
-        self.cache.decode([row.seen for row in rows])
-        idx = torch.tensor([row.tokens[-1:] for row in rows], device=self.device)  # (B, 1)
-        x = self.model.transformer(idx, cache=self.cache)[:, -1]
-        logits = self.model.lm_head(x)[:, : self.vocab_size].float()
+        logits = self._decode([row.tokens[-1] for row in rows], [row.seen for row in rows])
         points = [row.stream.getrandbits(32) / 2**32 for row in rows]
         drawn = draw(logits, [row.request.sampling for row in rows], points)
         for row in rows:
@@ -234,6 +235,31 @@ class Engine:
         parts = self.model.transformer(torch.tensor([tokens], device=self.device))[0].split(_CHUNK)
         logits = (row for part in parts for row in self.model.lm_head(part)[:, : self.vocab_size])  # (V,) each
         return [_logprobs(row.float(), token, count) for token, row in zip(tokens[1:], logits, strict=False)]
+
+    def _decode(self, tokens: list[int], starts: list[int]) -> Tensor:
+        """Return the logits (B, V) after one more token of each row, where row n holds starts[n] tokens."""
+        inputs = torch.tensor([tokens, starts], device=self.device)[..., None]  # (2, B, 1)
+        if self.inputs is None:
+            return self._logits(inputs, max(starts) + 1, are_equal=min(starts) == max(starts))
+        self.inputs[:, : len(tokens)] = inputs
+        if self.device.type != "cuda":
+            return self._logits(self.inputs, self.cache.length)[: len(tokens)]
+        if self.graph is None:  # Launching 15 kernels a layer one by one takes longer than they run.
+            torch.cuda.synchronize()
+            # What libraries allocate at first must not be captured.
+            with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+                self._logits(self.inputs, self.cache.length)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self._logits(self.inputs, self.cache.length)
+        self.graph.replay()
+        return self.logits[: len(tokens)]
+
+    def _logits(self, inputs: Tensor, end: int, are_equal: bool = False) -> Tensor:
+        """Return the logits (B, V) after ids (B, 1) at positions (B, 1), which are all below `end`."""
+        self.cache.decode(inputs[1], end, are_equal)
+        x = self.model.transformer(inputs[0], cache=self.cache)[:, -1]
+        return self.model.lm_head(x)[:, : self.vocab_size].float()  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def _prefill(self, rows: Sequence[Row]) -> None:

@@ -44,9 +44,9 @@ def recorded(row: Row, n: int) -> torch.Tensor:
     return torch.tensor([value for _, value in sorted(row.logprobs[n][1])])
 
 
-@pytest.mark.parametrize("window", ["half", "slide"])
-def test_every_step_has_the_logits_of_the_uncached_network(model: GPT, window: Any) -> None:
-    engine = Engine(model, 5, window=window)
+@pytest.mark.parametrize(("window", "static"), [("half", False), ("half", True), ("slide", False)])
+def test_every_step_has_the_logits_of_the_uncached_network(model: GPT, window: Any, static: bool) -> None:
+    engine = Engine(model, 5, window=window, static=static)
     # Prompts of several lengths, also beyond the block size of 16, two of them equal, three times as long in the end.
     prompts = [random_ids(1, n)[0].tolist() for n in (1, 5, 16, 30)]
     rows = engine.add([Request(prompt, 48, GREEDY, logprobs=64) for prompt in [*prompts, prompts[1]]])

@@ -24,6 +24,7 @@ from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data import Dataset
 from nanogpt.device import Device
 from nanogpt.distributed import Distributed, parallelize
+from nanogpt.engine import Engine
 from nanogpt.model import GPT, head_loss
 from nanogpt.plan import memory
 from nanogpt.tokenizer import ByteTokenizer
@@ -148,32 +149,29 @@ class Traffic(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    ("parallel", "count"), [("ddp", 1), ("ddp", 8), ("ddp", 64), ("fsdp", 8), ("fsdp", 64), ("groups", 64)]
-)
+@pytest.mark.parametrize("how", ["ddp 1", "ddp 8", "ddp 64", "fsdp 8", "fsdp 64", "gather_once 64", "shard_group 64"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_what_a_step_of_several_processes_sends(
-    optimizer: str, parallel: str, count: int, processes: Processes
-) -> None:
-    """And that none asks its GPU for a number."""
-    how = {"parallel": "fsdp", "shard_group": 8} if parallel == "groups" else {"parallel": parallel}
-    step, network, _ = a_step(processes(count), optimizer=optimizer, **how)
+def test_what_a_step_of_several_processes_sends(optimizer: str, how: str, processes: Processes) -> None:
+    name, count = how.split()[0], int(how.split()[1])
+    settings: dict[str, Any] = {"parallel": "fsdp", name: 8} if "_" in name else {"parallel": name}
+    step, network, _ = a_step(processes(count), optimizer=optimizer, **settings)
     step(0)
     with Traffic() as traffic:
         step(1)
-    assert traffic.waits.total() == 0
+    assert traffic.waits.total() == 0  # nobody asks its GPU for a number
     everything = network.get_num_params(non_embedding=False)
     blocks = sum(parameter.numel() for parameter in network.transformer.h.parameters())
-    others = everything - blocks
     expected: dict[str, int] = {}
-    if parallel != "ddp":  # blocks travel in 16 bits, forward and backward, the rest in 32 bits, both micro-batches
-        expected = {"allgather_base": 2 * (2 * 2 * blocks + 4 * others), "reduce_scatter_base": 2 * 4 * everything}
-    if parallel == "groups":  # between groups the shards of gradients, once per step
+    if name != "ddp":  # blocks travel twice in 16 bits, the rest once in 32, in both micro-batches
+        expected = {"allgather_base": 2 * 4 * everything, "reduce_scatter_base": 2 * 4 * everything}
+    if name == "gather_once":  # all travel once
+        expected = {"allgather_base": 4 * everything - 2 * blocks, "reduce_scatter_base": 4 * everything}
+    if name == "shard_group":  # between groups the shards of gradients, once per step
         expected["allreduce"] = 4 * everything // 8
     if count > 1 and optimizer == "muon":  # directions in 16 bits: all of them, or those of one's own matrices, twice
-        of_one = 2 * blocks * -(-12 // (8 if parallel == "groups" else count)) // 12
-        expected |= {"allreduce": 2 * blocks} if parallel == "ddp" else {"alltoall_base": 2 * of_one}
-    sent = {name: size for name, size in traffic.bytes.items() if size > 5000}
+        of_one = 2 * blocks * -(-12 // (8 if name == "shard_group" else count)) // 12
+        expected |= {"allreduce": 2 * blocks} if name == "ddp" else {"alltoall_base": 2 * of_one}
+    sent = {kind: size for kind, size in traffic.bytes.items() if size > 5000}
     assert sent == pytest.approx(expected, rel=0.02)
 
 
@@ -199,3 +197,13 @@ def test_planned_memory_is_within_15_percent_of_tracked(
         [used] = [values["Total"] for values in tracker.get_tracker_snapshot("peak").values()]
     planned = memory(network, 12, dtype=torch.bfloat16, gradient_checkpointing="gradient_checkpointing" in settings)
     assert planned["peak"] == pytest.approx(used, rel=0.15), planned
+
+
+def test_a_decoding_step_can_be_captured_as_a_graph() -> None:
+    """It waits for no GPU, and has the same inputs wherever its rows are."""
+    with FakeTensorMode(), torch.inference_mode():
+        engine = Engine(GPT(GPTConfig(architecture="qwen3", n_kv_head=1, vocab_size=64, **SHAPE)), 4, static=True)
+        assert engine.inputs is not None
+        with Traffic() as traffic:
+            engine._logits(engine.inputs, engine.cache.length)
+    assert traffic.waits.total() == 0
