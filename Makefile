@@ -6,7 +6,7 @@ PY := .venv/bin/python
 INSTALLED := .venv/installed
 RUNS := .venv/runs
 
-.PHONY: help install demo chat test lint test-slow test-faults bench pictures clean
+.PHONY: help install demo chat test lint test-slow test-oldest test-faults bench pictures clean
 
 help:
 	@grep '^# make' Makefile | cut -c3-
@@ -66,6 +66,16 @@ test: lint
 test-slow: install
 	$(PY) -m pytest -m "slow and not faults"
 
+# make test-oldest: what training consists of, with torch 2.11, which images for GPUs carry; downloads some gigabytes
+OLDEST := .venv-oldest
+CORE := model optim data train checkpoint distributed engine gpu_simulated
+test-oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	grep -v '^torch==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(OLDEST)/constraints.txt \
+		torch==2.11.0 -e '.[dev]'
+	$(OLDEST)/bin/python -m pytest -n auto -m "not slow" $(CORE:%=tests/test_%.py)
+
 # make test-faults: break hundreds of training runs, and see that none is lost
 test-faults: install
 	OMP_NUM_THREADS=1 $(PY) -m tests.faults.harness --kills=300 --others=20
@@ -83,4 +93,4 @@ pictures: install
 
 # make clean: remove .venv and caches; data and runs stay
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
