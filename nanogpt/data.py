@@ -211,10 +211,7 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
 
 
 def document_ids_of(ids: Tensor, end_of_text: int) -> Tensor:
-    """Return which document of its row each token belongs to, counted from 0; ids and result (B, T).
-
-    An end-of-text token counts as the first token of the next document, as it does in a prompt.
-    """
+    """Return each token's document in its row, from 0, (B, T); an end-of-text token is the first of the next one."""
     return (ids == end_of_text).cumsum(dim=1)
 
 

@@ -21,7 +21,6 @@ from nanogpt.lora import save_peft
 from nanogpt.settings import ExportConfig
 
 TAG = "tags: [nanogpt]"  # in the README.md of an exported folder
-FOLDERS = ("hf", "peft")  # forms of an export that are folders
 FILES = """README.md config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json
     adapter_config.json adapter_model.safetensors""".split()
 PRIVATE = ("out_dir", "data_dir", "init_from", "text", "wandb_project", "wandb_run_name")
@@ -34,7 +33,7 @@ def export(config: ExportConfig) -> None:
     trained = load_trained(config, Device("cpu", "cpu", torch.float32, compile=False), merge=config.to != "peft")
     # An export may be published: leave out paths and names of this machine.
     settings = {key: value for key, value in trained.config.items() if key not in PRIVATE}
-    if config.to in FOLDERS:
+    if config.to != "gguf":
         with atomic_folder(output) as folder:
             (folder / "README.md").write_text(model_card(trained, settings, output.name), encoding="utf-8")
             if config.to == "peft":
@@ -52,7 +51,7 @@ def check_output(output: Path, config: ExportConfig) -> None:
     names = set(os.listdir(output)) if output.is_dir() else set()
     if not names and not output.is_file():
         return
-    marked, mark = (output / "README.md", TAG) if config.to in FOLDERS else (output, MARK)
+    marked, mark = (output / "README.md", TAG) if config.to != "gguf" else (output, MARK)
     is_export = marked.is_file() and mark.encode() in open(marked, "rb").read(4096)
     if not is_export or not names <= set(FILES):
         raise ConfigError(f"output={output} is there, and no earlier export of --to={config.to}; choose another name")

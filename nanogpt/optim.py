@@ -52,10 +52,7 @@ def step_if_finite(optimizer: torch.optim.Optimizer, is_finite: Tensor) -> None:
         optimizer.step()
 
 
-AdamW: Any = without_compiler(torch.optim.AdamW)
-
-
-class Muon(AdamW):  # type: ignore[misc]
+class Muon(without_compiler(torch.optim.AdamW)):  # type: ignore[misc]
     """Muon for the matrices of the blocks, AdamW for everything else: embeddings, head, vectors.
 
     AdamW treats a matrix as a bag of numbers. Muon treats it as what it is, a linear map: it takes the momentum of its

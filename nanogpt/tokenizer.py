@@ -182,7 +182,6 @@ class TextDecoder:
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def decode(self, ids: Sequence[int], final: bool = False) -> str:
-        """Return the text that `ids` add."""
         text = self.utf8.decode(self.tokenizer.decode_bytes(ids), final)
         if self.at_start and text:
             self.at_start, text = False, text.removeprefix(" ")

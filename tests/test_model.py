@@ -161,12 +161,7 @@ def test_the_old_addresses_still_work() -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "ends", "gradient_checkpointing"),
-    [
-        ("gpt2", [0, 1, 9], True),
-        ("gpt2", list(range(24)), False),
-        ("llama", [7, 20], True),
-        ("qwen3", [7, 23], False),
-    ],
+    [("gpt2", [0, 1, 9], True), ("gpt2", list(range(24)), False), ("llama", [7, 20], True), ("qwen3", [7, 23], False)],
 )
 def test_masked_documents_equal_each_document_alone(
     architecture: Any, ends: list[int], gradient_checkpointing: bool
