@@ -166,11 +166,10 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         self.last = time.monotonic()
         if not self.is_sharded and not self.dist.is_main:
             return
-        fields = asdict(model.config)
         content: dict[str, Any] = {
             "model_args": original_arguments(model.config), "iter_num": state.step,
             "best_val_loss": state.best_val_loss, "config": asdict(self.config),
-            "nanogpt": {"format": FORMAT, "model_config": fields, "tokenizer": tokenizer.describe(),
+            "nanogpt": {"format": FORMAT, "model_config": asdict(model.config), "tokenizer": tokenizer.describe(),
                         "adapter": asdict(model.adapter) if model.adapter else None,
                         "scaler": scaler.state_dict(), **asdict(state)},
         }  # fmt: skip

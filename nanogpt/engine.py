@@ -157,8 +157,7 @@ class Engine:
         length = min(length or self.block_size, self.block_size)
         self.cache = KVCache(model.config, rows, length, dtype or embedding.dtype, str(self.device))
         self.rows: list[Row] = []  # under way; the n-th has the n-th row of the cache
-        # Of static steps: token ids and positions of all rows, the free ones too.
-        self.inputs = torch.zeros(2, rows, 1, dtype=torch.long, device=self.device) if static else None
+        self.inputs = torch.zeros(2, rows, 1, dtype=torch.long, device=self.device) if static else None  # of all rows
         self.graph: Any = None
 
     @property
