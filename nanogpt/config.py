@@ -55,7 +55,8 @@ def is_there(name: str) -> bool:
 # What a setting must be, by its name, in every program: a test, and words for the message. Defaults are not tested.
 CHECKS: dict[str, tuple[Callable[[Any], object], str]] = {
     **dict.fromkeys(
-        "dropout beta1 beta2 muon_momentum context_warmup".split(), (lambda v: 0 <= v < 1, "a value in [0, 1)")
+        "dropout beta1 beta2 muon_momentum context_warmup activation_memory_budget".split(),
+        (lambda v: 0 <= v < 1, "a value in [0, 1)"),
     ),
     **dict.fromkeys(
         """block_size vocab_size n_layer n_head n_embd n_kv_head head_size n_hidden rope_theta batch_size eval_interval
@@ -231,6 +232,7 @@ class TrainConfig(Shape, Machine):
     lora_targets: Literal["all", "attention", "mlp"] = "all"  # which matrices of the blocks get adapters
     zero_init: bool = False  # c_proj starts at zero, so that each block starts as the identity; helps Muon
     low_precision_residual: bool = False  # the residual stream in the dtype of matmuls: a fifth less memory traffic
+    activation_memory_budget: float = 1.0  # compiled: share of the activations to keep; the cheapest are recomputed
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
     # --- machine ---
     compile: bool | Literal["auto"] = "auto"  # torch.compile: a minute to start, then faster; auto: for long runs

@@ -169,6 +169,7 @@ def parallelize(model: GPT, config: TrainConfig, device: Device, dist: Distribut
             module.compile(dynamic=False)
         model.transformer.is_compiled = True
         torch._dynamo.config.optimize_ddp = False
+        torch._functorch.config.activation_memory_budget = config.activation_memory_budget
         if by_block and device.type != "cpu":  # compiled, the loss of 12 x 1,024 tokens moves 6 in place of 25 GB
             model.head_loss = torch.compile(model.head_loss, dynamic=False)
     if dist.world_size == 1 or parallel == "ddp":

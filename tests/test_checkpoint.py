@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -183,11 +184,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_never_takes_the_place_of_a_good
 
 def test_what_cannot_be_read_just_now_is_not_taken_for_damaged(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (trained / "ckpt.prev.pt").write_bytes((trained / "ckpt.pt").read_bytes())
-
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(zipfile, "ZipFile", refuse)
+    monkeypatch.setattr(zipfile, "ZipFile", Mock(side_effect=PermissionError(13, "Permission denied")))
     with pytest.raises(PermissionError, match="Permission denied"):
         load_latest(trained)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Literal
+from unittest.mock import Mock
 
 import pytest
 
@@ -164,10 +165,7 @@ def test_what_the_user_can_mend_is_one_message_and_an_exit_code(
     error: Exception, code: int | None, message: str,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    def fail(_: object) -> None:
-        raise error
-
-    monkeypatch.setattr("nanogpt.plot.list_runs", fail)
+    monkeypatch.setattr("nanogpt.plot.list_runs", Mock(side_effect=error))
     with pytest.raises(SystemExit if code else type(error)) as ended:
         cli.run("runs", [])
     assert not code or ended.value.code == code  # type: ignore[union-attr]

