@@ -66,7 +66,7 @@ test: lint
 test-slow: install
 	$(PY) -m pytest -m "slow and not faults"
 
-# make test-oldest: what training consists of, with torch 2.11, which images for GPUs carry; downloads some gigabytes
+# make test-oldest: the core tests with torch 2.11, the oldest version that is tested; downloads some gigabytes
 OLDEST := .venv-oldest
 CORE := model optim data train checkpoint distributed engine gpu_simulated
 test-oldest:

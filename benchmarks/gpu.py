@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from throughput import SHAPES, worker
 
 from nanogpt.config import GPTConfig
 from nanogpt.device import Device
-from nanogpt.engine import Engine, Request
+from nanogpt.engine import Engine, Request, Sampling
 from nanogpt.metrics import read_metrics
 from nanogpt.model import GPT
 from nanogpt.plan import largest_batch, memory
@@ -43,6 +44,7 @@ CHECKS: dict[str, tuple[dict[str, Any], float]] = {
     "compiled": ({"dtype": "bfloat16", "compile": True}, 0.05),
     "float16": ({"dtype": "float16"}, 0.3),
     "checkpointing": ({"dtype": "bfloat16", "gradient_checkpointing": True}, 0.05),
+    "budget": ({"dtype": "bfloat16", "compile": True, "activation_memory_budget": 0.5}, 0.05),
 }
 SMALL = {"compile": False, "n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128, "batch_size": 8,
          "gradient_accumulation_steps": 2, "warmup_iters": 5, "max_iters": 30, "eval_interval": 1000, "eval_iters": 2,
@@ -61,24 +63,50 @@ def report(name: str, function: Callable[[], dict[str, Any]]) -> bool:
 
 
 def losses(settings: dict[str, Any], out_dir: Path) -> dict[int, float]:
-    """Return the losses of a run of train.py by step. Raises `RuntimeError` with its messages if it fails."""
+    """Return the losses of a run of train.py by step. Raises `RuntimeError` with its messages if it fails.
+
+    What torch.compile says of recompilations and graph breaks is in `out_dir`/stderr.
+    """
     words = [f"--{name}={value}" for name, value in {**SMALL, **settings, "out_dir": out_dir}.items()]
     command = [sys.executable, str(ROOT / "train.py"), *words]
     environment = {**os.environ, "TORCH_LOGS": "recompiles,graph_breaks"}
     result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
     if result.returncode:
         raise RuntimeError(result.stdout[-500:] + result.stderr[-2000:])
-    if warnings := [line for line in result.stderr.splitlines() if "Recompiling" in line or "Graph break" in line]:
-        print(*warnings, sep="\n", flush=True)
+    (out_dir / "stderr").write_text(result.stderr)
     return {row["step"]: row["train/loss"] for row in read_metrics(out_dir / "metrics.jsonl") if "train/loss" in row}
 
 
 def check(common: dict[str, Any], settings: dict[str, Any], limit: float, folder: Path) -> dict[str, Any]:
     """Return how far the losses of a run with `settings` are from those of the CPU in float32, in `folder`/cpu."""
     expected = {row["step"]: row["train/loss"] for row in read_metrics(folder / "cpu" / "metrics.jsonl") if "lr" in row}
-    got = losses({**common, **settings}, Path(tempfile.mkdtemp(dir=folder)))
+    out_dir = Path(tempfile.mkdtemp(dir=folder))
+    got = losses({**common, **settings}, out_dir)
     difference = max(abs(got[step] - loss) for step, loss in expected.items())
-    return {"ok": difference < limit, "difference": difference, "limit": limit, "last_loss": got[max(got)]}
+    recompiled = re.findall(r".*(?:Recompiling|Graph break).*", (out_dir / "stderr").read_text())
+    return {"ok": difference < limit, "difference": difference, "limit": limit, "last_loss": got[max(got)],
+            "recompiled": recompiled}  # fmt: skip
+
+
+@torch.no_grad()
+def check_graph(device: str, **shape: Any) -> dict[str, Any]:
+    """Return whether static decoding, on CUDA by a graph, gives the same tokens, while rows join and leave."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=3, n_head=4, n_embd=64, block_size=64, vocab_size=256, **shape)).to(device).eval()
+    for parameter in model.parameters():  # so that it writes more than one token
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    tokens = []
+    for static in (False, True):
+        engine, rows = Engine(model, 3, static=static), []
+        for n in range(6):
+            while not engine.room:
+                engine.step()
+            rows += engine.add([Request([n + 1] * (n + 2), 4 + 5 * n, Sampling(temperature=0))])
+            engine.step()
+        while engine.rows:
+            engine.step()
+        tokens.append([row.new_tokens for row in rows])
+    return {"ok": tokens[0] == tokens[1], "tokens": tokens[1][-1]}
 
 
 def check_resuming(common: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -133,14 +161,14 @@ def decode(shape: str, device: str, rows: int, count: int, static: bool) -> dict
     """Return the tokens per second of decoding, over all rows; static: as a CUDA graph."""
     model = GPT(gpt_config(shape)).to(device, torch.float32 if device == "cpu" else torch.bfloat16).eval()
     engine = Engine(model, rows, length=64 + count, static=static)
-    running = engine.add([Request([n + 1] * 16, count + 8, seed=n) for n in range(rows)])
+    engine.add([Request([n + 1] * 16, count + 8, seed=n) for n in range(rows)])
     for _ in range(8):
         engine.step()
     began = time.perf_counter()
     while engine.rows:
         engine.step()
     seconds = time.perf_counter() - began
-    return {"rows": rows, "tokens_per_second": rows * count / seconds, "tokens": running[0].new_tokens[:20]}
+    return {"rows": rows, "tokens_per_second": rows * count / seconds}
 
 
 def main() -> None:
@@ -170,8 +198,11 @@ def main() -> None:
 
         parts["right: cpu, float32"] = reference
         for name in list(CHECKS) if arguments.full else list(CHECKS)[:3]:
-            if is_cuda or name not in ("compiled", "float16"):  # on a CPU these say nothing about GPUs
+            if is_cuda or name not in ("compiled", "float16", "budget"):  # on a CPU these say nothing about GPUs
                 parts[f"right: {name}"] = partial(check, common, *CHECKS[name], folder)
+        for architecture, n_kv_head in (("gpt2", 4), ("qwen3", 2)):
+            check_it = partial(check_graph, device, architecture=architecture, n_kv_head=n_kv_head)
+            parts[f"right: decoding as a graph, {architecture}"] = check_it
         if arguments.full:
             parts["right: resuming"] = partial(check_resuming, common, folder)
         theirs = "original" if arguments.tiny else "original, compiled"

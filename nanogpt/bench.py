@@ -33,8 +33,6 @@ def make_step(
     dist, config = dist or Distributed(), config.with_muon_rates()
     torch.manual_seed(config.seed)
     model = GPT(config.model_config(vocab_size), config.zero_init)
-    model.transformer.gradient_checkpointing = config.gradient_checkpointing
-    model.transformer.low_precision_residual = config.low_precision_residual
     run, scaler = Run(config, device, dist, dataset, model), torch.amp.GradScaler(device.type, enabled=False)
     network = parallelize(model, config, device, dist)
     optimizer = make_optimizer(model, config, device.dtype)

@@ -494,10 +494,7 @@ class TrainedModel:
 
 
 def load_trained(config: SourceConfig, device: Device, merge: bool = True) -> TrainedModel:
-    """Return the model that `init_from`, `out_dir` and `checkpoint` name, compiled if `device` says so.
-
-    merge: add a run's adapters to the weights.
-    """
+    """Return the model that `init_from`, `out_dir` and `checkpoint` name. merge: add its adapters to the weights."""
     data_dir = getattr(config, "data_dir", "") or "data"
     is_run = config.init_from == "resume"
     source = str(find_checkpoint(config.out_dir, config.checkpoint)) if is_run else config.init_from
@@ -506,8 +503,6 @@ def load_trained(config: SourceConfig, device: Device, merge: bool = True) -> Tr
         if config.add_bos and trained.tokenizer.bos is None:
             raise ConfigError(f"add_bos=True: the {trained.tokenizer} has no start token")
         trained.tokenizer.adds_bos = config.add_bos
-    if device.compile:
-        trained.model.compile()
     return trained
 
 

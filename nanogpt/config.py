@@ -55,8 +55,7 @@ def is_there(name: str) -> bool:
 # What a setting must be, by its name, in every program: a test, and words for the message. Defaults are not tested.
 CHECKS: dict[str, tuple[Callable[[Any], object], str]] = {
     **dict.fromkeys(
-        "dropout beta1 beta2 muon_momentum context_warmup activation_memory_budget".split(),
-        (lambda v: 0 <= v < 1, "a value in [0, 1)"),
+        "dropout beta1 beta2 muon_momentum context_warmup".split(), (lambda v: 0 <= v < 1, "a value in [0, 1)")
     ),
     **dict.fromkeys(
         """block_size vocab_size n_layer n_head n_embd n_kv_head head_size n_hidden rope_theta batch_size eval_interval
@@ -65,7 +64,7 @@ CHECKS: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "activation": (lambda v: v in get_args(Activation), " or ".join(get_args(Activation))),
     "architecture": (lambda v: v in get_args(Architecture), " or ".join(get_args(Architecture))),
-    "decay_share": (lambda v: 0 < v <= 1, "a value above 0, up to 1"),
+    **dict.fromkeys(("decay_share", "activation_memory_budget"), (lambda v: 0 < v <= 1, "a value above 0, up to 1")),
     "checkpoint_interval": (steps_and_seconds, "steps, such as 500, or minutes, such as 30m"),
     "device": (lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v), "auto, cpu, mps, cuda or cuda:N"),
     "init_from": (
@@ -195,7 +194,7 @@ class TrainConfig(Shape, Machine):
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # auto: nccl on CUDA, else gloo
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # auto: fsdp if weights, gradients and moments fill half a GPU
     shard_group: int = 0  # fsdp: shard within groups of so many processes, replicate between them (HSDP); 0: one group
-    gather_once: bool = False  # fsdp: exchange once per step, not per micro-batch; takes 6 bytes per parameter more
+    gather_once: bool = False  # fsdp: exchange once per step, not per micro-batch; 6 more bytes a parameter in bfloat16
     dist_timeout: float = 10.0  # minutes that a process waits for the others
     # --- data ---
     data_dir: str = "data"  # folder of the data sets
@@ -232,7 +231,7 @@ class TrainConfig(Shape, Machine):
     lora_targets: Literal["all", "attention", "mlp"] = "all"  # which matrices of the blocks get adapters
     zero_init: bool = False  # c_proj starts at zero, so that each block starts as the identity; helps Muon
     low_precision_residual: bool = False  # the residual stream in the dtype of matmuls: a fifth less memory traffic
-    activation_memory_budget: float = 1.0  # compiled: share of the activations to keep; the cheapest are recomputed
+    activation_memory_budget: float = 1.0  # with torch.compile: below 1, recompute the cheapest of the activations
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
     # --- machine ---
     compile: bool | Literal["auto"] = "auto"  # torch.compile: a minute to start, then faster; auto: for long runs

@@ -211,7 +211,7 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
 
 
 def document_ids_of(ids: Tensor, end_of_text: int) -> Tensor:
-    """Return each token's document in its row, from 0, (B, T); an end-of-text token is the first of the next one."""
+    """Return the number of each token's document within its row, (B, T); an end-of-text token begins the next one."""
     return (ids == end_of_text).cumsum(dim=1)
 
 

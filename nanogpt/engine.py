@@ -92,11 +92,11 @@ class KVCache:
         self.positions = torch.arange(T, device=self.device)[None]  # (1, T)
         self.mask: Tensor | None = None
 
-    def decode(self, positions: Tensor, end: int, are_equal: bool = False) -> None:
-        """Announce one more token for rows 0 to B - 1, at `positions` (B, 1), of which none reaches `end`."""
+    def decode(self, positions: Tensor, end: int, same_length: bool = False) -> None:
+        """Announce one more token for rows 0 to B - 1, at `positions` (B, 1), all below `end`."""
         self._rows, self._end = torch.arange(len(positions), device=self.device)[:, None], end
         self.positions, self.mask = positions, None
-        if not are_equal:  # (B, 1, 1, end): which positions each token sees; None is faster
+        if not same_length:  # (B, 1, 1, end): which positions each token sees; None is faster
             self.mask = (torch.arange(end, device=self.device) <= positions)[:, None, None]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,8 +145,8 @@ class Engine:
     """Completes up to `rows` requests side by side, each within a window of block_size tokens.
 
     length: tokens to allocate per row. dtype: of the keys and values that the model computes, if it is not that of the
-    embedding. Ids from `vocab_size` on are never drawn: they only pad the embedding to a round size. static: decode in
-    steps of one shape, on CUDA as a graph.
+    embedding. Ids from `vocab_size` on are never drawn: they only pad the embedding to a round size. static: decode all
+    rows over the whole cache in every step, so that shapes never change; on CUDA as a graph, launched at once.
     """
 
     def __init__(self, model: GPT, rows: int, *, length: int | None = None, vocab_size: int | None = None,
@@ -157,7 +157,9 @@ class Engine:
         length = min(length or self.block_size, self.block_size)
         self.cache = KVCache(model.config, rows, length, dtype or embedding.dtype, str(self.device))
         self.rows: list[Row] = []  # under way; the n-th has the n-th row of the cache
-        self.inputs = torch.zeros(2, rows, 1, dtype=torch.long, device=self.device) if static else None  # of all rows
+        self.inputs = (
+            torch.zeros(2, rows, 1, dtype=torch.long, device=self.device) if static else None
+        )  # ids, positions
         self.graph: Any = None
 
     @property
@@ -223,6 +225,8 @@ class Engine:
         """End a row that is under way. The last row takes its place."""
         row.end = reason
         place = self.rows.index(row)
+        if reason == "error":  # Masked positions are multiplied by 0, so that the next row here would inherit a NaN.
+            self.cache.keys[:, place], self.cache.values[:, place] = 0, 0
         last = self.rows.pop()
         if last is not row:
             self.cache.copy(len(self.rows), place, last.seen)
@@ -239,24 +243,22 @@ class Engine:
         """Return the logits (B, V) after one more token of each row, where row n holds starts[n] tokens."""
         inputs = torch.tensor([tokens, starts], device=self.device)[..., None]  # (2, B, 1)
         if self.inputs is None:
-            return self._logits(inputs, max(starts) + 1, are_equal=min(starts) == max(starts))
+            return self._logits(inputs, max(starts) + 1, same_length=min(starts) == max(starts))
         self.inputs[:, : len(tokens)] = inputs
         if self.device.type != "cuda":
             return self._logits(self.inputs, self.cache.length)[: len(tokens)]
-        if self.graph is None:  # Launching 15 kernels a layer one by one takes longer than they run.
-            torch.cuda.synchronize()
-            # What libraries allocate at first must not be captured.
-            with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-                self._logits(self.inputs, self.cache.length)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+        if self.graph is None:
+            self._logits(self.inputs, self.cache.length)  # what libraries allocate at first must not be captured
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.device(self.device), torch.cuda.graph(graph):
                 self.logits = self._logits(self.inputs, self.cache.length)
+            self.graph = graph
         self.graph.replay()
         return self.logits[: len(tokens)]
 
-    def _logits(self, inputs: Tensor, end: int, are_equal: bool = False) -> Tensor:
-        """Return the logits (B, V) after ids (B, 1) at positions (B, 1), which are all below `end`."""
-        self.cache.decode(inputs[1], end, are_equal)
+    def _logits(self, inputs: Tensor, end: int, same_length: bool = False) -> Tensor:
+        """Return the logits (B, V) after ids (B, 1) at positions (B, 1), all below `end`."""
+        self.cache.decode(inputs[1], end, same_length)
         x = self.model.transformer(inputs[0], cache=self.cache)[:, -1]
         return self.model.lm_head(x)[:, : self.vocab_size].float()  # type: ignore[no-any-return]
 

@@ -56,6 +56,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         if unknown := [name for name in others if not manager.match_tasks([name])]:
             raise ConfigError(f"no such task: {', '.join(unknown)}; ours are loss, pydoc, {', '.join(BENCHMARKS)}")
     trained = load_trained(config, device)
+    if device.compile:
+        trained.model.compile()
     print(trained.name)
     scorer = Scorer(trained.model, trained.tokenizer, device, config.batch_size)
     result: dict[str, Any] = {"model": trained.name}

@@ -62,8 +62,8 @@ def memory(model: GPT, rows: int, *, dtype: torch.dtype, parallel: str = "none",
 
     share = processes if parallel == "fsdp" else 1
     copies = 2 * total if d == 2 else 0  # of weights in 16 bits, or all-gathered by FSDP
-    if parallel == "fsdp":  # three blocks at a time, one of them with its gradient; always what is outside of blocks
-        in_blocks = (shape.n_layer * (d + 4) if gather_once else 3 * d + 4) * in_block
+    if parallel == "fsdp":  # three blocks at a time, or all; one with its gradient; always what is outside of blocks
+        in_blocks = (shape.n_layer * (d + 4 * accumulate) + 4 if gather_once else 3 * d + 4) * in_block
         copies = in_blocks + 8 * (total - shape.n_layer * in_block)
     weights, gradients = 4 * total / share, 4 * trained / share
     optimizer = (8 * trained - 4 * muon * shape.n_layer * in_block) / share  # Muon keeps one moment, AdamW two
@@ -140,7 +140,11 @@ def plan(config: PlanConfig) -> None:
 
     # Settings with which it would fit, the cheapest first.
     ways: list[str] = []
-    changes: list[dict[str, Any]] = [{}, {"gradient_checkpointing": True}]
+    changes: list[dict[str, Any]] = [
+        {},
+        *[{"gather_once": False}] * config.gather_once,
+        {"gradient_checkpointing": True},
+    ]
     for change in [*changes, *({"parallel": "fsdp", **each} for each in changes if parallel == "ddp")]:
         if n := largest_batch(model, available, rows, **{**how, "accumulate": True, **change}):
             way = " ".join(f"--{name}={value}" for name, value in {**change, "batch_size": n}.items())

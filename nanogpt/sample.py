@@ -37,7 +37,7 @@ def sample(config: SampleConfig) -> None:
     count = config.num_samples if config.temperature else 1  # Greedy samples are all the same.
     quantize(model, device.dtype, int8=config.int8)
     engine = Engine(model, count, length=len(prompt) + config.max_new_tokens, vocab_size=tokenizer.vocab_size,
-                    dtype=device.dtype, window=config.window, static=config.compile)  # fmt: skip
+                    dtype=device.dtype, window=config.window, static=config.cuda_graph)  # fmt: skip
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
     ends = tokenizer.end_tokens if config.stop_at_eos else frozenset()
     logprobs = config.logprobs if config.logprobs >= 0 else None

@@ -480,7 +480,7 @@ def serve(config: ServeConfig) -> None:
         model.crop_block_size(min(config.block_size, model.config.block_size))
     size = model.get_num_params()
     quantize(model, device.dtype, int8=config.int8)
-    engine = Engine(model, config.rows, vocab_size=tokenizer.vocab_size, dtype=device.dtype, static=config.compile)
+    engine = Engine(model, config.rows, vocab_size=tokenizer.vocab_size, dtype=device.dtype, static=config.cuda_graph)
     name = config.name or Path(config.out_dir if config.init_from == "resume" else config.init_from).resolve().name
     config = replace(config, name=name, api_key=config.api_key or os.environ.get("NANOGPT_API_KEY", ""))
     log.info(f"{trained.name}, {size / 1e6:.2f}M parameters, as {name!r}; {config.rows} rows side by side")

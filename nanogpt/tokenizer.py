@@ -88,8 +88,7 @@ class Tokenizer:
     @property
     def bos(self) -> int | None:
         """Return the id that begins a text: what the model's maker names, or else what ends a document."""
-        bos: int | None = self.full_generation_config["bos_token_id"]
-        return bos
+        return self.full_generation_config["bos_token_id"]  # type: ignore[no-any-return]
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -111,7 +110,6 @@ class Tokenizer:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Return the number format of the ids on disk."""
         return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
 
     def __str__(self) -> str:

@@ -218,8 +218,6 @@ def build_or_resume(
             dataset.match_tokenizer(source.tokenizer, config.init_from)
             model.crop_block_size(config.block_size)
             adapt(model, config, source.tokenizer, dataset.tokenizer)
-    model.transformer.gradient_checkpointing = config.gradient_checkpointing
-    model.transformer.low_precision_residual = config.low_precision_residual
 
     # A loaded model keeps its shape, whatever the settings say.
     shape = {name: value for name, value in vars(model.config).items() if hasattr(config, name)}

@@ -63,10 +63,11 @@ def test_every_step_has_the_logits_of_the_uncached_network(model: GPT, window: A
     assert all(len(row.new_tokens) == 48 and row.end == "length" for row in rows)
 
 
-def test_rows_come_and_go_without_disturbing_the_others(model: GPT) -> None:
+@pytest.mark.parametrize("static", [False, True])
+def test_rows_come_and_go_without_disturbing_the_others(model: GPT, static: bool) -> None:
     settings = [Sampling(), Sampling(top_k=8), Sampling(top_p=0.9), Sampling(top_k=5, min_p=0.05)]
     requests = [Request(random_ids(1, 3 + n)[0].tolist(), 4 + 5 * n, settings[n], n) for n in range(4)]
-    engine, rows = Engine(model, 3), list[Row]()
+    engine, rows = Engine(model, 3, static=static), list[Row]()
     for request in requests:  # the fourth waits until one has ended
         while not engine.room:
             engine.step()

@@ -151,7 +151,6 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_several_runs_in_one_picture(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     write_run(Path("one"), [4.0, 3.0, 2.5], learning_rate=0.1, n_layer=2, out_dir="one", log_interval=1)
     write_run(Path("two"), [4.0, 2.0], learning_rate=0.2, n_layer=2, out_dir="two", log_interval=5)
     plot(parse(PlotConfig, ["one", "two", "--output=both.svg"], ""))
@@ -166,7 +165,6 @@ def test_several_runs_in_one_picture(capsys: pytest.CaptureFixture[str]) -> None
 def test_a_run_draws_itself_at_its_end(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     config = recipe(plot=True, max_iters=1)
     out_dir = Path(config.out_dir)
     assert train.train(config) == 0
@@ -178,7 +176,6 @@ def test_a_run_draws_itself_at_its_end(
 
 
 def test_a_look_inside(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     config = recipe(max_iters=2)
     train.train(config)
     capsys.readouterr()
