@@ -102,7 +102,7 @@ def _read_words(cls: Class, arguments: Sequence[str], positional: str, problems:
         elif positional in hints and not (equals and name in hints):
             is_text = issubclass(cls, config.TrainConfig) and not os.path.isdir(word)
             key = "text" if is_text and (os.path.isfile(word) or word.endswith((".txt", ".md"))) else positional
-            if cls is config.TrainConfig and [*Path(word).glob("*.txt")] and not [*Path(word).glob("*.[jp][st]*")]:
+            if cls is config.TrainConfig and [*Path(word).glob("*.[tm][xd]*")] and not [*Path(word).glob("*.js*")]:
                 problems.append(
                     f"{word} is a folder of texts: nanogpt prepare NAME --input={word}, then --dataset=NAME"
                 )

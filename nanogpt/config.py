@@ -87,7 +87,6 @@ class Settings:
         dataclass(kw_only=True)(cls)
 
     def problems(self) -> Iterator[str]:
-        """Yield a sentence for each value that cannot work."""
         for each in fields(self):
             value = getattr(self, each.name)
             test, expected = CHECKS.get(each.name, _NOT_NEGATIVE)

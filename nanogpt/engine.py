@@ -107,7 +107,6 @@ class KVCache:
         return (self.keys[layer, :B, :, :end], self.values[layer, :B, :, :end]) if end else (k, v)
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of row `source` to row `target`."""
         for part in (self.keys, self.values):
             part[:, target, :, :length] = part[:, source, :, :length]
 

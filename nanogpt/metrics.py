@@ -55,6 +55,8 @@ def log_sizes(config: TrainConfig, model: Any, optimizer: Any, train_tokens: int
     )
     if config.decay_lr and config.warmup_iters > config.max_iters:
         log.warning(f"the learning rate never peaks: warmup_iters={config.warmup_iters}, max_iters={config.max_iters}")
+    if config.decay_lr and not config.min_lr and config.max_iters > config.lr_decay_iters:
+        log.warning(f"the learning rate is 0 from step {config.lr_decay_iters} on: set lr_decay_iters or min_lr, too")
     for group in optimizer.param_groups if optimizer else []:
         sizes = [parameter.numel() for parameter in group["params"]]
         log.info(f"{len(sizes)} tensors with {sum(sizes):,} parameters, weight decay {group['weight_decay']:g}")

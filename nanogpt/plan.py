@@ -123,8 +123,10 @@ def plan(config: PlanConfig) -> None:
     share = len(Distributed(world_size=config.gpus).my_rows(config.batch_size, config.gradient_accumulation_steps))
     rows = min(config.batch_size, share)
     parallel = choose_parallel(config.parallel, n_parameters, size, dtype) if config.gpus > 1 else "none"
+    if config.gpus % (processes := config.shard_group or config.gpus):
+        raise ConfigError(f"shard_group={processes}: expected a divisor of gpus={config.gpus}")
     how: dict[str, Any] = {
-        "dtype": dtype, "parallel": parallel, "processes": config.shard_group or config.gpus,
+        "dtype": dtype, "parallel": parallel, "processes": processes,
         "muon": config.optimizer == "muon", "gather_once": config.gather_once,
         "accumulate": share > rows, "on_cpu": name == "cpu", "gradient_checkpointing": config.gradient_checkpointing,
     }  # fmt: skip

@@ -66,7 +66,7 @@ class SampleConfig(SourceConfig, Machine):
     window: Literal["half", "slide"] = "half"  # a full context loses its older half; slide: one token (slow, exact)
     logprobs: int = -1  # list the logprob of each new token and of this many alternatives; -1: no
     int8: bool = False  # quantize weights to 8 bits with a scale per row
-    cuda_graph: bool = False  # on CUDA: launch a decoding step at once; not measured yet
+    cuda_graph: bool = False  # run each decoding step as one CUDA graph; not measured yet; only slower without CUDA
     compile: bool = False  # has no effect: decoding is faster without; the original's command lines have it
 
 
@@ -96,7 +96,7 @@ class ServeConfig(SourceConfig, Machine):
     timeout: int = 300  # seconds that a completion may wait, and as many that it may run
     max_body: int = 1_000_000  # bytes per request
     block_size: int = 0  # context length, to make it shorter than the model's; 0: the model's
-    cuda_graph: bool = False  # on CUDA: launch a decoding step at once; not measured yet
+    cuda_graph: bool = False  # run each decoding step as one CUDA graph; not measured yet; only slower without CUDA
     int8: bool = False  # quantize weights to 8 bits with a scale per row
 
 

@@ -100,12 +100,12 @@ def test_the_arithmetic_of_gpt2(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_does_not_fit_comes_with_what_would(capsys: pytest.CaptureFixture[str]) -> None:
-    big = ["--model=llama-2-7b", "--batch_size=8", "--block_size=4096", "--gpu=A100"]
+    big = ["--model=llama-2-7b", "--batch_size=8", "--block_size=4096", "--gpu=A100", "--gather_once"]
     printed, values = planned(capsys, *big, "--gpus=8")
     assert values["parallel"] == "fsdp"
     assert not values["fits"]
     ways = printed.split("what would: ")[1].splitlines()[0].split("; ")
-    assert ways[0].startswith("--batch_size=")
+    assert ways[0].startswith("--gather_once=False --batch_size=")
     for way in ways:
         settings = way.replace(" (and more gradient_accumulation_steps)", "").split()
         assert planned(capsys, *big, "--gpus=8", *settings)[1]["fits"]
