@@ -36,7 +36,7 @@ def make_step(
     run, scaler = Run(config, device, dist, dataset, model), torch.amp.GradScaler(device.type, enabled=False)
     network = parallelize(model, config, device, dist)
     optimizer = make_optimizer(model, config, device.dtype)
-    rows = dist.my_rows(config.batch_size, config.gradient_accumulation_steps)
+    rows = dist.my_rows(config)
     n_micro = math.ceil(len(rows) / config.batch_size)
 
     def step(n: int) -> Tensor:

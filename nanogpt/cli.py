@@ -102,7 +102,8 @@ def _read_words(cls: Class, arguments: Sequence[str], positional: str, problems:
         elif positional in hints and not (equals and name in hints):
             is_text = issubclass(cls, config.TrainConfig) and not os.path.isdir(word)
             key = "text" if is_text and (os.path.isfile(word) or word.endswith((".txt", ".md"))) else positional
-            if cls is config.TrainConfig and [*Path(word).glob("*.[tm][xd]*")] and not [*Path(word).glob("*.js*")]:
+            kinds = {path.suffix for path in Path(word).glob("*")}
+            if cls is config.TrainConfig and kinds & {".txt", ".md"} and not kinds & {".json", ".jsonl", ".pt"}:
                 problems.append(
                     f"{word} is a folder of texts: nanogpt prepare NAME --input={word}, then --dataset=NAME"
                 )

@@ -42,14 +42,16 @@ class Distributed:
         """Whether this process prints and writes."""
         return self.rank == 0
 
-    def my_rows(self, batch_size: int, accumulation: int) -> range:
-        """Return this process's rows of the global batch. Raises `ConfigError` if they can't be divided evenly."""
-        count, rest = divmod(batch_size * accumulation, self.world_size)
-        if rest:
-            what = f"batch_size={batch_size} x gradient_accumulation_steps={accumulation} rows"
-            n = self.world_size
-            raise ConfigError(f"{what} can't be divided evenly among {n} processes; a multiple of {n} steps can")
-        return range(self.rank * count, (self.rank + 1) * count)
+    def my_rows(self, config: TrainConfig) -> range:
+        """Return this process's rows of the global batch. Raises `ConfigError` if something can't be divided evenly."""
+        n, group, rows = self.world_size, config.shard_group, config.global_batch_size
+        if rows % n:
+            what = f"batch_size={config.batch_size} x gradient_accumulation_steps={config.gradient_accumulation_steps}"
+            how = f"a multiple of {n} accumulation steps can"
+            raise ConfigError(f"{what} rows can't be divided evenly among {n} processes; {how}")
+        if n > 1 and config.parallel != "ddp" and group and n % group:
+            raise ConfigError(f"shard_group={group}: expected a divisor of {n}, the number of processes")
+        return range(self.rank * rows // n, (self.rank + 1) * rows // n)
 
     def all_reduce_mean(self, value: Tensor) -> Tensor:
         """Return the mean of `value` over all processes, the same number in each."""
@@ -183,8 +185,6 @@ def parallelize(model: GPT, config: TrainConfig, device: Device, dist: Distribut
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     size = config.shard_group or dist.world_size
-    if dist.world_size % size:
-        raise ConfigError(f"shard_group={size}: expected a divisor of {dist.world_size}, the number of processes")
     shape = (dist.world_size // size, size) if size < dist.world_size else (size,)  # groups, and processes in each
     mesh = c10d.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])  # type: ignore[attr-defined]
     # Blocks are all-gathered in the dtype they compute in; gradients are reduced in float32.

@@ -120,13 +120,11 @@ def plan(config: PlanConfig) -> None:
     available = 0.92 * size  # the rest is for CUDA itself, buffers of NCCL, fragments
 
     # Memory and time.
-    share = len(Distributed(world_size=config.gpus).my_rows(config.batch_size, config.gradient_accumulation_steps))
+    share = len(Distributed(world_size=config.gpus).my_rows(config))
     rows = min(config.batch_size, share)
     parallel = choose_parallel(config.parallel, n_parameters, size, dtype) if config.gpus > 1 else "none"
-    if config.gpus % (processes := config.shard_group or config.gpus):
-        raise ConfigError(f"shard_group={processes}: expected a divisor of gpus={config.gpus}")
     how: dict[str, Any] = {
-        "dtype": dtype, "parallel": parallel, "processes": processes,
+        "dtype": dtype, "parallel": parallel, "processes": config.shard_group or config.gpus,
         "muon": config.optimizer == "muon", "gather_once": config.gather_once,
         "accumulate": share > rows, "on_cpu": name == "cpu", "gradient_checkpointing": config.gradient_checkpointing,
     }  # fmt: skip
@@ -142,11 +140,8 @@ def plan(config: PlanConfig) -> None:
 
     # Settings with which it would fit, the cheapest first.
     ways: list[str] = []
-    changes: list[dict[str, Any]] = [
-        {},
-        *[{"gather_once": False}] * config.gather_once,
-        {"gradient_checkpointing": True},
-    ]
+    first: dict[str, Any] = {"gather_once": False} if config.gather_once else {}
+    changes = [first, {**first, "gradient_checkpointing": True}]
     for change in [*changes, *({"parallel": "fsdp", **each} for each in changes if parallel == "ddp")]:
         if n := largest_batch(model, available, rows, **{**how, "accumulate": True, **change}):
             way = " ".join(f"--{name}={value}" for name, value in {**change, "batch_size": n}.items())

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import uvicorn
@@ -188,6 +188,7 @@ class Scheduler:
 
 
 Text = Annotated[str, Field(min_length=1)]
+Request_ = TypeVar("Request_", bound="Ask")
 # Unsupported parameters of OpenAI's API, each with the value that has no effect. A seed of -1 means: no seed.
 ABSENT = {"best_of": 1, "suffix": "", "frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1,
           "logit_bias": {}, "seed": -1}  # fmt: skip
@@ -250,7 +251,7 @@ class ChatRequest(Ask):
         return CompletionRequest(**shared, prompt=prompt, max_tokens=max_tokens, logprobs=logprobs)
 
 
-async def read_request(request: HTTPRequest, max_body: int, kind: type[BaseModel]) -> Any:
+async def read_request(request: HTTPRequest, max_body: int, kind: type[Request_]) -> Request_:
     """Return the body of a request. Raises an HTTPException if it is too large or not as expected."""
     # This also keeps out web pages of other origins: for JSON, a browser sends a preflight, which is never granted.
     if request.headers.get("content-type", "").partition(";")[0].lower() != "application/json":
@@ -483,7 +484,7 @@ def serve(config: ServeConfig) -> None:
     engine = Engine(model, config.rows, vocab_size=tokenizer.vocab_size, dtype=device.dtype, static=config.cuda_graph)
     name = config.name or Path(config.out_dir if config.init_from == "resume" else config.init_from).resolve().name
     config = replace(config, name=name, api_key=config.api_key or os.environ.get("NANOGPT_API_KEY", ""))
-    log.info(f"{trained.name}, {size / 1e6:.2f}M parameters, as {name!r}; {config.rows} rows side by side")
+    log.info(f"{trained.name}, {size / 1e6:.2f}M parameters, as {name!r}; {config.rows} rows of {engine.block_size:,}")
     # Small models decode no faster with more threads, and the connections need a core, too: 200 clients on two cores
     # got 2,390 tokens/s of a 0.7M model with one thread, and 1,460 with two.
     scheduler = Scheduler(engine, tokenizer, config, threads=1 if size < 10e6 else 0)

@@ -88,7 +88,8 @@ class Tokenizer:
     @property
     def bos(self) -> int | None:
         """Return the id that begins a text: what the model's maker names, or else what ends a document."""
-        return self.full_generation_config["bos_token_id"]  # type: ignore[no-any-return]
+        bos: int | None = self.full_generation_config["bos_token_id"]
+        return bos
 
     @property
     def end_tokens(self) -> frozenset[int]:

@@ -56,7 +56,7 @@ def train(config: TrainConfig) -> int:
     process = distributed.this_process()
     show_log_lines(config.verbosity if process.is_main else "quiet")
     device = choose_device(config, process.local_rank if process.world_size > 1 else None)
-    my_rows = process.my_rows(config.batch_size, config.gradient_accumulation_steps)
+    my_rows = process.my_rows(config)
     if config.dry_run:
         return dry_run(config) if process.is_main else 0
     with init_distributed(config.backend, device, config.dist_timeout) as dist:

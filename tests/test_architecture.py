@@ -11,8 +11,8 @@ from tests.conftest import ROOT
 # Lines at most. These numbers only ever go down.
 TRAINING_STEP = 1726  # what a reader opens to understand one step
 TRAINING = 3242  # the training story with everything around it, and the settings of all programs
-WHOLE_PACKAGE = 7578  # Python and HTML together
-TESTS = 7000
+WHOLE_PACKAGE = 7577  # Python and HTML together
+TESTS = 6999
 
 
 def lines_of(*names: str) -> int:

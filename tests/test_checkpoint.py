@@ -234,11 +234,9 @@ def test_what_cannot_be_written_is_a_warning_and_at_the_end_an_error(
     writer.save(1)
     writer.checkpoints.written.exception()
 
-    def full(*_: object) -> None:
-        raise RuntimeError("[enforce fail at inline_container.cc:672] . No space left\nmore")
-
+    full = RuntimeError("[enforce fail at inline_container.cc:672] . No space left\nmore")
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
+        patch.setattr(torch, "save", Mock(side_effect=full))
         writer.save(2, is_best=True)
         assert writer.checkpoints.written.exception()
         assert "No space left); training continues" in caplog.text
@@ -374,6 +372,7 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
             file.write(content)
         assert (tmp_path / "link").is_symlink()
         assert (tmp_path / "disk" / "file").read_bytes() == content
+    assert os.listdir(tmp_path / "disk") == ["file"]
 
 
 def test_a_lock_names_its_owner_and_goes_with_it(tmp_path: Path) -> None:

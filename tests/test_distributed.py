@@ -161,6 +161,7 @@ def test_damaged_shards_are_skipped(data_dir: Path) -> None:
     ("words", "of_last", "message"),
     [
         (["--batch_size=3"], [], "rows can't be divided evenly among 2 processes; a multiple of 2"),
+        (["--shard_group=3"], [], "shard_group=3: expected a divisor of 2, the number of processes"),
         (["--init_from=resume"], [], "two holds no trained model"),
         ([], ["--seed=1", "--resume=auto"], "seed is 1, not 1337"),
     ],

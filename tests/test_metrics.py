@@ -121,6 +121,7 @@ def test_the_state_of_a_run(tmp_path: Path) -> None:
     assert RunRecord(folder).state == "stopped"
     with locked(folder / "lock", "it"):
         assert RunRecord(folder).state == "running"
+    assert RunRecord(folder).state == "stopped"
     (folder / "lock").write_text("process 1 on another-machine")
     assert RunRecord(folder).state == "running"  # heard of a moment ago
     os.utime(folder / "metrics.jsonl", (0, time.time() - 700))

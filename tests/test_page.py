@@ -108,6 +108,7 @@ def test_branching_and_undo(page: Any) -> None:
     page.click("#more")
     wait_for_status(page)
     assert text(page).startswith(before)
+    assert page.locator(".token").count() > 20
 
 
 def test_with_the_keyboard_alone(page: Any) -> None:

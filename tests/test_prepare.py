@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
@@ -413,12 +414,9 @@ def test_a_vocabulary_beyond_16_bits_takes_32() -> None:
 def test_a_failure_keeps_all_and_only_the_same_request_resumes(
     change: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError("disk full")
-
     build(write_jsonl("x.jsonl", texts(300)))
     before = results("data/set")
-    monkeypatch.setattr(module, "encode_unit", full)
+    monkeypatch.setattr(module, "encode_unit", Mock(side_effect=OSError("disk full")))
     with pytest.raises(DataError, match=r"disk full; what is finished .* is kept: the same command resumes"):
         build("x.jsonl", tokenizer="gpt2")
     assert results("data/set") == before
